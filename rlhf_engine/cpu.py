@@ -1,0 +1,123 @@
+"""Gives megatron-core a CPU where it assumes CUDA.
+
+Megatron's layers, schedules, DDP and optimizers are plain torch but for their habit of naming the device
+"cuda". `use_cpu()` rebinds the name `torch` inside megatron's own modules to a stand-in that forwards all of
+torch and answers for the device differently. Nobody else's torch is touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+import types
+from collections.abc import Iterable, Iterator
+
+import torch
+
+# Modules that megatron imports lazily, or that nothing else has imported by the time of the call.
+_MODULES = (
+    "distributed", "optimizer", "optimizer.distrib_optimizer", "pipeline_parallel.schedules", "tensor_parallel",
+    "models.gpt", "transformer.moe.moe_layer", "transformer.cuda_graphs", "dist_checkpointing",
+    "optimizer_param_scheduler", "pipeline_parallel.p2p_communication", "dist_checkpointing.strategies.torch",
+    "dist_checkpointing.strategies.async_utils", "dist_checkpointing.strategies.filesystem_async",
+)  # fmt: skip
+
+
+class _Stream:
+    """A CUDA stream or event where everything has happened already."""
+
+    def __init__(self, *args, **kwargs): ...
+    def _nothing(self, *args, **kwargs): ...
+
+    wait_stream = wait_event = synchronize = record_event = record = wait = _nothing
+
+
+def _cpu_cuda() -> types.SimpleNamespace:
+    nothing = lambda *args, **kwargs: None  # noqa: E731
+    return types.SimpleNamespace(
+        current_device=lambda: torch.device("cpu"),
+        is_available=lambda: False,
+        is_current_stream_capturing=lambda: False,
+        device_count=lambda: 1,
+        get_rng_state=lambda *args: torch.get_rng_state(),
+        set_rng_state=lambda state, *args: torch.set_rng_state(state),
+        manual_seed=torch.manual_seed,
+        stream=lambda *args: contextlib.nullcontext(),
+        current_stream=_Stream, default_stream=_Stream, Stream=_Stream, Event=_Stream,
+        synchronize=nothing, empty_cache=nothing, set_device=nothing, memory_allocated=lambda *args: 0,
+        nvtx=types.SimpleNamespace(range_push=nothing, range_pop=nothing, range=contextlib.nullcontext),
+        # named in isinstance checks and annotations only
+        FloatTensor=torch.cuda.FloatTensor, HalfTensor=torch.cuda.HalfTensor,
+        BFloat16Tensor=torch.cuda.BFloat16Tensor, CUDAGraph=torch.cuda.CUDAGraph, amp=torch.cuda.amp,
+    )  # fmt: skip
+
+
+def _on_cpu(factory):
+    """`factory` (torch.zeros and its like), taking device="cuda" for the CPU."""
+
+    def make(*args, device=None, **kwargs):
+        is_cuda = device is not None and torch.device(device).type == "cuda"
+        return factory(*args, device="cpu" if is_cuda else device, **kwargs)
+
+    return make
+
+
+class _CpuTorch(types.ModuleType):
+    def __getattr__(self, name: str):
+        return getattr(torch, name)
+
+
+def use_cpu() -> None:
+    """Makes megatron.core run on the CPU in this process. Calling it again does nothing."""
+    for name in _MODULES:
+        importlib.import_module(f"megatron.core.{name}")
+    stand_in = _CpuTorch("torch")
+    stand_in.cuda = _cpu_cuda()
+    for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "zeros_like", "empty_like", "ones_like"):
+        setattr(stand_in, name, _on_cpu(getattr(torch, name)))
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
+            module.torch = stand_in  # type: ignore[attr-defined]
+    import megatron.core.optimizer.optimizer as optimizer
+
+    # The original asserts that every gradient is a CUDA tensor; the arithmetic is the same.
+    optimizer.clip_grad_by_total_norm_fp32 = _clip_grad_by_total_norm
+
+
+def _clip_grad_by_total_norm(parameters, max_norm, total_norm, use_decoupled_grad=False) -> None:
+    grads = [p.grad.detach() for p in parameters if p.grad is not None]
+    coefficient = max_norm / (total_norm + 1.0e-6)
+    if grads and coefficient < 1.0:
+        torch._foreach_mul_(grads, coefficient)
+
+
+@contextlib.contextmanager
+def cuda_calls_stay(device: torch.device) -> Iterator[None]:
+    """Within it, `tensor.cuda()` leaves a tensor where it is, if `device` is a CPU.
+
+    Megatron moves a tied embedding that way when it builds a pipeline, and stand-in names do not reach methods.
+    """
+    original = torch.Tensor.cuda
+    if device.type == "cpu":
+        torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.Tensor.cuda = original  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def cuda_type_names(params: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+    """Within it, fp32 CPU parameters answer `.type()` as CUDA ones.
+
+    Megatron's optimizers sort parameters into groups by that string when they are built, and at no later time.
+    """
+    renamed = [p for p in params if p.type() == "torch.FloatTensor"]
+    for p in renamed:
+        p.type = lambda *args: "torch.cuda.FloatTensor"  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for p in renamed:
+            del p.type

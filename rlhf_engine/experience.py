@@ -1,0 +1,67 @@
+"""Experience: the batch that flows through the stages of an iteration.
+
+Between stages it is whole, on the CPU, and the same on every rank. Rows are right-padded: prompt, response,
+padding. Per-token fields speak of the token at their own position: `log_probs[b, t]` is
+log p(tokens[b, t] | tokens[b, :t]) and `values[b, t]` was computed at position t - 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass
+class Experience:
+    """Shapes: B rows, T positions. A field is None until a stage writes it."""
+
+    # what an iteration starts from
+    prompts: list[list[int]] | None = None  # B lists of token ids
+    sample_ids: Tensor | None = None  # (B,) int64, the key of each sample's noise
+    # sequences
+    tokens: Tensor | None = None  # (B, T) int64
+    lengths: Tensor | None = None  # (B,) int64, real tokens in a row
+    loss_mask: Tensor | None = None  # (B, T) bool, tokens that supervised training learns
+    response_mask: Tensor | None = None  # (B, T) bool, generated tokens, the end token included
+    finished: Tensor | None = None  # (B,) bool, the response has its end token
+    # measurements of them
+    sampler_log_probs: Tensor | None = None  # (B, T) float32, as the sampler computed them
+    log_probs: Tensor | None = None  # (B, T) float32, the policy before this iteration's updates
+    ref_log_probs: Tensor | None = None  # (B, T) float32
+    values: Tensor | None = None  # (B, T) float32, the critic before this iteration's updates
+    scores: Tensor | None = None  # (B,) float32, one per response
+    entropy: Tensor | None = None  # (B, T) float32
+    # what the updates aim at
+    advantages: Tensor | None = None  # (B, T) float32
+    returns: Tensor | None = None  # (B, T) float32
+
+
+FIELDS = frozenset(field.name for field in fields(Experience))
+
+
+def pad_rows(rows: Sequence[Sequence[int]], multiple: int = 1, value: int = 0) -> tuple[Tensor, Tensor]:
+    """Token lists to right-padded `(B, T)` int64 and their lengths `(B,)`; T is a multiple of `multiple`."""
+    longest = max(map(len, rows))
+    width = (longest + multiple - 1) // multiple * multiple
+    padded = torch.full((len(rows), width), value, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = torch.as_tensor(row, dtype=torch.int64)
+    return padded, torch.tensor([len(row) for row in rows])
+
+
+def spans(start: Tensor, stop: Tensor, width: int) -> Tensor:
+    """Mask `(B, width)` that is True from `start` `(B,)` up to and without `stop` `(B,)`."""
+    position = torch.arange(width, device=start.device)
+    return (position >= start.unsqueeze(1)) & (position < stop.unsqueeze(1))
+
+
+def to_next_token(outputs: Tensor) -> Tensor:
+    """Outputs of the model at position t - 1 moved to t, where the token is that they speak of; 0 at t = 0.
+
+    The only place where the shift between a causal model's outputs and its tokens is made. `(B, T)` to `(B, T)`.
+    """
+    return F.pad(outputs[:, :-1], (1, 0))

@@ -1,0 +1,137 @@
+"""The TP x PP x DP mesh of ranks. The only module that knows megatron's parallel_state.
+
+Between stages every rank holds the whole Experience on its CPU. A stage takes its data-parallel part of the rows
+(`take`), and what the last pipeline stage computed for them comes back to everyone (`gather`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from .config import MeshConfig
+from .cpu import use_cpu
+
+Row = TypeVar("Row")
+
+
+class ParallelMesh:
+    """This rank's place in the mesh, and the collectives of the engine.
+
+    Args:
+        config: resolved, so that tp x pp x dp is the world.
+        device: "cpu" (gloo) or "cuda" (NCCL).
+    """
+
+    def __init__(self, config: MeshConfig, device: str):
+        self.config = config
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if device == "cuda":
+            torch.cuda.set_device(local_rank)
+            self.device = torch.device("cuda", local_rank)
+        else:
+            use_cpu()
+            self.device = torch.device("cpu")
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(minutes=30))
+        parallel_state.initialize_model_parallel(config.tp, config.pp)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.tp, self.pp = config.tp, config.pp
+        self.dp = parallel_state.get_data_parallel_world_size()
+        self.tp_rank = parallel_state.get_tensor_model_parallel_rank()
+        self.pp_rank = parallel_state.get_pipeline_model_parallel_rank()
+        self.dp_rank = parallel_state.get_data_parallel_rank()
+        self.tp_group = parallel_state.get_tensor_model_parallel_group()
+        self.pp_group = parallel_state.get_pipeline_model_parallel_group()
+        self.dp_group = parallel_state.get_data_parallel_group()
+        # a pipeline of one stage, for the copies that generate; every rank takes part in making each group
+        alone = [dist.new_group([rank]) for rank in range(self.world_size)] if self.pp > 1 else [self.pp_group]
+        self.self_group = alone[self.rank if self.pp > 1 else 0]
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp - 1
+
+    @property
+    def is_main(self) -> bool:
+        """The rank that prints and writes."""
+        return self.rank == 0
+
+    def close(self) -> None:
+        parallel_state.destroy_model_parallel()
+
+    # -- rows of a batch, split over data parallel replicas --------------------------------------------------
+
+    def take(self, rows: Tensor) -> Tensor:
+        """This replica's rows, interleaved: row i belongs to replica i mod dp. `(B, ...)` to `(B / dp, ...)`."""
+        return rows[self.dp_rank :: self.dp]
+
+    def gather(self, rows: Tensor | None) -> Tensor:
+        """Inverse of `take`: `(B / dp, ...)` held by the last pipeline stage becomes `(B, ...)` on every CPU.
+
+        Args:
+            rows: on any device; None on stages that are not the last.
+        """
+        last = self.pp - 1
+        if self.is_last_stage:
+            assert rows is not None
+            rows = rows.to(self.device).contiguous()
+            parts = [torch.empty_like(rows) for _ in range(self.dp)]
+            dist.all_gather(parts, rows, group=self.dp_group)
+            whole = torch.stack(parts, 1).flatten(0, 1)
+        if self.pp > 1:
+            meta = [(whole.shape, whole.dtype) if self.is_last_stage else None]
+            source = dist.get_global_rank(self.pp_group, last)
+            dist.broadcast_object_list(meta, source, group=self.pp_group, device=self.device)
+            if not self.is_last_stage:
+                shape, dtype = meta[0]  # type: ignore[misc]
+                whole = torch.empty(shape, dtype=dtype, device=self.device)
+            dist.broadcast(whole, source, group=self.pp_group)
+        return whole.cpu()
+
+    # -- generation, where pipeline stages serve as further replicas ------------------------------------------
+
+    @property
+    def num_replicas(self) -> int:
+        """Replicas that generate: pipeline stages fold into data parallelism."""
+        return self.dp * self.pp
+
+    @property
+    def replica(self) -> int:
+        return self.pp_rank * self.dp + self.dp_rank
+
+    def gather_replicas(self, items: Sequence[Row]) -> list[Row]:
+        """Items that replica r made for i = r, r + num_replicas, ... in the order of i, on every rank."""
+        parts: list[Any] = [None] * self.world_size
+        dist.all_gather_object(parts, (self.replica, self.tp_rank, list(items)))
+        per_replica = {replica: part for replica, tp_rank, part in parts if tp_rank == 0}
+        total = sum(map(len, per_replica.values()))
+        return [per_replica[i % self.num_replicas][i // self.num_replicas] for i in range(total)]
+
+    # -- small things --------------------------------------------------------------------------------------
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """`value` of every rank, by rank."""
+        parts: list[Any] = [None] * self.world_size
+        dist.all_gather_object(parts, value)
+        return parts
+
+    def from_main(self, value: Any) -> Any:
+        """The main rank's `value` on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, 0, device=self.device)
+        return box[0]
+
+    def barrier(self) -> None:
+        dist.barrier()

@@ -1,0 +1,42 @@
+"""Metrics of an iteration: sums and counts where they arise, one reduction at the end."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .mesh import ParallelMesh
+
+
+class Metrics:
+    """Collects named figures. Tensors stay tensors until `reduce`, so that collecting never waits for a device."""
+
+    def __init__(self) -> None:
+        self._partial: dict[str, list[Tensor | float]] = {}
+        self._whole: dict[str, float] = {}
+
+    def add(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:
+        """This replica's share of a mean. Called on the last pipeline stage of each replica."""
+        entry = self._partial.setdefault(name, [0.0, 0.0])
+        entry[0] = entry[0] + total
+        entry[1] = entry[1] + count
+
+    def record(self, name: str, value: Tensor | float) -> None:
+        """A figure that every rank knows whole."""
+        self._whole[name] = float(value)
+
+    def mean(self, name: str, values: Tensor, mask: Tensor | None = None) -> None:
+        """Records the (masked) mean of something that every rank knows whole."""
+        weight = mask.float() if mask is not None else values.new_ones(values.shape)
+        self.record(name, (values * weight).sum() / weight.sum().clamp_min(1))
+
+    def reduce(self, mesh: ParallelMesh) -> dict[str, float]:
+        """Every figure, the same on all ranks. Clears the collection."""
+        mine = {n: (float(t), float(c)) for n, (t, c) in self._partial.items()} if mesh.tp_rank == 0 else {}
+        sums: dict[str, tuple[float, float]] = {}
+        for part in mesh.all_gather_object(mine):
+            for name, (total, count) in part.items():
+                old = sums.get(name, (0.0, 0.0))
+                sums[name] = (old[0] + total, old[1] + count)
+        result = self._whole | {name: total / max(count, 1e-12) for name, (total, count) in sums.items()}
+        self._partial, self._whole = {}, {}
+        return result

@@ -1,0 +1,143 @@
+"""ModelConfig and mesh to megatron's GPTModel: this rank's part of it, weights not yet filled."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from ..config import ModelConfig
+from ..cpu import cuda_calls_stay
+from ..mesh import ParallelMesh
+from .layers import CoreAttention, RMSNorm, ScalarHead
+
+Head = Literal["lm", "scalar"]
+
+
+def padded_vocab_size(vocab_size: int, tp: int) -> int:
+    """Rounded up so that tp divides it. 128 makes every usual tp pad alike, so checkpoints fit any of them."""
+    unit = math.lcm(128, tp)
+    return (vocab_size + unit - 1) // unit * unit
+
+
+def first_stage_layers(num_layers: int, pp: int) -> int | None:
+    """Layers of the first pipeline stage where pp does not divide them all; None where it does.
+
+    The other stages share the rest evenly, and the first gets the count nearest to theirs.
+    """
+    if num_layers % pp == 0:
+        return None
+    choices = [n for n in range(1, num_layers) if (num_layers - n) % (pp - 1) == 0 and num_layers - n >= pp - 1]
+    return min(choices, key=lambda n: abs(n - num_layers / pp))
+
+
+def transformer_config(
+    model: ModelConfig, mesh: ParallelMesh, dtype: torch.dtype, folded: bool = False
+) -> TransformerConfig:
+    """Megatron's configuration of `model` on `mesh`.
+
+    Args:
+        folded: the whole depth on one rank and no sequence parallelism, for generation under pipelines.
+    """
+    pp = 1 if folded else mesh.pp
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_key_value_heads,
+        kv_channels=model.head_dim or model.hidden_size // model.num_attention_heads,
+        ffn_hidden_size=model.intermediate_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.rms_norm_eps,
+        activation_func=F.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        # no dropout in any role: the first ratio of an update must be exactly 1
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=mesh.tp,
+        pipeline_model_parallel_size=pp,
+        num_layers_in_first_pipeline_stage=first_stage_layers(model.num_layers, pp),
+        sequence_parallel=mesh.config.sequence_parallel and not folded,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        perform_initialization=False,  # weights always come from a source that does not know the mesh
+        # gradients are divided by the token count of the whole minibatch, in `finalize_model_grads`
+        calculate_per_token_loss=True,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+    )
+
+
+def build_model(
+    model: ModelConfig, mesh: ParallelMesh, head: Head, dtype: torch.dtype, folded: bool = False
+) -> GPTModel:
+    """This rank's part of the model, its weights allocated and not filled.
+
+    Args:
+        head: "lm" gives logits `(B, S, V / tp)`, "scalar" gives `(B, S, 1)` in float32.
+        folded: see `transformer_config`.
+    """
+    assert model.vocab_size is not None
+    config = transformer_config(model, mesh, dtype, folded)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    if folded:
+        groups.pp = mesh.self_group
+    pp_rank = 0 if folded else mesh.pp_rank
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer = spec.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    layer.self_attention.submodules.core_attention = CoreAttention
+    num_layers = get_num_layers_to_build(config, None, pp_rank)
+    with cuda_calls_stay(mesh.device):
+        gpt = GPTModel(
+            config,
+            TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm),
+            vocab_size=padded_vocab_size(model.vocab_size, mesh.tp),
+            max_sequence_length=model.max_position_embeddings,
+            pre_process=folded or mesh.is_first_stage,
+            post_process=folded or mesh.is_last_stage,
+            share_embeddings_and_output_weights=model.tie_word_embeddings and head == "lm",
+            position_embedding_type="rope",
+            rotary_base=model.rope_theta,  # type: ignore[arg-type]
+            pg_collection=groups,
+        )
+    if head == "scalar" and gpt.post_process:
+        gpt.output_layer = ScalarHead(config, mesh.tp_group)
+    _mark_split_parameters(gpt)
+    return gpt
+
+
+def _mark_split_parameters(gpt: GPTModel) -> None:
+    """Marks what is split over tensor parallel ranks. Megatron does so while it draws initial weights, which we
+    do not ask of it; unmarked, the gradient norm would count the first rank's shard alone."""
+    for module in gpt.modules():
+        if isinstance(module, RowParallelLinear):
+            split = [(module.weight, 1)]
+        elif isinstance(module, ColumnParallelLinear | VocabParallelEmbedding):
+            split = [(module.weight, 0), (getattr(module, "bias", None), 0)]
+        else:
+            continue
+        for parameter, dim in split:
+            if parameter is not None and not getattr(parameter, "tensor_model_parallel", False):
+                for name in ("tensor_model_parallel", "partition_dim", "partition_stride"):
+                    if hasattr(parameter, name):
+                        delattr(parameter, name)
+                set_tensor_model_parallel_attributes(parameter, True, dim, 1)
