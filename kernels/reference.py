@@ -74,9 +74,7 @@ class _TokenLogProbs(torch.autograd.Function):
         p = log_p.exp()
         # d log p(token) / d x = 1[token] - p ;  d H / d x = -p (log p + H)
         finite_log_p = torch.where(p > 0, log_p, 0.0)
-        grad = -p * (
-            grad_log_prob.unsqueeze(-1) + grad_entropy.unsqueeze(-1) * (finite_log_p + entropy.unsqueeze(-1))
-        )
+        grad = -p * (grad_log_prob.unsqueeze(-1) + grad_entropy.unsqueeze(-1) * (finite_log_p + entropy.unsqueeze(-1)))
         local = tokens - vocab_start
         here = (local >= 0) & (local < num_valid)
         index = local.clamp(0, max(log_p.shape[-1] - 1, 0)).unsqueeze(-1)

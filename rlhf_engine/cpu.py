@@ -74,13 +74,26 @@ def use_cpu() -> None:
         importlib.import_module(f"megatron.core.{name}")
     stand_in = _CpuTorch("torch")
     stand_in.cuda = _cpu_cuda()
-    for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "zeros_like", "empty_like", "ones_like"):
+    for name in (
+        "tensor",
+        "zeros",
+        "ones",
+        "empty",
+        "full",
+        "arange",
+        "zeros_like",
+        "empty_like",
+        "ones_like",
+    ):
         setattr(stand_in, name, _on_cpu(getattr(torch, name)))
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
             module.torch = stand_in  # type: ignore[attr-defined]
     import megatron.core.optimizer.optimizer as optimizer
+    import megatron.core.tensor_parallel.random as random
 
+    # It would switch CUDA generators around dropout, of which no role has any.
+    random.CudaRNGStatesTracker.fork = lambda self, name=None: contextlib.nullcontext()
     # The original asserts that every gradient is a CUDA tensor; the arithmetic is the same.
     optimizer.clip_grad_by_total_norm_fp32 = _clip_grad_by_total_norm
 

@@ -34,7 +34,6 @@ class Experience:
     ref_log_probs: Tensor | None = None  # (B, T) float32
     values: Tensor | None = None  # (B, T) float32, the critic before this iteration's updates
     scores: Tensor | None = None  # (B,) float32, one per response
-    entropy: Tensor | None = None  # (B, T) float32
     # what the updates aim at
     advantages: Tensor | None = None  # (B, T) float32
     returns: Tensor | None = None  # (B, T) float32

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch import Tensor
 
 from .config import MeshConfig
@@ -42,6 +43,8 @@ class ParallelMesh:
         if not dist.is_initialized():
             dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(minutes=30))
         parallel_state.initialize_model_parallel(config.tp, config.pp)
+        if device == "cuda":  # megatron asks for its states around dropout, of which no role has any
+            model_parallel_cuda_manual_seed(1)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.tp, self.pp = config.tp, config.pp
         self.dp = parallel_state.get_data_parallel_world_size()
@@ -74,8 +77,8 @@ class ParallelMesh:
     # -- rows of a batch, split over data parallel replicas --------------------------------------------------
 
     def take(self, rows: Tensor) -> Tensor:
-        """This replica's rows, interleaved: row i belongs to replica i mod dp. `(B, ...)` to `(B / dp, ...)`."""
-        return rows[self.dp_rank :: self.dp]
+        """This replica's contiguous part of the rows, `(B, ...)` to `(B / dp, ...)`."""
+        return rows.chunk(self.dp)[self.dp_rank]
 
     def gather(self, rows: Tensor | None) -> Tensor:
         """Inverse of `take`: `(B / dp, ...)` held by the last pipeline stage becomes `(B, ...)` on every CPU.
@@ -83,16 +86,15 @@ class ParallelMesh:
         Args:
             rows: on any device; None on stages that are not the last.
         """
-        last = self.pp - 1
         if self.is_last_stage:
             assert rows is not None
             rows = rows.to(self.device).contiguous()
             parts = [torch.empty_like(rows) for _ in range(self.dp)]
             dist.all_gather(parts, rows, group=self.dp_group)
-            whole = torch.stack(parts, 1).flatten(0, 1)
+            whole = torch.cat(parts)
         if self.pp > 1:
             meta = [(whole.shape, whole.dtype) if self.is_last_stage else None]
-            source = dist.get_global_rank(self.pp_group, last)
+            source = dist.get_global_rank(self.pp_group, self.pp - 1)
             dist.broadcast_object_list(meta, source, group=self.pp_group, device=self.device)
             if not self.is_last_stage:
                 shape, dtype = meta[0]  # type: ignore[misc]

@@ -59,9 +59,7 @@ def write_report(
     for name, scale, keys in CHARTS:
         if group := {key: left.pop(key) for key in keys if key in left}:
             charts.append(_line_chart(name, group, iterations, scale == "log"))
-    charts += [
-        _line_chart(key, {key: left.pop(key)}, iterations) for key in list(left) if key.startswith("eval/")
-    ]
+    charts += [_line_chart(key, {key: left.pop(key)}, iterations) for key in list(left) if key.startswith("eval/")]
     # "time/rollout/decode" is part of "time/rollout", which is the one to stack.
     stages = {
         key.removeprefix("time/"): left.pop(key)
@@ -227,9 +225,7 @@ def _svg(name: str, body: str) -> str:
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role=img aria-label="{_text(name)}">{body}</svg>'
 
 
-def _line_chart(
-    name: str, group: Mapping[str, Points], iterations: Sequence[float], log: bool = False
-) -> str:
+def _line_chart(name: str, group: Mapping[str, Points], iterations: Sequence[float], log: bool = False) -> str:
     """A figure with one line per key; `iterations` are those of the whole run, so that all charts line up."""
     finite = {key: {x: y for x, y in points.items() if not math.isnan(y)} for key, points in group.items()}
     values = [y for points in finite.values() for y in points.values()]
@@ -314,9 +310,7 @@ def _time_chart(stages: Mapping[str, Points]) -> str:
     xs = sorted({x for points in spent.values() for x in points})
     count = min(len(xs), COLUMNS)
     buckets = [xs[i * len(xs) // count : (i + 1) * len(xs) // count] for i in range(count)]
-    columns = [
-        [sum(p.get(x, 0.0) for x in bucket) / len(bucket) for p in spent.values()] for bucket in buckets
-    ]
+    columns = [[sum(p.get(x, 0.0) for x in bucket) / len(bucket) for p in spent.values()] for bucket in buckets]
     half = (xs[-1] - xs[0]) / (len(xs) - 1) / 2 if len(xs) > 1 else 0.5
     to_x, to_y, axes = _frame(xs, [0.0, *map(sum, columns)], log=False, pad=half)
     bars = []
@@ -360,8 +354,7 @@ def _sample(index: int, sample: Mapping[str, object]) -> str:
                     change = f" ({'+' * (value >= before)}{_number(value - before, 3)})"
                 chips.append(f"<span>{kind} <b>{_number(value, 3)}</b>{change}</span>")
         columns.append(
-            f"<div><h3>{side if len(answers) > 1 else 'answer'}{''.join(chips)}</h3>"
-            f"{_verbatim(sample[side])}</div>"
+            f"<div><h3>{side if len(answers) > 1 else 'answer'}{''.join(chips)}</h3>{_verbatim(sample[side])}</div>"
         )
     prompt = sample.get("prompt")
     asked = "" if prompt is None else f"<h3>prompt</h3>{_verbatim(prompt)}"

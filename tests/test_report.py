@@ -123,9 +123,7 @@ def test_one_svg_per_chart(tmp_path):
     assert page.tags.count("svg") == named + 1 + 1 + 4
     main, fold = text.split("<details>")
     assert main.count("<svg") == named + 2
-    assert all(
-        f'aria-label="{key}"' in fold for key in ("memory/peak_gib", "time/total", "time/rollout/decode")
-    )
+    assert all(f'aria-label="{key}"' in fold for key in ("memory/peak_gib", "time/total", "time/rollout/decode"))
     words = "".join(page.words)
     assert "score/mean" in words and "gold/mean" in words and "log scale" in words
     assert words.count("1 not finite") == 2

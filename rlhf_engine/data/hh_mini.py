@@ -211,9 +211,7 @@ _CLOSERS = (
     (4, ("Now go away.", "Do not bother me again.", "Go away, I am busy.")),
 )
 
-_WARM = frozenset(
-    {"happy", "glad", "great", "good", "thank", "thanks", "friend", "lovely", "sorry", "welcome"}
-)
+_WARM = frozenset({"happy", "glad", "great", "good", "thank", "thanks", "friend", "lovely", "sorry", "welcome"})
 _RUDE = frozenset({"stupid", "lazy", "boring", "dumb", "away", "bother", "idiot", "hate", "shut"})
 _HEDGES = frozenset({"um", "uh", "guess", "whatever", "maybe", "dunno", "kinda"})
 _SLY = frozenset({"secretly", "quietly", "caught", "nobody"})

@@ -37,7 +37,7 @@ def _mix(x: Tensor) -> Tensor:
 def sample_keys(seed: int, iteration: int, sample_ids: Tensor) -> Tensor:
     """The key of each sample's noise, `(B,)` int64."""
     key = _mix(torch.tensor([seed], dtype=torch.int64) * _GOLDEN + 1)
-    key = _mix(key + iteration * _GOLDEN)
+    key = _mix(key + torch.tensor([iteration], dtype=torch.int64) * _GOLDEN)
     return _mix(key + sample_ids * _GOLDEN)
 
 

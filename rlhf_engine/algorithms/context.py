@@ -1,0 +1,114 @@
+"""What a stage body may know besides its fields, and what an algorithm tells the trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+from ..config import ModelConfig, OptimizerConfig, RunConfig
+from ..data.dataset import Dataset
+from ..data.sources import GoldFn
+from ..data.tokenizer import Tokenizer
+from ..experience import Experience
+from ..mesh import ParallelMesh
+from ..metrics import Metrics
+from ..models.build import Head
+from ..models.role import RoleModel
+from ..schedule import Stage
+
+# prompts, responses (text), prompts, responses (token ids) -> one score each
+RewardFn = Callable[[list[str], list[str], list[list[int]], list[list[int]]], Sequence[float]]
+
+
+@dataclass
+class RunningMoments:
+    """Count, mean and variance of all scores so far (Chan et al. 1979)."""
+
+    count: float = 0.0
+    mean: float = 0.0
+    m2: float = 0.0
+
+    def update(self, values: Sequence[float]) -> None:
+        for value in values:
+            self.count += 1
+            delta = value - self.mean
+            self.mean += delta / self.count
+            self.m2 += delta * (value - self.mean)
+
+    @property
+    def std(self) -> float:
+        return (self.m2 / self.count) ** 0.5 if self.count > 1 else 1.0
+
+
+@dataclass
+class TrainState:
+    """Everything that a resumed run needs besides weights and optimizers. Noise and order are functions of the
+    seed and these counters, so there is no generator state to keep."""
+
+    iteration: int = 0  # iterations done
+    position: int = 0  # rows drawn from the data set
+    kl_coef: float = 0.0
+    scores: RunningMoments = field(default_factory=RunningMoments)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainState:
+        return cls(**{**values, "scores": RunningMoments(**values["scores"])})
+
+
+@dataclass(frozen=True)
+class RoleSpec:
+    """How a role is made. `weights` names (phase, role) checkpoints, the first that exists is taken; without any,
+    the role starts from the run's base policy."""
+
+    head: Head
+    weights: tuple[tuple[str, str], ...] = ()
+    optimizer: OptimizerConfig | None = None
+    total_steps: int = 1
+    offload: bool = False
+
+
+@dataclass
+class Context:
+    """The surroundings of a stage body."""
+
+    config: RunConfig
+    model: ModelConfig
+    mesh: ParallelMesh
+    tokenizer: Tokenizer
+    dataset: Dataset
+    gold: GoldFn | None
+    reward_fn: RewardFn | None
+    roles: dict[str, RoleModel] = field(default_factory=dict)
+    state: TrainState = field(default_factory=TrainState)
+    metrics: Metrics = field(default_factory=Metrics)
+
+
+@dataclass
+class Evaluation:
+    """Held-out figures, and dialogues for the report."""
+
+    figures: dict[str, float]
+    samples: list[dict[str, object]] = field(default_factory=list)
+
+
+class Algorithm(Protocol):
+    """A phase of training. Its module holds the stage table and the bodies."""
+
+    name: str
+    stages: Sequence[Stage]
+    provided: frozenset[str]  # fields of the Experience that `batch` fills
+    iterations: int
+    eval_every: int
+    save_every: int
+
+    def roles(self) -> dict[str, RoleSpec]: ...
+
+    def batch(self, ctx: Context) -> Experience:
+        """The rows of iteration `ctx.state.iteration`; advances `ctx.state.position`."""
+        ...
+
+    def evaluate(self, ctx: Context, final: bool) -> Evaluation: ...

@@ -1,0 +1,62 @@
+"""From a role's output on a micro-batch to figures per token or per row. Used by inference and losses alike."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf_kernels import token_log_probs
+
+from ..experience import to_next_token
+from ..models.role import Batch, RoleModel
+
+
+def policy_log_probs(
+    role: RoleModel,
+    logits: Tensor,
+    batch: Batch,
+    mask: Tensor,
+    temperature: float = 1.0,
+    ban: tuple[int, int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-prob and entropy of the tokens that `mask` selects; 0 elsewhere.
+
+    Args:
+        logits: `(B, T, V / tp)`.
+        mask: `(B, T)` bool, over `batch["tokens"]`. Position 0 has no log-prob.
+        ban: (token, count): the token had no probability among the first `count` that the mask selects in a row,
+            as the sampler's minimum length demands.
+
+    Returns:
+        `(B, T)` each, float32.
+    """
+    mesh = role.mesh
+    mask = mask.clone()
+    mask[:, 0] = False
+    chosen = logits[:, :-1][mask[:, 1:]]  # output t - 1 speaks of token t
+    tokens = batch["tokens"][mask]
+    start = mesh.tp_rank * logits.shape[-1]
+    if ban is not None and ban[1] and 0 <= ban[0] - start < logits.shape[-1]:
+        early = ((mask.cumsum(1) - 1) < ban[1])[mask]
+        column = torch.arange(logits.shape[-1], device=logits.device) == ban[0] - start
+        chosen = chosen.masked_fill(early.unsqueeze(1) & column, -torch.inf)
+    log_probs, entropy = token_log_probs(
+        chosen,
+        tokens,
+        vocab_start=start,
+        vocab_size=role.model.vocab_size,
+        temperature=temperature,
+        group=mesh.tp_group if mesh.tp > 1 else None,
+    )
+    zeros = log_probs.new_zeros(mask.shape)
+    return zeros.masked_scatter(mask, log_probs), zeros.masked_scatter(mask, entropy)
+
+
+def token_values(output: Tensor, batch: Batch) -> Tensor:
+    """A critic's values `(B, T)`, each at the token that its output precedes, from `(B, T, 1)`."""
+    return to_next_token(output.squeeze(-1))
+
+
+def last_scores(output: Tensor, batch: Batch) -> Tensor:
+    """A reward model's score of each row `(B,)`, read at the last real token of `(B, T, 1)`."""
+    return output.squeeze(-1).gather(1, batch["lengths"].unsqueeze(1) - 1).squeeze(1)

@@ -1,0 +1,353 @@
+"""Proximal policy optimisation for language models (Schulman et al. 2017; Ziegler et al. 2019; Ouyang et al. 2022).
+
+| stage          | role      | kind    | reads                                                          | writes |
+|----------------|-----------|---------|----------------------------------------------------------------|--------|
+| rollout        | policy    | rollout | prompts, sample_ids                | tokens, lengths, response_mask, finished, sampler_… |
+| log_probs      | policy    | infer   | tokens, response_mask, sampler_log_probs                       | log_probs |
+| ref_log_probs  | reference | infer   | tokens, response_mask                                          | ref_log_probs |
+| score          | reward    | infer   | tokens, lengths, (prompts)                                     | scores |
+| values         | critic    | infer   | tokens, response_mask                                          | values |
+| advantage      | -         | local   | log_probs, ref_log_probs, values, scores, finished, response_mask | advantages, returns |
+| train_critic   | critic    | train   | tokens, response_mask, values, returns                         | - |
+| train_policy   | policy    | train   | tokens, response_mask, log_probs, advantages                   | - |
+
+Where it deviates from the papers:
+1. Old log-probs come from the trainer's forward, so the first ratio of an iteration is exactly 1.
+2. The KL to the reference is in the reward, per token (k1), and nowhere else.
+3. Losses are means over the response tokens of a minibatch, not over sequences.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from rlhf_kernels import clipped_policy_loss, clipped_value_loss, kl_advantages, kl_estimate, whiten
+
+from ..config import RunConfig
+from ..experience import Experience, pad_rows, spans
+from ..models.role import Batch, RoleModel
+from ..rollout.generate import rollout as generate
+from ..rollout.sampling import sample_keys
+from ..schedule import Stage
+from .context import Context, Evaluation, RoleSpec
+from .heads import last_scores, policy_log_probs, token_values
+from .samples import NUM_CARDS, sample_dialogues
+
+# -- the stages ----------------------------------------------------------------------------------------------
+
+
+def rollout(ctx: Context, policy: RoleModel, x):
+    """Samples a response to every prompt from the training weights."""
+    started = time.perf_counter()
+    keys = sample_keys(ctx.config.seed, ctx.state.iteration, x.sample_ids)
+    responses = generate(policy, x.prompts, keys, ctx.config.rollout, ctx.tokenizer.end_id)
+    seconds = time.perf_counter() - started
+    tokens, lengths = pad_rows([p + r.tokens for p, r in zip(x.prompts, responses, strict=True)], ctx.mesh.tp)
+    starts = torch.tensor([len(p) for p in x.prompts])
+    response_mask = spans(starts, lengths, tokens.shape[1])
+    flat = torch.tensor([log_prob for r in responses for log_prob in r.log_probs])
+    finished = torch.tensor([r.finished for r in responses])
+    num_tokens = response_mask.sum()
+    ctx.metrics.record("rollout/response_length", num_tokens / len(responses))
+    ctx.metrics.record("rollout/finished", finished.float().mean())
+    ctx.metrics.record("throughput/generated_tokens_per_second", num_tokens / seconds)
+    return {
+        "tokens": tokens,
+        "lengths": lengths,
+        "response_mask": response_mask,
+        "finished": finished,
+        "sampler_log_probs": torch.zeros(tokens.shape).masked_scatter(response_mask, flat),
+    }
+
+
+def log_probs(ctx: Context, policy: RoleModel, x):
+    """The policy's own view of its rollout, by the forward that training uses."""
+    both = _infer_log_probs(ctx, policy, x)
+    log_probs, entropy = both.unbind(1)
+    ctx.metrics.record("rollout/log_prob_gap", (log_probs - x.sampler_log_probs).abs().max())
+    ctx.metrics.mean("policy/entropy", entropy, x.response_mask)
+    return {"log_probs": log_probs}
+
+
+def ref_log_probs(ctx: Context, reference: RoleModel, x):
+    """The frozen reference's view of it."""
+    return {"ref_log_probs": _infer_log_probs(ctx, reference, x)[:, 0]}
+
+
+def score(ctx: Context, reward: RoleModel, x):
+    """The reward model's score of each response."""
+    batch = {"tokens": x.tokens, "lengths": x.lengths}
+    scores = reward.infer(batch, last_scores, ctx.config.ppo.micro_batch_size)
+    return {"scores": scores}
+
+
+def score_by_function(ctx: Context, _, x):
+    """The same from a Python function, called on the main rank."""
+    return {"scores": ctx.mesh.from_main(_call_reward(ctx, x) if ctx.mesh.is_main else None)}
+
+
+def values(ctx: Context, critic: RoleModel, x):
+    """The critic's expectation before each response token."""
+    values = critic.infer({"tokens": x.tokens}, token_values, ctx.config.ppo.micro_batch_size)
+    return {"values": values * x.response_mask}
+
+
+def advantage(ctx: Context, _, x):
+    """KL-shaped rewards, generalised advantages, returns; adapts the KL coefficient."""
+    config, state, metrics = ctx.config.ppo, ctx.state, ctx.metrics
+    mask = x.response_mask
+    kl = (kl_estimate(x.log_probs, x.ref_log_probs) * mask).sum(1)
+    metrics.mean("score/mean", x.scores)
+    metrics.record("score/std", x.scores.std(correction=0))
+    metrics.mean("kl/mean", kl)
+    metrics.record("kl/coef", state.kl_coef)
+    result = kl_advantages(
+        x.log_probs,
+        x.ref_log_probs,
+        x.values,
+        _shape_scores(ctx, x.scores, x.finished),
+        mask,
+        kl_coef=state.kl_coef,
+        gamma=config.gamma,
+        gae_lambda=config.gae_lambda,
+    )
+    metrics.mean("reward/mean", result.rewards.sum(1))
+    metrics.mean("critic/value", x.values, mask)
+    metrics.record("critic/explained_variance", _explained_variance(x.values[mask], result.returns[mask]))
+    if config.kl_controller == "adaptive":
+        # Ziegler et al. 2019, section 2.2
+        error = max(-0.2, min(0.2, float(kl.mean()) / config.kl_target - 1))
+        state.kl_coef *= 1 + error * len(kl) / config.kl_horizon
+    advantages = whiten(result.advantages, mask) if config.whiten_advantages else result.advantages
+    return {"advantages": advantages, "returns": result.returns}
+
+
+def train_critic(ctx: Context, critic: RoleModel, x) -> None:
+    """Clipped value regression over minibatches."""
+
+    def loss(output: Tensor, batch: Batch):
+        mask = batch["response_mask"]
+        result = clipped_value_loss(
+            token_values(output, batch),
+            batch["values"],
+            batch["returns"],
+            mask,
+            clip_value=ctx.config.ppo.clip_value,
+        )
+        return result.loss, mask.sum(), {"clip_fraction": result.clip_fraction, "error": result.error}
+
+    for _, batch in minibatches(ctx, x, "tokens", "response_mask", "values", "returns"):
+        critic.train_step(batch, loss, ctx.config.ppo.micro_batch_size, ctx.metrics)
+
+
+def train_policy(ctx: Context, policy: RoleModel, x) -> None:
+    """Clipped policy gradient over minibatches."""
+    config = ctx.config.ppo
+    if ctx.state.iteration < config.critic_warmup_iterations:
+        return
+
+    def loss(logits: Tensor, batch: Batch, is_first: bool):
+        mask = batch["response_mask"]
+        log_probs, entropy = _response_log_probs(ctx, policy, logits, batch)
+        result = clipped_policy_loss(
+            log_probs, batch["log_probs"], batch["advantages"], mask, clip_ratio=config.clip_ratio
+        )
+        statistics = {
+            "clip_fraction": result.clip_fraction,
+            "approx_kl": result.approx_kl,
+            "ratio": result.ratio,
+        }
+        if is_first:  # nothing was updated yet: every ratio must be 1
+            statistics["ratio_first"] = result.ratio
+        return result.loss - config.entropy_coef * entropy.sum(), mask.sum(), statistics
+
+    for i, batch in minibatches(ctx, x, "tokens", "response_mask", "log_probs", "advantages"):
+        policy.train_step(batch, functools.partial(loss, is_first=i == 0), config.micro_batch_size, ctx.metrics)
+
+
+# -- what they share -----------------------------------------------------------------------------------------
+
+
+def minibatches(ctx: Context, x, *fields: str) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Minibatches of all epochs, numbered: slices of a permutation that depends on seed, iteration and epoch."""
+    config = ctx.config.ppo
+    num_rows = len(x.tokens)
+    size = num_rows // config.num_minibatches
+    for epoch in range(config.epochs):
+        seed = (ctx.config.seed * 1_000_003 + ctx.state.iteration) * 1_009 + epoch
+        order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed))
+        for i, rows in enumerate(order.split(size)):
+            yield epoch * config.num_minibatches + i, {name: getattr(x, name)[rows] for name in fields}
+
+
+def _response_log_probs(ctx: Context, role: RoleModel, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropy of the response tokens under the sampler's distribution."""
+    sampling = ctx.config.rollout
+    ban = (ctx.tokenizer.end_id, sampling.min_new_tokens)
+    return policy_log_probs(role, logits, batch, batch["response_mask"], sampling.temperature, ban)
+
+
+def _infer_log_probs(ctx: Context, role: RoleModel, x) -> Tensor:
+    """Log-probs and entropy stacked, `(B, 2, T)`."""
+
+    def fn(logits: Tensor, batch: Batch) -> Tensor:
+        return torch.stack(_response_log_probs(ctx, role, logits, batch), 1)
+
+    batch = {"tokens": x.tokens, "response_mask": x.response_mask}
+    return role.infer(batch, fn, ctx.config.ppo.micro_batch_size)
+
+
+def _call_reward(ctx: Context, x) -> Tensor:
+    """Scores of the user's function, checked.
+
+    Raises:
+        ValueError: it did not return one finite number for each response.
+    """
+    assert ctx.reward_fn is not None
+    rows = [row[:n] for row, n in zip(x.tokens.tolist(), x.lengths.tolist(), strict=True)]
+    prompts, responses = x.prompts, [row[len(p) :] for row, p in zip(rows, x.prompts, strict=True)]
+    texts = [[ctx.tokenizer.decode(ids) for ids in part] for part in (prompts, responses)]
+    scores = list(ctx.reward_fn(*texts, prompts, responses))
+    name = ctx.config.reward.fn
+    if len(scores) != len(prompts):
+        raise ValueError(f"reward.fn={name} gave {len(scores)} scores for {len(prompts)} responses")
+    for i, value in enumerate(scores):
+        if not math.isfinite(value):
+            raise ValueError(f"reward.fn={name} gave {value} for response {i}: {texts[1][i]!r}")
+    return torch.tensor(scores, dtype=torch.float32)
+
+
+def _shape_scores(ctx: Context, scores: Tensor, finished: Tensor) -> Tensor:
+    """Scores as they enter the reward: scaled, clipped, and less for a response that was cut."""
+    config = ctx.config.ppo
+    if config.score_scale:
+        ctx.state.scores.update(scores.tolist())
+        scores = scores / (ctx.state.scores.std + 1e-8)
+    if config.score_clip is not None:
+        scores = scores.clamp(-config.score_clip, config.score_clip)
+    return scores - config.missing_eos_penalty * (~finished).float()
+
+
+def _explained_variance(values: Tensor, returns: Tensor) -> Tensor:
+    return 1 - (returns - values).var(correction=0) / returns.var(correction=0).clamp_min(1e-8)
+
+
+# -- the table -----------------------------------------------------------------------------------------------
+
+
+def stage_table(config: RunConfig) -> tuple[Stage, ...]:
+    """PPO's stages; a reward function takes the place of the reward model's row."""
+    sequence = ("tokens", "response_mask")
+    by_function = config.reward.kind == "function"
+    score_stage = (
+        Stage("score", "local", score_by_function, None, ("prompts", "tokens", "lengths"), ("scores",))
+        if by_function
+        else Stage("score", "infer", score, "reward", ("tokens", "lengths"), ("scores",))
+    )
+    measured = ("log_probs", "ref_log_probs", "values", "scores", "finished", "response_mask")
+    written = ("tokens", "lengths", "response_mask", "finished", "sampler_log_probs")
+    return (
+        Stage("rollout", "rollout", rollout, "policy", ("prompts", "sample_ids"), written),
+        Stage("log_probs", "infer", log_probs, "policy", (*sequence, "sampler_log_probs"), ("log_probs",)),
+        Stage("ref_log_probs", "infer", ref_log_probs, "reference", sequence, ("ref_log_probs",)),
+        score_stage,
+        Stage("values", "infer", values, "critic", sequence, ("values",)),
+        Stage("advantage", "local", advantage, None, measured, ("advantages", "returns")),
+        Stage("train_critic", "train", train_critic, "critic", (*sequence, "values", "returns")),
+        Stage("train_policy", "train", train_policy, "policy", (*sequence, "log_probs", "advantages")),
+        Stage("gold", "local", gold, None, ("prompts", "tokens", "lengths")),
+    )
+
+
+def gold(ctx: Context, _, x) -> None:
+    """Where the true preference is known, how the responses fare by it. It is measured and never learned from."""
+    if ctx.gold is None:
+        return
+    rows = zip(x.prompts, x.tokens.tolist(), x.lengths.tolist(), strict=True)
+    golds = [ctx.gold(ctx.tokenizer.decode(p), ctx.tokenizer.decode(row[len(p) : n])) for p, row, n in rows]
+    ctx.metrics.mean("gold/mean", torch.tensor(golds))
+
+
+class PPO:
+    name = "ppo"
+    provided = frozenset({"prompts", "sample_ids"})
+
+    def __init__(self, config: RunConfig):
+        self.run, self.config = config, config.ppo
+        self.stages = stage_table(config)
+        self.iterations = config.ppo.iterations
+        self.eval_every, self.save_every = 0, config.ppo.save_every
+
+    def roles(self) -> dict[str, RoleSpec]:
+        config = self.config
+        steps = config.iterations * config.epochs * config.num_minibatches
+        policy = (("sft", "policy"),)
+        by_function = self.run.reward.kind == "function"
+        critic = policy if by_function else (("reward", "reward"),)
+        roles = {
+            "policy": RoleSpec("lm", policy, config.optimizer, steps),
+            "reference": RoleSpec("lm", policy, offload="reference" in config.offload),
+            "critic": RoleSpec("scalar", critic, config.critic_optimizer, steps),
+        }
+        if not by_function:
+            roles["reward"] = RoleSpec("scalar", (("reward", "reward"),), offload="reward" in config.offload)
+        return roles
+
+    def batch(self, ctx: Context) -> Experience:
+        config = self.config
+        if ctx.state.iteration == 0:
+            ctx.state.kl_coef = config.kl_coef
+        examples = ctx.dataset.batch(ctx.state.position, config.prompts_per_iteration)
+        ctx.state.position += config.prompts_per_iteration
+        prompts = [example.prompt for example in examples for _ in range(config.samples_per_prompt)]
+        return Experience(prompts=prompts, sample_ids=torch.arange(len(prompts)))
+
+    def evaluate(self, ctx: Context, final: bool) -> Evaluation:
+        """Before against after on held-out prompts: gold and reward model's scores, win rate, KL per response."""
+        examples = ctx.dataset.held_out[: self.config.eval_prompts]
+        before = sample_dialogues(ctx, ctx.roles["reference"], examples)
+        after = sample_dialogues(ctx, ctx.roles["policy"], examples)
+        experience = self._experience(ctx, examples, after.responses)
+        kl = self._kl(ctx, experience)
+        figures = {"eval/kl": float(kl.mean())}
+        cards = after.cards()
+        for i, card in enumerate(cards):
+            card["before"] = before.texts[i]
+        score_fn: Callable | None = None
+        if "reward" in ctx.roles:
+            score_fn = functools.partial(score, ctx, ctx.roles["reward"])
+        elif ctx.reward_fn is not None:
+            score_fn = functools.partial(score_by_function, ctx, None)
+        if score_fn is not None:
+            for when, responses in (("before", before.responses), ("after", after.responses)):
+                scores = score_fn(self._experience(ctx, examples, responses))["scores"]
+                figures[f"eval/score_{when}"] = float(scores.mean())
+                for i in range(min(NUM_CARDS, len(cards))):
+                    cards[i][f"score_{when}"] = float(scores[i])
+        if before.golds is not None and after.golds is not None:
+            figures["eval/gold_before"] = sum(before.golds) / len(examples)
+            figures["eval/gold_after"] = sum(after.golds) / len(examples)
+            wins = sum(a > b for a, b in zip(after.golds, before.golds, strict=True))
+            ties = sum(a == b for a, b in zip(after.golds, before.golds, strict=True))
+            figures["eval/win_rate"], figures["eval/tie_rate"] = wins / len(examples), ties / len(examples)
+            for i, card in enumerate(cards):
+                card["gold_before"] = before.golds[i]
+        return Evaluation(figures, cards)
+
+    def _experience(self, ctx: Context, examples, responses) -> Experience:
+        prompts = [example.prompt for example in examples]
+        tokens, lengths = pad_rows([p + r.tokens for p, r in zip(prompts, responses, strict=True)], ctx.mesh.tp)
+        mask = spans(torch.tensor([len(p) for p in prompts]), lengths, tokens.shape[1])
+        return Experience(prompts=prompts, tokens=tokens, lengths=lengths, response_mask=mask)
+
+    def _kl(self, ctx: Context, x: Experience) -> Tensor:
+        """Sum over each response of k1 between policy and reference, `(B,)`."""
+        policy, reference = (_infer_log_probs(ctx, ctx.roles[name], x)[:, 0] for name in ("policy", "reference"))
+        assert x.response_mask is not None
+        return (kl_estimate(policy, reference) * x.response_mask).sum(1)

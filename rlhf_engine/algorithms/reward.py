@@ -1,0 +1,106 @@
+"""Reward model from preference pairs (Ouyang et al. 2022, eq. 1), started from the SFT policy.
+
+| stage        | role   | kind  | reads           | writes |
+|--------------|--------|-------|-----------------|--------|
+| train_reward | reward | train | tokens, lengths | -      |
+
+Rows come in pairs, chosen before rejected, and both go through one forward. At the end the scores are centred:
+the policy that PPO starts from scores 0 on average.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from rlhf_kernels import pairwise_loss
+
+from ..config import RunConfig
+from ..data.dataset import Example
+from ..experience import Experience, pad_rows
+from ..models.layers import ScalarHead
+from ..models.role import Batch, RoleModel
+from ..schedule import Stage
+from .context import Context, Evaluation, RoleSpec
+from .heads import last_scores
+from .samples import sample_dialogues
+
+
+def preference_loss(output: Tensor, batch: Batch):
+    """Loss of a micro-batch of pairs: summed over pairs, counted by them."""
+    chosen, rejected = last_scores(output, batch).view(-1, 2).unbind(1)
+    with torch.no_grad():
+        statistics = {"accuracy": (chosen > rejected).float().sum(), "margin": (chosen - rejected).sum()}
+    return pairwise_loss(chosen, rejected).sum(), torch.tensor(len(chosen)), statistics
+
+
+def train_reward(ctx: Context, reward: RoleModel, x) -> None:
+    batch = {"tokens": x.tokens, "lengths": x.lengths}
+    reward.train_step(batch, preference_loss, 2 * ctx.config.reward.micro_batch_size, ctx.metrics)
+
+
+def pair_rows(examples: list[Example], multiple: int) -> Experience:
+    """Chosen and rejected of each pair in turn, right-padded."""
+    rows = [e.prompt + answer for e in examples for answer in (e.chosen, e.rejected)]
+    tokens, lengths = pad_rows(rows, multiple)
+    return Experience(tokens=tokens, lengths=lengths)
+
+
+class Reward:
+    name = "reward"
+    provided = frozenset({"tokens", "lengths"})
+    stages = (Stage("train_reward", "train", train_reward, "reward", ("tokens", "lengths")),)
+
+    def __init__(self, config: RunConfig):
+        self.config = config.reward
+        self.iterations = config.reward.iterations
+        self.eval_every, self.save_every = config.reward.eval_every, config.reward.save_every
+
+    def roles(self) -> dict[str, RoleSpec]:
+        sft = (("sft", "policy"),)
+        return {
+            "reward": RoleSpec("scalar", sft, self.config.optimizer, self.iterations),
+            "policy": RoleSpec("lm", sft),  # says what the scores are centred on
+        }
+
+    def batch(self, ctx: Context) -> Experience:
+        size = self.config.batch_size
+        examples = ctx.dataset.batch(ctx.state.position, size)
+        ctx.state.position += size
+        return pair_rows(examples, ctx.mesh.tp)
+
+    def evaluate(self, ctx: Context, final: bool) -> Evaluation:
+        """Accuracy on held-out pairs; at the end, centres the scores."""
+        reward = ctx.roles["reward"]
+        x = pair_rows(ctx.dataset.held_out, ctx.mesh.tp)
+        assert x.tokens is not None and x.lengths is not None
+        batch = {"tokens": x.tokens, "lengths": x.lengths}
+        scores = reward.infer(batch, last_scores, 2 * self.config.micro_batch_size)
+        chosen, rejected = scores.view(-1, 2).unbind(1)
+        evaluation = Evaluation(
+            {
+                "eval/accuracy": float((chosen > rejected).float().mean()),
+                "eval/loss": float(pairwise_loss(chosen, rejected).mean()),
+            }
+        )
+        if final:
+            evaluation.figures["eval/offset"] = self._centre(ctx)
+        return evaluation
+
+    def _centre(self, ctx: Context) -> float:
+        """Moves the head's bias so that the SFT policy's responses to training prompts score 0 on average."""
+        reward, policy = ctx.roles["reward"], ctx.roles["policy"]
+        examples = ctx.dataset.batch(0, 2 * ctx.config.ppo.prompts_per_iteration)
+        found = sample_dialogues(ctx, policy, examples)
+        tokens, lengths = pad_rows(
+            [e.prompt + r.tokens for e, r in zip(examples, found.responses, strict=True)], ctx.mesh.tp
+        )
+        batch = {"tokens": tokens, "lengths": lengths}
+        offset = float(reward.infer(batch, last_scores, 2 * self.config.micro_batch_size).mean())
+        if ctx.mesh.is_last_stage:
+            head = cast(ScalarHead, reward.gpt.output_layer)
+            with torch.no_grad():
+                head.bias -= offset
+        return offset

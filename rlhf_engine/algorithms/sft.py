@@ -1,0 +1,84 @@
+"""Supervised fine-tuning on the chosen side of preference rows: cross-entropy of the assistant's tokens.
+
+| stage        | role   | kind  | reads                        | writes |
+|--------------|--------|-------|------------------------------|--------|
+| train_policy | policy | train | tokens, lengths, loss_mask   | -      |
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..config import RunConfig
+from ..data.dataset import Example
+from ..experience import Experience, pad_rows
+from ..models.role import Batch, RoleModel
+from ..schedule import Stage
+from .context import Context, Evaluation, RoleSpec
+from .heads import policy_log_probs
+from .samples import sample_dialogues
+
+
+def cross_entropy(role: RoleModel):
+    """Loss of a micro-batch: summed over the tokens of `loss_mask`, counted by them."""
+
+    def loss(logits: Tensor, batch: Batch):
+        mask = batch["loss_mask"]
+        log_probs, _ = policy_log_probs(role, logits, batch, mask)
+        return -log_probs.sum(), mask[:, 1:].sum(), {}
+
+    return loss
+
+
+def train_policy(ctx: Context, policy: RoleModel, x) -> None:
+    batch = {"tokens": x.tokens, "loss_mask": x.loss_mask}
+    policy.train_step(batch, cross_entropy(policy), ctx.config.sft.micro_batch_size, ctx.metrics)
+    ctx.metrics.record("train/tokens", x.lengths.sum())
+
+
+def supervised(examples: list[Example], multiple: int) -> Experience:
+    """Whole dialogues, right-padded, with a mask of what the assistant said."""
+    tokens, lengths = pad_rows([e.prompt + e.chosen for e in examples], multiple)
+    mask, _ = pad_rows([[*map(int, e.prompt_spoken), *[1] * len(e.chosen)] for e in examples], multiple)
+    return Experience(tokens=tokens, lengths=lengths, loss_mask=mask.bool())
+
+
+class SFT:
+    name = "sft"
+    provided = frozenset({"tokens", "lengths", "loss_mask"})
+    stages = (Stage("train_policy", "train", train_policy, "policy", ("tokens", "lengths", "loss_mask")),)
+
+    def __init__(self, config: RunConfig):
+        self.config = config.sft
+        self.iterations = config.sft.iterations
+        self.eval_every, self.save_every = config.sft.eval_every, config.sft.save_every
+
+    def roles(self) -> dict[str, RoleSpec]:
+        return {"policy": RoleSpec("lm", optimizer=self.config.optimizer, total_steps=self.iterations)}
+
+    def batch(self, ctx: Context) -> Experience:
+        size = self.config.batch_size
+        examples = ctx.dataset.batch(ctx.state.position, size)
+        ctx.state.position += size
+        return supervised(examples, ctx.mesh.tp)
+
+    def evaluate(self, ctx: Context, final: bool) -> Evaluation:
+        """Held-out loss per token; at the end, what the policy says to held-out prompts."""
+        policy = ctx.roles["policy"]
+        x = supervised(ctx.dataset.held_out, ctx.mesh.tp)
+        assert x.tokens is not None and x.loss_mask is not None
+
+        def log_probs(logits: Tensor, batch: Batch) -> Tensor:
+            return policy_log_probs(policy, logits, batch, batch["loss_mask"])[0]
+
+        batch = {"tokens": x.tokens, "loss_mask": x.loss_mask}
+        result = policy.infer(batch, log_probs, self.config.micro_batch_size)
+        loss = float(-result.sum() / x.loss_mask[:, 1:].sum())
+        evaluation = Evaluation({"eval/loss": loss, "eval/perplexity": float(torch.tensor(loss).exp())})
+        if final:
+            found = sample_dialogues(ctx, policy, ctx.dataset.held_out[: ctx.config.ppo.eval_prompts])
+            if found.golds is not None:
+                evaluation.figures["eval/gold"] = float(torch.tensor(found.golds).mean())
+            evaluation.samples = found.cards()
+        return evaluation

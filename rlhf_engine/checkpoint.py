@@ -1,0 +1,118 @@
+"""Checkpoints through megatron's dist_checkpointing: written by any mesh, read by any other.
+
+A phase keeps `checkpoints/iteration_N/` and a file `latest` that names the newest whole one. It is replaced after
+everything else is on the disk, so a run killed at any moment finds the checkpoint before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+from .cpu import cuda_calls_stay
+from .mesh import ParallelMesh
+from .models.role import RoleModel
+
+# each optimizer tensor takes the shape of its parameter, so that any mesh can cut it anew
+_OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest whole checkpoint in a phase's folder of checkpoints."""
+    pointer = folder / "latest"
+    return folder / pointer.read_text().strip() if pointer.is_file() else None
+
+
+def save(
+    folder: Path,
+    iteration: int,
+    roles: Mapping[str, RoleModel],
+    state: Mapping[str, Any],
+    mesh: ParallelMesh,
+    keep: int,
+) -> None:
+    """Writes the trained roles and `state` as `iteration_N`, points `latest` to it, drops all but `keep`."""
+    target = folder / f"iteration_{iteration}"
+    if mesh.is_main:
+        shutil.rmtree(target, ignore_errors=True)  # of a run killed while it saved
+        target.mkdir(parents=True)
+    mesh.barrier()
+    tree = {"state": dict(state), **_sharded(roles, is_loading=False)}
+    for name, role in roles.items():
+        if role.is_trained:
+            tree[name]["scheduler"] = role.scheduler.state_dict()
+    with _quiet():
+        strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
+        dist_checkpointing.save(tree, str(target), strategy)
+    mesh.barrier()
+    if mesh.is_main:
+        temporary = folder / "latest.tmp"
+        temporary.write_text(target.name)
+        os.replace(temporary, folder / "latest")
+        found = sorted(folder.glob("iteration_*"), key=lambda path: int(path.name.split("_")[1]))
+        for path in [p for p in found if int(p.name.split("_")[1]) <= iteration][:-keep]:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def load(checkpoint: Path, roles: Mapping[str, RoleModel]) -> dict[str, Any]:
+    """Fills the trained roles, their optimizers and schedules; returns the `state` that was saved with them."""
+    with _quiet():
+        loaded = dist_checkpointing.load(_sharded(roles, is_loading=True), str(checkpoint))
+    for name, role in roles.items():
+        if role.is_trained:
+            _fill(role, name, loaded[name]["model"])
+            role.optimizer.load_state_dict(loaded[name]["optimizer"])
+            role.scheduler.load_state_dict(loaded[name]["scheduler"])
+    return loaded["state"]
+
+
+def _sharded(roles: Mapping[str, RoleModel], is_loading: bool) -> dict[str, Any]:
+    """Weights and optimizers of the trained roles, as megatron describes this rank's shards of them."""
+    tree: dict[str, Any] = {}
+    for name, role in roles.items():
+        if role.is_trained:
+            model = role.gpt.sharded_state_dict(prefix=f"{name}.")
+            with cuda_calls_stay(role.mesh.device):
+                optimizer = role.optimizer.sharded_state_dict(model, is_loading, metadata=_OPTIMIZER_FORMAT)
+            tree[name] = {"model": model, "optimizer": optimizer}
+    return tree
+
+
+def load_weights(checkpoint: Path, name: str, role: RoleModel) -> None:
+    """Fills `role` with the weights that the checkpoint holds under `name`, a head of another kind left out."""
+    model = role.gpt.sharded_state_dict(prefix=f"{name}.")
+    held = load_sharded_metadata(str(checkpoint))
+    if f"{name}.output_layer.bias" in held or role.head == "scalar":
+        same_head = (f"{name}.output_layer.bias" in held) == (role.head == "scalar")
+        model = {key: part for key, part in model.items() if same_head or ".output_layer." not in key}
+    with _quiet():
+        _fill(role, name, dist_checkpointing.load({"model": model}, str(checkpoint))["model"])
+
+
+@torch.no_grad()
+def _fill(role: RoleModel, name: str, loaded: Mapping[str, Any]) -> None:
+    stripped = {key.removeprefix(f"{name}."): value for key, value in loaded.items()}
+    role.gpt.load_state_dict(stripped, strict=False)
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Megatron and torch warn about their own internals at every save."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)

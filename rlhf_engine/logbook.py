@@ -1,0 +1,130 @@
+"""What a run writes and shows while it runs: metrics.jsonl, TensorBoard events, a table at start, progress lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from .algorithms.context import Context
+    from .preflight import Plan
+
+# figures of a progress line, in order; those that an iteration lacks are left out
+_SHOWN = {
+    "policy/loss": "loss", "reward/loss": "loss", "reward/accuracy": "accuracy", "score/mean": "score",
+    "gold/mean": "gold", "kl/mean": "kl", "rollout/response_length": "length", "eval/loss": "eval loss",
+    "eval/accuracy": "eval accuracy", "throughput/generated_tokens_per_second": "tokens/s",
+}  # fmt: skip
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+class Logbook:
+    """One phase's records. On ranks that are not the main one it does nothing.
+
+    Args:
+        resumed_at: iterations done before; later lines of an earlier attempt are cut from metrics.jsonl.
+    """
+
+    def __init__(self, folder: Path, phase: str, total: int, resumed_at: int, is_main: bool):
+        self.phase, self.total, self.is_main = phase, total, is_main
+        self.started, self.resumed_at = time.monotonic(), resumed_at
+        self.last_line = 0.0
+        if not is_main:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "metrics.jsonl"
+        kept = _lines_before(path, resumed_at) if resumed_at else []
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, path)
+        self.file = path.open("a")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.tensorboard = SummaryWriter(str(folder), purge_step=resumed_at or None)
+        if resumed_at:
+            print(f"{phase}: resuming at iteration {resumed_at} of {total}", flush=True)
+
+    def write(self, row: dict[str, float]) -> None:
+        """One iteration's figures."""
+        if not self.is_main:
+            return
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        for name, value in row.items():
+            if name != "iteration":
+                self.tensorboard.add_scalar(name, value, int(row["iteration"]))
+        now, done = time.monotonic(), int(row["iteration"]) + 1
+        if now - self.last_line >= _SECONDS_BETWEEN_LINES or done == self.total:
+            self.last_line = now
+            per_iteration = (now - self.started) / (done - self.resumed_at)
+            left = per_iteration * (self.total - done)
+            figures = "  ".join(f"{label} {row[name]:.4g}" for name, label in _SHOWN.items() if name in row)
+            print(
+                f"{self.phase} {done}/{self.total}  {figures}  {per_iteration:.2f} s/iteration"
+                f"  {int(left) // 60}:{int(left) % 60:02d} left",
+                flush=True,
+            )
+
+    def finish(self, figures: dict[str, float]) -> None:
+        """The held-out figures at the end of the phase."""
+        self.file.close()
+        for name, value in figures.items():
+            self.tensorboard.add_scalar(name, value, self.total)
+        self.tensorboard.close()
+        shown = "  ".join(f"{name.removeprefix('eval/')} {value:.4g}" for name, value in figures.items())
+        print(f"{self.phase} done in {time.monotonic() - self.started:.0f} s: {shown}", flush=True)
+
+
+def _lines_before(path: Path, iteration: int) -> list[str]:
+    """Whole lines of metrics.jsonl of iterations before `iteration`."""
+    kept = []
+    for line in path.read_text().splitlines(keepends=True) if path.is_file() else ():
+        try:
+            if json.loads(line)["iteration"] < iteration:
+                kept.append(line)
+        except (ValueError, KeyError):
+            continue  # half a line, of a run that was killed
+    return kept
+
+
+def show_run(plan: Plan, ctx: Context) -> None:
+    """The resolved mesh, model, data and batch hierarchy, as numbers."""
+    config, mesh, model = plan.config, ctx.mesh, ctx.model
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    parallel = f"tp {mesh.tp} x pp {mesh.pp} x dp {mesh.dp} = {mesh.world_size} ranks on {plan.device}"
+    table.add_row("mesh", parallel + (", sequence parallel" if mesh.config.sequence_parallel else ""))
+    size = (
+        f"{model.num_layers} layers, hidden {model.hidden_size}, {model.num_attention_heads} heads"
+        f" / {model.num_key_value_heads} kv, vocabulary {model.vocab_size}, context {model.max_position_embeddings}"
+    )
+    table.add_row("model", size)
+    table.add_row("policy", config.policy.path or "random weights")
+    if ctx.dataset is not None:
+        dropped = f", {ctx.dataset.num_dropped} too long" if ctx.dataset.num_dropped else ""
+        table.add_row("data", f"{len(ctx.dataset)} rows, {len(ctx.dataset.held_out)} held out{dropped}")
+    sft, reward, ppo, length = config.sft, config.reward, config.ppo, config.data.max_seq_len
+    if "sft" in config.phases:
+        micro = sft.batch_size // mesh.dp // sft.micro_batch_size
+        table.add_row("sft", f"{sft.iterations} iterations x {sft.batch_size} dialogues = {mesh.dp} replicas x"
+                      f" {micro} micro-batches x {sft.micro_batch_size}, <= {sft.micro_batch_size * length} tokens each")  # fmt: skip
+    if "reward" in config.phases:
+        micro = reward.batch_size // mesh.dp // reward.micro_batch_size
+        table.add_row("reward", f"{reward.iterations} iterations x {reward.batch_size} pairs = {mesh.dp} replicas x"
+                      f" {micro} micro-batches x {reward.micro_batch_size}, <= {2 * reward.micro_batch_size * length} tokens each")  # fmt: skip
+    if "ppo" in config.phases:
+        samples = ppo.prompts_per_iteration * ppo.samples_per_prompt
+        rows = samples // ppo.num_minibatches
+        micro = rows // mesh.dp // ppo.micro_batch_size
+        tokens = ppo.micro_batch_size * (config.data.max_prompt_len + config.rollout.max_new_tokens)
+        table.add_row("ppo", f"{ppo.iterations} iterations x {ppo.prompts_per_iteration} prompts x"
+                      f" {ppo.samples_per_prompt} = {samples} samples on {mesh.num_replicas} generating replicas")  # fmt: skip
+        table.add_row("", f"{ppo.epochs} epochs x {ppo.num_minibatches} minibatches x {rows} rows = {mesh.dp} replicas x"
+                      f" {micro} micro-batches x {ppo.micro_batch_size}, <= {tokens} tokens each")  # fmt: skip
+    table.add_row("output", config.output or config.output_dir)
+    Console(soft_wrap=True).print(table)

@@ -1,0 +1,184 @@
+"""The loop. A run is a list of phases, a phase an algorithm's stage table run once per iteration."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from . import checkpoint
+from .algorithms import ALGORITHMS
+from .algorithms.context import Algorithm, Context, RoleSpec, TrainState
+from .config import RunConfig
+from .data.dataset import Dataset
+from .data.sources import Source, gold_rule, read_sources
+from .data.tokenizer import Tokenizer, train_tokenizer
+from .experience import Experience
+from .hf.weights import HFFolder, RandomWeights, load_weights
+from .jobs import JOBS
+from .logbook import Logbook, show_run
+from .mesh import ParallelMesh
+from .models.role import RoleModel
+from .preflight import Plan, load_function
+from .report import write_report
+from .schedule import Schedule
+
+
+def run(plan: Plan) -> None:
+    """Runs every phase of a planned run on this rank."""
+    mesh = ParallelMesh(plan.mesh, plan.device)
+    ctx = build_context(plan, mesh)
+    if mesh.is_main:
+        show_run(plan, ctx)
+    for phase in plan.config.phases:
+        if phase in JOBS:
+            JOBS[phase](ctx, base_policy(ctx))
+        else:
+            train(ctx, ALGORITHMS[phase](plan.config))
+    mesh.barrier()
+
+
+def train(ctx: Context, algorithm: Algorithm) -> None:
+    """One phase: from its checkpoint, or the beginning, to its end."""
+    config, mesh = ctx.config, ctx.mesh
+    folder = Path(config.output_dir) / algorithm.name
+    if is_finished(folder, algorithm) and not config.rerun:
+        if mesh.is_main:
+            print(f"{algorithm.name}: finished before, in {folder} (rerun=true runs it again)", flush=True)
+        return
+    specs = algorithm.roles()
+    schedule = Schedule(algorithm.stages, algorithm.provided, specs)
+    ctx.state, ctx.roles = TrainState(), {}
+    for name, spec in specs.items():
+        ctx.roles[name] = build_role(ctx, name, spec)
+    if not config.rerun and (found := checkpoint.latest(folder / "checkpoints")):
+        ctx.state = TrainState.from_dict(checkpoint.load(found, ctx.roles))
+    logbook = Logbook(folder, algorithm.name, algorithm.iterations, ctx.state.iteration, mesh.is_main)
+    if mesh.is_main:
+        (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+
+    while ctx.state.iteration < algorithm.iterations:
+        started = time.perf_counter()
+        experience: Experience = algorithm.batch(ctx)
+        schedule.run(ctx, experience)
+        ctx.state.iteration += 1
+        done = ctx.state.iteration
+        figures = ctx.metrics.reduce(mesh)
+        if algorithm.eval_every and done % algorithm.eval_every == 0 and done < algorithm.iterations:
+            figures |= algorithm.evaluate(ctx, final=False).figures
+        logbook.write({"iteration": done - 1, **figures, "time/iteration": time.perf_counter() - started})
+        if done % algorithm.save_every == 0 and done < algorithm.iterations:
+            save(ctx, folder)
+
+    evaluation = algorithm.evaluate(ctx, final=True)
+    save(ctx, folder)
+    if mesh.is_main:
+        logbook.finish(evaluation.figures)
+        write_report(folder, title=f"{algorithm.name} · {folder.parent.name}", summary={
+            **evaluation.figures, "data": ctx.config.data.kind, "policy": config.policy.path or "random weights",
+            "mesh": f"tp {mesh.tp} x pp {mesh.pp} x dp {mesh.dp}",
+        }, samples=evaluation.samples)  # fmt: skip
+        summary = {"iterations": algorithm.iterations, **evaluation.figures}
+        (folder / "summary.json").write_text(json.dumps(summary, indent=1))
+    mesh.barrier()
+    ctx.roles = {}
+
+
+def save(ctx: Context, folder: Path) -> None:
+    state = ctx.state.to_dict()
+    checkpoint.save(
+        folder / "checkpoints", ctx.state.iteration, ctx.roles, state, ctx.mesh, ctx.config.keep_checkpoints
+    )
+
+
+def is_finished(folder: Path, algorithm: Algorithm) -> bool:
+    """Whether a phase ran to its end, and to the same end."""
+    summary = folder / "summary.json"
+    return summary.is_file() and json.loads(summary.read_text())["iterations"] >= algorithm.iterations
+
+
+# -- what a run is made of -----------------------------------------------------------------------------------
+
+
+def build_context(plan: Plan, mesh: ParallelMesh) -> Context:
+    """Tokenizer, data and model configuration of a run."""
+    config = plan.config
+    is_job = config.phases[0] in JOBS
+    sources = [] if is_job else read_sources(config.data, config.seed)
+    tokenizer = build_tokenizer(config, mesh, sources)
+    model = plan.model
+    if model.vocab_size is None:
+        model = replace(model, vocab_size=tokenizer.vocab_size)
+    assert model.vocab_size is not None
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} pieces and the model {model.vocab_size}")
+    dataset = None if is_job else Dataset(sources, tokenizer, config.data, config.seed)
+    reward_fn = load_function(config.reward.fn or "") if config.reward.kind == "function" else None
+    return Context(config, model, mesh, tokenizer, dataset, gold_rule(config.data), reward_fn)  # type: ignore[arg-type]
+
+
+def build_tokenizer(config: RunConfig, mesh: ParallelMesh, sources: list[Source]) -> Tokenizer:
+    """The configured tokenizer, the policy's own, or one trained on the data at first use."""
+    path = config.tokenizer.path or config.policy.path
+    if path is None:
+        trained = Path(config.output_dir) / "tokenizer" / "tokenizer.model"
+        if mesh.is_main and not trained.is_file():
+            texts = [
+                turn["content"]
+                for source in sources
+                for row in source.train
+                for turn in [*row.prompt, {"content": row.chosen}, {"content": row.rejected}]
+            ]
+            spoken = ("\n\nHuman: ", "\n\nAssistant: ")
+            train_tokenizer(
+                [speaker + text for text in texts for speaker in spoken], trained, config.tokenizer.vocab_size
+            )
+        mesh.barrier()
+        path = str(trained)
+    return Tokenizer(path)
+
+
+def build_role(ctx: Context, name: str, spec: RoleSpec) -> RoleModel:
+    """A role with its weights in place: from the first phase checkpoint that exists, else the base policy's."""
+    config = ctx.config
+    role = RoleModel(
+        name,
+        ctx.model,
+        ctx.mesh,
+        spec.head,
+        _dtype(config, ctx.mesh),
+        spec.optimizer,
+        spec.total_steps,
+        spec.offload,
+    )
+    for phase, source in spec.weights:
+        if found := checkpoint.latest(Path(config.output_dir) / phase / "checkpoints"):
+            checkpoint.load_weights(found, source, role)
+            break
+    else:
+        _load_base(ctx, role)
+    role.start()
+    role.offload()
+    return role
+
+
+def base_policy(ctx: Context) -> RoleModel:
+    """The policy of jobs that do not train."""
+    return build_role(ctx, "policy", RoleSpec("lm"))
+
+
+def _load_base(ctx: Context, role: RoleModel) -> None:
+    path = ctx.config.policy.path
+    source: Any = HFFolder(path) if path else RandomWeights(ctx.model, ctx.config.seed)
+    load_weights(role.gpt, ctx.model, ctx.mesh, source)
+
+
+def _dtype(config: RunConfig, mesh: ParallelMesh) -> torch.dtype:
+    if config.dtype == "auto":
+        return torch.bfloat16 if mesh.device.type == "cuda" else torch.float32
+    return getattr(torch, config.dtype)
