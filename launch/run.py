@@ -6,6 +6,7 @@ launcher (torchrun, srun) already did.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ from pathlib import Path
 from rlhf_engine.config import ConfigError, RunConfig, from_dict, keys, nearest
 from rlhf_engine.preflight import Plan, plan
 
+PARENT = "RLHF_ENGINE_PARENT"  # process id of the launcher, in the environment of ranks that this script started
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
@@ -80,7 +82,7 @@ def start_ranks(world_size: int, argv: list[str]) -> int:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    shared |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONWARNINGS": "ignore"}
+    shared |= {PARENT: str(os.getpid()), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONWARNINGS": "ignore"}
     ranks = [
         subprocess.Popen(
             [sys.executable, __file__, *argv],
@@ -110,6 +112,16 @@ def start_ranks(world_size: int, argv: list[str]) -> int:
     return code if code >= 0 else 128 - code
 
 
+def end_with_parent() -> None:
+    """Asks Linux to end this rank when the process that started it ends, however that happens."""
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != int(os.environ[PARENT]):
+        sys.exit("the process that started this rank has ended")
+
+
 def run_rank(checked: Plan) -> None:
     """This process as one rank of the run."""
     import logging
@@ -130,6 +142,8 @@ def run_rank(checked: Plan) -> None:
 
 
 def main(argv: list[str]) -> int:
+    if PARENT in os.environ:
+        end_with_parent()
     world_size = launched_world()
     try:
         checked = plan(compose(argv), world_size)

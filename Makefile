@@ -1,0 +1,41 @@
+# make run    install into .venv and run SFT, reward model and PPO on the embedded data
+# make test   install and run the tests
+# make check  style, types, layers
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+RUN ?= +exp=hh_rlhf
+
+# one environment per Python version, so that PYTHON=python3.12 does not disturb the other
+VENV := .venv$(shell $(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2]; print("" if v == "3.11" else "-" + v)')
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+
+.PHONY: install run test check format clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml Makefile
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit("Python 3.11 or 3.12 is needed, this is %d.%d: make PYTHON=python3.12" % v if not (3, 11) <= v <= (3, 12) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[dev]"
+	touch $@
+
+run: install
+	$(BIN)/python launch/run.py $(RUN)
+
+test: install
+	$(BIN)/python -m pytest $(TESTS)
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_layers.py
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv .venv-* build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,92 @@
+"""What rank processes do for the tests: functions that are sent to a `World`."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import torch
+import worlds
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def compose(overrides: list[str]):
+    """The RunConfig of a command line, as launch/run.py makes it."""
+    spec = importlib.util.spec_from_file_location("launch_run", ROOT / "launch" / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.compose(overrides)
+
+
+def context(overrides: list[str], layout: tuple):
+    """Context of a run on the mesh `layout` = (tp, pp, dp[, sequence_parallel])."""
+    from rlhf_engine.preflight import plan
+    from rlhf_engine.trainer import build_context
+
+    tp, pp, dp, sequence_parallel = (*layout, False)[:4]
+    overrides = [*overrides, f"mesh.tp={tp}", f"mesh.pp={pp}", f"mesh.dp={dp}"]
+    overrides.append(f"mesh.sequence_parallel={str(sequence_parallel).lower()}")
+    checked = plan(compose(overrides), int(os.environ["WORLD_SIZE"]))
+    return build_context(checked, worlds.mesh(tp, pp, dp, sequence_parallel))
+
+
+def first_iteration(overrides: list[str], layout: tuple, phase: str) -> dict:
+    """The first iteration of a phase: its tokens and its figures."""
+    from rlhf_engine.algorithms import ALGORITHMS
+    from rlhf_engine.schedule import Schedule
+    from rlhf_engine.trainer import build_role
+
+    ctx = context(overrides, layout)
+    algorithm = ALGORITHMS[phase](ctx.config)
+    specs = algorithm.roles()
+    ctx.roles = {name: build_role(ctx, name, spec) for name, spec in specs.items()}
+    experience = Schedule(algorithm.stages, algorithm.provided, specs).run(ctx, algorithm.batch(ctx))
+    figures = ctx.metrics.reduce(ctx.mesh)
+    rows = [row[:n] for row, n in zip(experience.tokens.tolist(), experience.lengths.tolist(), strict=True)]
+    return {"tokens": rows, "figures": {k: v for k, v in figures.items() if not k.startswith(("time/", "throughput"))}}
+
+
+def generate(overrides: list[str], layout: tuple, prompts: list[list[int]], ids: list[int]):
+    """Responses of the run's policy to prompts whose noise is keyed by `ids`."""
+    from rlhf_engine.rollout.generate import rollout
+    from rlhf_engine.rollout.sampling import sample_keys
+    from rlhf_engine.trainer import base_policy
+
+    ctx = context(overrides, layout)
+    keys = sample_keys(ctx.config.seed, 0, torch.tensor(ids))
+    responses = rollout(base_policy(ctx), prompts, keys, ctx.config.rollout, ctx.tokenizer.end_id)
+    return [(r.tokens, r.log_probs, r.finished) for r in responses]
+
+
+def logits(overrides: list[str], layout: tuple, rows: list[list[int]]) -> torch.Tensor:
+    """The whole vocabulary's logits `(B, T, V)` for right-padded rows."""
+    import torch.distributed as dist
+
+    from rlhf_engine.experience import pad_rows
+    from rlhf_engine.trainer import base_policy
+
+    ctx = context(overrides, layout)
+    policy, mesh = base_policy(ctx), ctx.mesh
+
+    def fn(output, batch):
+        parts = [torch.empty_like(output) for _ in range(mesh.tp)]
+        dist.all_gather(parts, output.contiguous(), group=mesh.tp_group)
+        return torch.cat(parts, -1)[..., : ctx.model.vocab_size]
+
+    tokens, _ = pad_rows(rows, mesh.tp)
+    return policy.infer({"tokens": tokens}, fn, 2)
+
+
+def sampled_frequencies(overrides: list[str], layout: tuple, scores: list[float], draws: int) -> list[int]:
+    """How often each token is drawn from fixed logits, the vocabulary split over the mesh."""
+    from rlhf_engine.rollout.sampling import Sampler, sample_keys
+
+    config = compose(overrides).rollout
+    mesh = worlds.mesh(*layout)
+    shard = torch.tensor(scores).chunk(mesh.tp)[mesh.tp_rank]
+    sampler = Sampler(config, len(scores), len(scores) - 1, mesh.tp_group)
+    keys = sample_keys(3, 0, torch.arange(draws))
+    tokens, _ = sampler(shard.repeat(draws, 1), keys, torch.zeros(draws, dtype=torch.int64))
+    return torch.bincount(tokens, minlength=len(scores)).tolist()

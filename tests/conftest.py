@@ -1,0 +1,61 @@
+"""Fixtures shared by the tests: worlds of ranks, a finished SFT and reward phase, the real data where it is."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from worlds import World
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+
+# A run small enough for a test, its sizes divisible by every mesh that the tests use.
+SMALL = [
+    "+exp=hh_rlhf", "model.num_layers=2", "model.hidden_size=32", "model.intermediate_size=64",
+    "data.num_rows=64", "data.num_eval_rows=8", "rollout.max_new_tokens=12", "sft.iterations=3", "sft.batch_size=16",
+    "sft.micro_batch_size=4", "reward.iterations=3", "reward.batch_size=8", "reward.micro_batch_size=2",
+    "ppo.iterations=2", "ppo.prompts_per_iteration=16", "ppo.micro_batch_size=4", "ppo.eval_prompts=8",
+    "ppo.save_every=2",
+]  # fmt: skip
+
+
+def launch(*overrides: str, check: bool = True) -> subprocess.CompletedProcess:
+    """`python launch/run.py` as a user types it."""
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "launch" / "run.py"), *overrides], capture_output=True, text=True, timeout=300
+    )
+    assert not check or result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+@pytest.fixture(scope="session")
+def worlds():
+    """`worlds(n)`: the session's world of n ranks."""
+    started: dict[int, World] = {}
+
+    def get(size: int) -> World:
+        if size not in started:
+            started[size] = World(size)
+        return started[size]
+
+    yield get
+    for world in started.values():
+        world.close()
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory) -> Path:
+    """Output folder of a small run whose SFT and reward phases are done, on one rank."""
+    folder = tmp_path_factory.mktemp("small")
+    launch(*SMALL, "phases=[sft,reward]", "mesh.dp=1", f"output_dir={folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    if not SHARED.is_dir():
+        pytest.skip("the real data is not here")
+    return SHARED

@@ -1,0 +1,137 @@
+"""Bad input is refused in one line that names what is wrong, before a process group exists."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import sys
+
+import pytest
+from conftest import ROOT, launch
+
+GOOD = {"chosen": "\n\nHuman: Hi?\n\nAssistant: Hello.", "rejected": "\n\nHuman: Hi?\n\nAssistant: No."}
+
+
+@pytest.fixture(scope="module")
+def run():
+    spec = importlib.util.spec_from_file_location("launch_run", ROOT / "launch" / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def refused(run, capsys, monkeypatch):
+    """The one line that refuses a command line."""
+    monkeypatch.setattr(run, "start_ranks", lambda *args: pytest.fail("a rank was started"))
+
+    def get(*overrides: str) -> str:
+        assert run.main(["+exp=hh_rlhf", "device=cpu", *overrides]) == 2
+        out, err = capsys.readouterr()
+        assert not out and err.startswith("error: ") and err.count("\n") == 1, out + err
+        return err
+
+    return get
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["ppo.iteratoins=3"], ["ppo.iteratoins", "ppo.iterations"]),
+        (["mesh.tpp=2"], ["mesh.tpp", "mesh.tp"]),
+        (["modle=tiny"], ["modle", "model"]),
+        (["model=tyni"], ["model=tyni", "tiny"]),
+        (["+exp=hh_rlfh"], ["exp=hh_rlfh", "hh_rlhf"]),
+        (["ppo.iterations=many"], ["ppo.iterations='many'", "whole number"]),
+        (["ppo.kl_coef=true"], ["ppo.kl_coef", "number"]),
+        (["ppo.kl_controller=adaptve"], ["ppo.kl_controller=adaptve", "adaptive"]),
+        (["phases=[sft,rl]"], ["rl", "ppo"]),
+        (["phases=[]"], ["phases"]),
+        (["phases=sft"], ["phases", "phases=[sft]"]),
+        (["mesh.tp=3"], ["mesh.tp=3", "num_attention_heads=4", "[1, 2]"]),
+        (["mesh.tp=0"], ["mesh.tp=0", "at least 1"]),
+        (["mesh.tp=4"], ["mesh.tp=4", "num_key_value_heads=2"]),
+        (["mesh.pp=5"], ["mesh.pp=5", "num_layers=4"]),
+        (["sft.batch_size=60"], ["sft.batch_size=60", "32 or 64"]),
+        (["ppo.num_minibatches=3"], ["ppo.num_minibatches=3", "64"]),
+        (["ppo.micro_batch_size=5"], ["ppo.micro_batch_size=5", "multiple"]),
+        (["data.max_seq_len=4096"], ["data.max_seq_len=4096", "512"]),
+        (["rollout.max_new_tokens=500"], ["rollout.max_new_tokens=500", "512"]),
+        (["rollout.top_k=5"], ["rollout.top_k=0"]),
+        (["rollout.temperature=0"], ["rollout.temperature"]),
+        (["ppo.offload=[critic]"], ["ppo.offload=critic", "reference"]),
+        (["data=hh_rlhf"], ["data.sources"]),
+        (["data=hh_rlhf", "data.sources=[nowhere.jsonl]"], ["nowhere.jsonl", "not there"]),
+        (["data.sources=[helpful-bas]"], ["helpful-bas", "helpful-base"]),
+        (["data.sources=['helpful-base::-1']"], ["helpful-base::-1", "positive"]),
+        (["data.sources=['helpful-base::x']"], ["'x'", "number"]),
+        (["policy.path=nowhere"], ["nowhere", "config.json"]),
+        (["reward=function"], ["reward.fn"]),
+        (["reward=function", "reward.fn=nowhere:f"], ["reward.fn=nowhere:f", "nowhere"]),
+        (["reward=function", "reward.fn=math:nothing"], ["reward.fn=math:nothing", "nothing"]),
+        (["phases=[score]", "output=o.jsonl"], ["data.sources"]),
+        (["phases=[generate]", "data.sources=[x.jsonl]"], ["output"]),
+        (["keep_checkpoints=0"], ["keep_checkpoints=0"]),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_overrides(refused, overrides, words):
+    message = refused(*overrides)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ([], ["no rows"]),
+        ([json.dumps(GOOD), "{broken"], [":2:"]),
+        ([json.dumps(GOOD), "[1, 2]"], [":2:", "object"]),
+        ([json.dumps(GOOD), "", json.dumps({"chosen": "x"})], [":3:", "'rejected'"]),
+        ([json.dumps({**GOOD, "rejected": 3})], [":1:", "'rejected'", "Human"]),
+        ([json.dumps({**GOOD, "chosen": "Hello"})], [":1:", "'chosen'", "Human"]),
+        ([json.dumps({**GOOD, "chosen": "\n\nHuman: Hi?"})], [":1:", "Assistant"]),
+        ([json.dumps(GOOD)] * 3, ["3 rows", "held out"]),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_files(refused, tmp_path, lines, words, suffix):
+    path = tmp_path / f"rows{suffix}"
+    text = "".join(line + "\n" for line in lines).encode()
+    path.write_bytes(gzip.compress(text) if suffix == ".jsonl.gz" else text)
+    message = refused("data=hh_rlhf", f"data.sources=[{path}]")
+    assert str(path) in message and all(word in message for word in words), message
+
+
+def test_a_truncated_archive(refused, tmp_path):
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress((json.dumps(GOOD) + "\n").encode() * 500)[:-20])
+    assert str(path) in refused("data=hh_rlhf", f"data.sources=[{path}]")
+
+
+def test_an_unknown_architecture_and_setting(refused, tmp_path):
+    config = {"architectures": ["LlamaForCausalML"], "hidden_act": "silu"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "LlamaForCausalLM" in refused(f"policy.path={tmp_path}")
+    (tmp_path / "config.json").write_text(
+        json.dumps({**config, "architectures": ["LlamaForCausalLM"], "hidden_act": "gelu"})
+    )
+    assert "hidden_act='gelu'" in refused(f"policy.path={tmp_path}")
+
+
+def test_a_world_that_does_not_divide(run, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert run.main(["+exp=hh_rlhf", "device=cpu", "mesh.tp=2"]) == 2
+    message = capsys.readouterr().err
+    assert "mesh.tp=2" in message and "3 are there" in message
+
+
+def test_from_the_command_line_without_importing_torch():
+    result = launch("+exp=hh_rlhf", "ppo.iteratoins=3", check=False)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
+    code = f"import sys; sys.argv=['run.py','+exp=hh_rlhf','mesh.tp=3','device=cpu']; sys.path.insert(0, {str(ROOT / 'launch')!r})"
+    code += "\nimport run\nassert run.main(sys.argv[1:]) == 2\nassert 'torch' not in sys.modules"
+    import subprocess
+
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

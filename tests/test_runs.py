@@ -1,0 +1,192 @@
+"""Whole runs by the commands that users type: phases, resume after a kill, reward functions, real data and weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT, SMALL, launch
+
+
+def figures(folder: Path) -> list[dict]:
+    """Rows of metrics.jsonl without what a clock measured."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "throughput/"))} for row in rows]
+
+
+def assert_close(found: list[dict], wanted: list[dict], tolerance: float) -> None:
+    assert [row["iteration"] for row in found] == [row["iteration"] for row in wanted]
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert mine.keys() == theirs.keys()
+        for name, value in theirs.items():
+            assert mine[name] == pytest.approx(value, rel=tolerance, abs=tolerance), (mine["iteration"], name)
+
+
+@pytest.fixture(scope="module")
+def phases(small_run, tmp_path_factory) -> Path:
+    """A copy of the small run's finished SFT and reward phases."""
+    folder = tmp_path_factory.mktemp("phases") / "run"
+    shutil.copytree(small_run, folder)
+    return folder
+
+
+LONG = [*SMALL, "ppo.iterations=6", "ppo.save_every=2"]
+
+
+@pytest.fixture(scope="module")
+def whole(phases, tmp_path_factory) -> Path:
+    """PPO of six iterations, never interrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    shutil.copytree(phases, folder)
+    result = launch(*LONG, f"output_dir={folder}")
+    assert "sft: finished before" in result.stdout and "reward: finished before" in result.stdout
+    return folder
+
+
+def test_what_a_run_leaves(whole):
+    for phase in ("sft", "reward", "ppo"):
+        names = {path.name for path in (whole / phase).iterdir()}
+        assert {"config.yaml", "metrics.jsonl", "checkpoints", "report.html", "summary.json"} <= names
+        assert any(name.startswith("events.out.tfevents") for name in names)
+    assert (whole / "ppo" / "checkpoints" / "latest").read_text() == "iteration_6"
+    assert len(list((whole / "ppo" / "checkpoints").glob("iteration_*"))) == 2  # keep_checkpoints
+    rows = [json.loads(line) for line in (whole / "ppo" / "metrics.jsonl").read_text().splitlines()]
+    wanted = {
+        "iteration", "score/mean", "gold/mean", "kl/mean", "policy/loss", "policy/ratio_first", "policy/clip_fraction",
+        "policy/entropy", "policy/grad_norm", "critic/loss", "rollout/log_prob_gap", "rollout/response_length",
+        "throughput/generated_tokens_per_second", "time/rollout", "time/train_policy",
+    }  # fmt: skip
+    assert all(wanted <= row.keys() for row in rows)
+    assert abs(rows[0]["kl/mean"]) <= 1e-6
+    assert all(abs(row["policy/ratio_first"] - 1) <= 1e-6 and row["rollout/log_prob_gap"] <= 1e-5 for row in rows)
+    assert any(abs(row["kl/mean"]) > 1e-6 for row in rows[1:])
+
+
+def test_killed_and_started_again(phases, whole, tmp_path):
+    """kill -9 of the launcher in the middle of PPO; the same command goes on, and nothing tells."""
+    folder = tmp_path / "run"
+    shutil.copytree(phases, folder)
+    command = [sys.executable, str(ROOT / "launch" / "run.py"), *LONG, f"output_dir={folder}"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    ranks = []
+    metrics = folder / "ppo" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.is_file() or metrics.read_text().count("\n") < 3:
+        assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
+        ranks = psutil.Process(process.pid).children() or ranks
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    _, alive = psutil.wait_procs(ranks, timeout=20)
+    assert not alive, "ranks outlived their launcher"
+    with metrics.open("a") as file:
+        file.write('{"iteration": 3, "policy/lo')  # a line that was being written
+    result = launch(*LONG, f"output_dir={folder}")
+    assert "ppo: resuming at iteration 2 of 6" in result.stdout or "ppo: resuming at iteration 4 of 6" in result.stdout
+    assert_close(figures(folder / "ppo"), figures(whole / "ppo"), 1e-6)
+
+
+@pytest.mark.parametrize(("layout", "tolerance"), [((2, 1, 1), 1e-4), ((1, 2, 1), 1e-4)], ids=str)
+def test_resumes_on_another_mesh(phases, whole, tmp_path, layout, tolerance):
+    folder = tmp_path / "run"
+    shutil.copytree(phases, folder)
+    launch(*LONG, "ppo.iterations=2", f"output_dir={folder}")
+    tp, pp, dp = layout
+    launch(*LONG, f"output_dir={folder}", f"mesh.tp={tp}", f"mesh.pp={pp}", f"mesh.dp={dp}")
+    assert_close(figures(folder / "ppo")[:4], figures(whole / "ppo")[:4], tolerance)
+
+
+def test_a_finished_phase_is_run_again_when_asked(phases, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(phases, folder)
+    before = figures(folder / "sft")
+    launch(*SMALL, "phases=[sft]", "rerun=true", f"output_dir={folder}", "mesh.dp=1")
+    assert figures(folder / "sft") == before
+
+
+def test_reward_function(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
+    settings = [*SMALL, "phases=[ppo]", "reward=function", "ppo.iterations=2", f"output_dir={tmp_path}"]
+    launch(*settings, "reward.fn=rewards:short_and_polite")
+    rows = figures(tmp_path / "ppo")
+    assert all(row["score/mean"] == pytest.approx(-0.01 * row["rollout/response_length"], abs=0.3) for row in rows)
+    failed = launch(*settings, "reward.fn=rewards:too_few", "rerun=true", check=False)
+    assert failed.returncode != 0 and "gave 1 scores for 16 responses" in failed.stderr
+
+
+def test_options_of_ppo(phases, tmp_path):
+    """Adaptive KL, score scaling and clipping, several samples a prompt, offloaded roles, critic warm-up."""
+    folder = tmp_path / "run"
+    shutil.copytree(phases, folder)
+    launch(
+        *SMALL, f"output_dir={folder}", "ppo.kl_controller=adaptive", "ppo.kl_target=0.001", "ppo.score_scale=true",
+        "ppo.score_clip=1.5", "ppo.samples_per_prompt=2", "ppo.offload=[reference,reward]",
+        "ppo.critic_warmup_iterations=1", "ppo.iterations=3", "rollout.temperature=0.8", "rollout.min_new_tokens=3",
+    )  # fmt: skip
+    rows = figures(folder / "ppo")
+    assert "policy/loss" not in rows[0] and "policy/loss" in rows[1]
+    assert rows[0]["kl/coef"] == 0.05 and rows[1]["kl/coef"] < 0.05  # a KL of 0 lies below its target
+    assert abs(rows[1]["kl/mean"]) <= 1e-6 and rows[2]["kl/mean"] != 0
+    assert all(row["rollout/log_prob_gap"] <= 1e-5 for row in rows)  # temperature and minimum length on both sides
+
+
+# -- real weights and data -----------------------------------------------------------------------------------
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("layout", [(1, 1, 1), (2, 1, 1), (1, 2, 1)], ids=str)
+def test_score_and_generate_with_real_weights(shared, tmp_path, layout):
+    """stories260K (5 layers, so two stages are uneven) scores like a plain Llama, and continues a story."""
+    from oracle import llama_log_probs
+
+    model = shared / "models" / "stories260K_hf"
+    mesh = [f"mesh.{name}={size}" for name, size in zip(("tp", "pp", "dp"), layout, strict=True)]
+    texts = ["Once upon a time, there was a little girl named Lily.", "The dog", "Tom and Sam were friends. " * 5]
+    source = write_rows(tmp_path / "in.jsonl", [{"text": text} for text in texts])
+    out = tmp_path / "scores.jsonl"
+    launch("+exp=score", f"policy.path={model}", f"data.sources=[{source}]", f"output={out}", *mesh)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(rows) == len(texts)
+    for row in rows:
+        log_probs, entropy = llama_log_probs(model, row["tokens"])
+        assert row["log_probs"][0] is None and row["entropy"][0] is None
+        assert row["log_probs"][1:] == pytest.approx(log_probs, abs=2e-5)
+        assert row["entropy"][1:] == pytest.approx(entropy, abs=2e-5)
+
+    source = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "Once upon a time"}, {"messages": [
+        {"role": "user", "content": "Tell me a story"}]}])  # fmt: skip
+    out = tmp_path / "stories.jsonl"
+    settings = [f"policy.path={model}", f"data.sources=[{source}]", f"output={out}", "rollout.greedy=true"]
+    launch("+exp=generate", *settings, "rollout.max_new_tokens=40", *mesh)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert rows[0]["prompt"] == "Once upon a time"
+    assert rows[0]["response"].startswith(", there was a little girl named Lily")
+    assert all(len(row["tokens"]) == len(row["log_probs"]) <= 40 for row in rows)
+    assert rows[1]["prompt"].endswith("Assistant:")
+
+
+def test_real_hh_rlhf_from_real_weights(shared, tmp_path):
+    """All three phases on Anthropic's harmless-base file, from stories260K."""
+    source = shared / "data" / "hh_harmless_base_test.jsonl.gz"
+    launch(
+        "+exp=hh_rlhf", "data=hh_rlhf", f"data.sources=[{source}::1.0]", "data.max_prompt_len=200",
+        "data.max_seq_len=256", "data.num_eval_rows=32", f"policy.path={shared / 'models' / 'stories260K_hf'}",
+        "sft.iterations=2", "reward.iterations=2", "ppo.iterations=2", "rollout.max_new_tokens=16",
+        "sft.batch_size=32", "reward.batch_size=16", "ppo.prompts_per_iteration=16", "ppo.micro_batch_size=4",
+        "ppo.eval_prompts=8", f"output_dir={tmp_path}",
+    )  # fmt: skip
+    rows = figures(tmp_path / "ppo")
+    assert "gold/mean" not in rows[0] and abs(rows[0]["kl/mean"]) <= 1e-6
+    assert "Human:" in (tmp_path / "ppo" / "report.html").read_text()

@@ -1,0 +1,65 @@
+"""A stage table is checked before anything is allocated, and a body is held to its row."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rlhf_engine.algorithms.ppo import PPO, stage_table
+from rlhf_engine.config import RewardConfig, RunConfig
+from rlhf_engine.experience import Experience
+from rlhf_engine.metrics import Metrics
+from rlhf_engine.schedule import Schedule, ScheduleError, Stage
+
+CTX = SimpleNamespace(roles={}, metrics=Metrics())
+ROLES = ("policy", "reference", "reward", "critic")
+
+
+def local(name="s", reads=(), writes=(), body=lambda ctx, role, x: None) -> Stage:
+    return Stage(name, "local", body, None, reads, writes)
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        (local(reads=("scores",)), "s reads scores before"),
+        (local(reads=("scoers",)), "no field scoers"),
+        (Stage("s", "infer", lambda *a: None, "crytic"), "runs on crytic"),
+        (Stage("s", "infer", lambda *a: None), "infer stage has no role"),
+        (Stage("s", "local", lambda *a: None, "critic"), "local stage has a role"),
+    ],
+)
+def test_tables_that_cannot_run(stage, message):
+    with pytest.raises(ScheduleError, match=message):
+        Schedule([stage], set(), ROLES)
+
+
+def test_every_row_of_ppo_is_needed():
+    table = stage_table(RunConfig())
+    Schedule(table, PPO.provided, ROLES)
+    for dropped in table:
+        if dropped.writes:
+            with pytest.raises(ScheduleError, match="before a stage writes it"):
+                Schedule([stage for stage in table if stage is not dropped], PPO.provided, ROLES)
+
+
+def test_a_reward_function_needs_no_reward_role():
+    table = stage_table(RunConfig(reward=RewardConfig(kind="function", fn="a:b")))
+    Schedule(table, PPO.provided, ("policy", "reference", "critic"))
+
+
+def test_a_body_sees_what_it_reads_and_writes_what_it_declares():
+    def body(ctx, role, x):
+        assert vars(x).keys() == {"lengths"}
+        return {"scores": x.lengths.float()}
+
+    stages = [local("a", ("lengths",), ("scores",), body)]
+    x = Schedule(stages, {"lengths", "tokens"}, ()).run(CTX, Experience(lengths=torch.tensor([1, 2])))
+    assert x.scores.tolist() == [1.0, 2.0]
+    with pytest.raises(ScheduleError, match="stage a writes scores, and its body gave nothing"):
+        Schedule([local("a", (), ("scores",))], (), ()).run(CTX, Experience())
+    greedy = local("a", (), (), lambda ctx, role, x: {"scores": torch.zeros(1)})
+    with pytest.raises(ScheduleError, match="stage a writes nothing, and its body gave scores"):
+        Schedule([greedy], (), ()).run(CTX, Experience())

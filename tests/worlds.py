@@ -1,0 +1,85 @@
+"""Worlds of ranks for tests. Starting one costs seconds of imports, so each is started once and sent work."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+TIMEOUT_SECONDS = 300
+
+
+class World:
+    """`size` rank processes with a process group between them; `run` calls a function on all of them."""
+
+    def __init__(self, size: int):
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
+        context = multiprocessing.get_context("spawn")
+        self.pipes, self.processes = [], []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, size, port, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, function: Callable, *args: Any) -> list[Any]:
+        """The function's result on each rank. An exception on any rank is raised here, with its traceback."""
+        for pipe in self.pipes:
+            pipe.send((function, args))
+        results = []
+        for rank, pipe in enumerate(self.pipes):
+            assert pipe.poll(TIMEOUT_SECONDS), f"rank {rank} did not answer in {TIMEOUT_SECONDS} s"
+            ok, value = pipe.recv()
+            assert ok, f"rank {rank}:\n{value}"
+            results.append(value)
+        return results
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+
+
+def _serve(rank: int, size: int, port: int, pipe) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    import warnings
+
+    warnings.simplefilter("ignore")
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((True, function(*args)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+
+
+@functools.cache
+def mesh(tp: int, pp: int, dp: int, sequence_parallel: bool = False):
+    """In a rank process: the mesh, the one before it closed (a world has one at a time)."""
+    from rlhf_engine.config import MeshConfig
+    from rlhf_engine.mesh import ParallelMesh
+
+    if _current:
+        _current.pop().close()
+        mesh.cache_clear()
+    _current.append(ParallelMesh(MeshConfig(tp, pp, dp, sequence_parallel), "cpu"))
+    return _current[0]
+
+
+_current: list = []
