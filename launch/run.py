@@ -82,7 +82,11 @@ def start_ranks(world_size: int, argv: list[str]) -> int:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    shared |= {PARENT: str(os.getpid()), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONWARNINGS": "ignore"}
+    shared |= {
+        PARENT: str(os.getpid()),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        "PYTHONWARNINGS": "ignore",
+    }
     ranks = [
         subprocess.Popen(
             [sys.executable, __file__, *argv],

@@ -22,6 +22,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 
 from .cpu import cuda_calls_stay
 from .mesh import ParallelMesh
+from .models.optim import load_optimizer
 from .models.role import RoleModel
 
 # each optimizer tensor takes the shape of its parameter, so that any mesh can cut it anew
@@ -72,7 +73,7 @@ def load(checkpoint: Path, roles: Mapping[str, RoleModel]) -> dict[str, Any]:
     for name, role in roles.items():
         if role.is_trained:
             _fill(role, name, loaded[name]["model"])
-            role.optimizer.load_state_dict(loaded[name]["optimizer"])
+            load_optimizer(role.optimizer, loaded[name]["optimizer"])
             role.scheduler.load_state_dict(loaded[name]["scheduler"])
     return loaded["state"]
 

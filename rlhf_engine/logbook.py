@@ -127,4 +127,5 @@ def show_run(plan: Plan, ctx: Context) -> None:
         table.add_row("", f"{ppo.epochs} epochs x {ppo.num_minibatches} minibatches x {rows} rows = {mesh.dp} replicas x"
                       f" {micro} micro-batches x {ppo.micro_batch_size}, <= {tokens} tokens each")  # fmt: skip
     table.add_row("output", config.output or config.output_dir)
-    Console(soft_wrap=True).print(table)
+    console = Console()
+    (console if console.is_terminal else Console(width=140)).print(table)

@@ -31,7 +31,9 @@ def tokens_of(responses) -> list[list[int]]:
 
 def test_greedy_equals_reforwarding(worlds, settings):
     world = worlds(1)
-    greedy = world.run(cases.generate, [*settings, "rollout.greedy=true", "rollout.slots=3"], (1, 1, 1), PROMPTS, IDS)[0]
+    greedy = world.run(cases.generate, [*settings, "rollout.greedy=true", "rollout.slots=3"], (1, 1, 1), PROMPTS, IDS)[
+        0
+    ]
     for prompt, (tokens, log_probs, _) in zip(PROMPTS, greedy, strict=True):
         logits = world.run(cases.logits, settings, (1, 1, 1), [prompt + tokens])[0][0]
         for i, token in enumerate(tokens):

@@ -94,14 +94,19 @@ def test_killed_and_started_again(phases, whole, tmp_path):
     assert_close(figures(folder / "ppo"), figures(whole / "ppo"), 1e-6)
 
 
-@pytest.mark.parametrize(("layout", "tolerance"), [((2, 1, 1), 1e-4), ((1, 2, 1), 1e-4)], ids=str)
-def test_resumes_on_another_mesh(phases, whole, tmp_path, layout, tolerance):
+@pytest.mark.parametrize(("layout", "distributed"), [((2, 1, 1), True), ((1, 2, 1), False)], ids=str)
+def test_resumes_on_another_mesh(phases, whole, tmp_path, layout, distributed):
+    """From two replicas to TP 2 and to PP 2, with and without the distributed optimizer."""
     folder = tmp_path / "run"
     shutil.copytree(phases, folder)
-    launch(*LONG, "ppo.iterations=2", f"output_dir={folder}")
+    flag = str(distributed).lower()
+    settings = [*LONG, f"output_dir={folder}", f"ppo.optimizer.distributed={flag}"]
+    settings.append(f"ppo.critic_optimizer.distributed={flag}")
+    launch(*settings, "ppo.iterations=2")
     tp, pp, dp = layout
-    launch(*LONG, f"output_dir={folder}", f"mesh.tp={tp}", f"mesh.pp={pp}", f"mesh.dp={dp}")
-    assert_close(figures(folder / "ppo")[:4], figures(whole / "ppo")[:4], tolerance)
+    result = launch(*settings, f"mesh.tp={tp}", f"mesh.pp={pp}", f"mesh.dp={dp}")
+    assert "ppo: resuming at iteration 2 of 6" in result.stdout
+    assert_close(figures(folder / "ppo")[:4], figures(whole / "ppo")[:4], 1e-4)
 
 
 def test_a_finished_phase_is_run_again_when_asked(phases, tmp_path):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from ..config import OptimizerConfig
@@ -17,12 +19,12 @@ from ..cpu import cuda_type_names
 
 def wrap_ddp(gpt: GPTModel, config: OptimizerConfig) -> DistributedDataParallel:
     """Megatron's DDP: gradients in one float32 buffer, reduced once per optimizer step."""
-    on_cuda = torch.cuda.is_available() and next(gpt.parameters()).is_cuda
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=config.distributed,
-        overlap_grad_reduce=on_cuda,
-        overlap_param_gather=on_cuda and config.distributed,
+        # An overlapped gather finishes in the next forward's hooks, which generation does not go through.
+        overlap_grad_reduce=False,
+        overlap_param_gather=False,
     )
     return DistributedDataParallel(gpt.config, ddp_config, gpt)
 
@@ -44,11 +46,15 @@ def build_optimizer(
         bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=config.distributed,
-        overlap_param_gather=ddp.ddp_config.overlap_param_gather,
     )
     on_cpu = not next(ddp.parameters()).is_cuda
     with cuda_type_names(ddp.parameters()) if on_cpu else contextlib.nullcontext():
         optimizer = get_megatron_optimizer(settings, [ddp], use_gloo_process_groups=not on_cpu)
+    for inner in _torch_optimizers(optimizer):
+        # torch makes Adam's state in the first step, and megatron can neither save nor load what is not there
+        for param in (p for group in inner.param_groups for p in group["params"]):
+            moments = {name: torch.zeros_like(param, dtype=torch.float32) for name in ("exp_avg", "exp_avg_sq")}
+            inner.state[param] = {"step": torch.tensor(0.0), **moments}
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=config.lr / (config.warmup_steps + 1),
@@ -63,3 +69,29 @@ def build_optimizer(
         wd_incr_style="constant",
     )
     return optimizer, scheduler
+
+
+def load_optimizer(optimizer: MegatronOptimizer, state: dict) -> None:
+    """Megatron's load_state_dict, with two corrections for torch's Adam and its step counter: the distributed
+    optimizer expects it among the tensors of the checkpoint, where it is not; and all parameters are left with one
+    counter between them, which Adam would then advance once for each."""
+    adams = _torch_optimizers(optimizer)
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if part.optimizer in adams and isinstance(part, DistributedOptimizer):
+            part._set_main_param_and_optimizer_states = functools.partial(_set_with_step, part)
+    optimizer.load_state_dict(state)
+    for adam in adams:
+        for entry in adam.state.values():
+            entry["step"] = entry["step"].clone()
+
+
+def _set_with_step(optimizer: DistributedOptimizer, param: torch.nn.Parameter, tensors: dict) -> None:
+    step = optimizer._get_main_param_and_optimizer_states(param)["step"]
+    DistributedOptimizer._set_main_param_and_optimizer_states(optimizer, param, {"step": step, **tensors})
+
+
+def _torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
+    """The torch optimizers inside megatron's; none where apex or transformer-engine bring theirs."""
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])
+    inner = [o.optimizer for o in chained if o.optimizer is not None]
+    return [o for o in inner if isinstance(o, torch.optim.Adam | torch.optim.AdamW)]
