@@ -12,6 +12,7 @@ import importlib
 import sys
 import types
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 
@@ -34,6 +35,7 @@ class _Stream:
 
 
 def _cpu_cuda() -> types.SimpleNamespace:
+    cuda: Any = torch.cuda
     nothing = lambda *args, **kwargs: None  # noqa: E731
     return types.SimpleNamespace(
         current_device=lambda: torch.device("cpu"),
@@ -48,8 +50,8 @@ def _cpu_cuda() -> types.SimpleNamespace:
         synchronize=nothing, empty_cache=nothing, set_device=nothing, memory_allocated=lambda *args: 0,
         nvtx=types.SimpleNamespace(range_push=nothing, range_pop=nothing, range=contextlib.nullcontext),
         # named in isinstance checks and annotations only
-        FloatTensor=torch.cuda.FloatTensor, HalfTensor=torch.cuda.HalfTensor,
-        BFloat16Tensor=torch.cuda.BFloat16Tensor, CUDAGraph=torch.cuda.CUDAGraph, amp=torch.cuda.amp,
+        FloatTensor=cuda.FloatTensor, HalfTensor=cuda.HalfTensor, BFloat16Tensor=cuda.BFloat16Tensor,
+        CUDAGraph=cuda.CUDAGraph, amp=cuda.amp,
     )  # fmt: skip
 
 
@@ -64,6 +66,8 @@ def _on_cpu(factory):
 
 
 class _CpuTorch(types.ModuleType):
+    cuda: types.SimpleNamespace
+
     def __getattr__(self, name: str):
         return getattr(torch, name)
 
@@ -128,7 +132,7 @@ def cuda_type_names(params: Iterable[torch.nn.Parameter]) -> Iterator[None]:
     """
     renamed = [p for p in params if p.type() == "torch.FloatTensor"]
     for p in renamed:
-        p.type = lambda *args: "torch.cuda.FloatTensor"  # type: ignore[method-assign]
+        p.type = lambda *args: "torch.cuda.FloatTensor"  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
+import subprocess
 import sys
 
 import pytest
@@ -130,8 +131,7 @@ def test_a_world_that_does_not_divide(run, monkeypatch, capsys):
 def test_from_the_command_line_without_importing_torch():
     result = launch("+exp=hh_rlhf", "ppo.iteratoins=3", check=False)
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
-    code = f"import sys; sys.argv=['run.py','+exp=hh_rlhf','mesh.tp=3','device=cpu']; sys.path.insert(0, {str(ROOT / 'launch')!r})"
-    code += "\nimport run\nassert run.main(sys.argv[1:]) == 2\nassert 'torch' not in sys.modules"
-    import subprocess
-
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    code = (
+        "import sys; import run; assert run.main(['mesh.tp=3', 'device=cpu']) == 2; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=ROOT / "launch")

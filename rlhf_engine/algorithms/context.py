@@ -99,11 +99,13 @@ class Algorithm(Protocol):
     """A phase of training. Its module holds the stage table and the bodies."""
 
     name: str
-    stages: Sequence[Stage]
     provided: frozenset[str]  # fields of the Experience that `batch` fills
     iterations: int
     eval_every: int
     save_every: int
+
+    @property
+    def stages(self) -> Sequence[Stage]: ...
 
     def roles(self) -> dict[str, RoleSpec]: ...
 

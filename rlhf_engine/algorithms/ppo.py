@@ -1,15 +1,20 @@
 """Proximal policy optimisation for language models (Schulman et al. 2017; Ziegler et al. 2019; Ouyang et al. 2022).
 
-| stage          | role      | kind    | reads                                                          | writes |
-|----------------|-----------|---------|----------------------------------------------------------------|--------|
-| rollout        | policy    | rollout | prompts, sample_ids                | tokens, lengths, response_mask, finished, sampler_… |
-| log_probs      | policy    | infer   | tokens, response_mask, sampler_log_probs                       | log_probs |
-| ref_log_probs  | reference | infer   | tokens, response_mask                                          | ref_log_probs |
-| score          | reward    | infer   | tokens, lengths, (prompts)                                     | scores |
-| values         | critic    | infer   | tokens, response_mask                                          | values |
-| advantage      | -         | local   | log_probs, ref_log_probs, values, scores, finished, response_mask | advantages, returns |
-| train_critic   | critic    | train   | tokens, response_mask, values, returns                         | - |
-| train_policy   | policy    | train   | tokens, response_mask, log_probs, advantages                   | - |
+| stage         | role      | kind    | reads                                          | writes                      |
+|---------------|-----------|---------|------------------------------------------------|-----------------------------|
+| rollout       | policy    | rollout | prompts, sample_ids                            | tokens, lengths, finished,  |
+|               |           |         |                                                | response_mask, sampler_...  |
+| log_probs     | policy    | infer   | tokens, response_mask, sampler_log_probs       | log_probs                   |
+| ref_log_probs | reference | infer   | tokens, response_mask                          | ref_log_probs               |
+| score         | reward    | infer   | tokens, lengths                                | scores                      |
+| values        | critic    | infer   | tokens, response_mask                          | values                      |
+| advantage     | -         | local   | log_probs, ref_log_probs, values, scores, ...  | advantages, returns         |
+| train_critic  | critic    | train   | tokens, response_mask, values, returns         | -                           |
+| train_policy  | policy    | train   | tokens, response_mask, log_probs, advantages   | -                           |
+| gold          | -         | local   | prompts, tokens, lengths                       | -                           |
+
+With a reward function, score is a local stage. Gold is measured where the true preference is known, and never
+learned from.
 
 Where it deviates from the papers:
 1. Old log-probs come from the trainer's forward, so the first ratio of an iteration is exactly 1.
@@ -171,6 +176,15 @@ def train_policy(ctx: Context, policy: RoleModel, x) -> None:
         policy.train_step(batch, functools.partial(loss, is_first=i == 0), config.micro_batch_size, ctx.metrics)
 
 
+def gold(ctx: Context, _, x) -> None:
+    """Where the true preference is known, how the responses fare by it. It is measured and never learned from."""
+    if ctx.gold is None:
+        return
+    rows = zip(x.prompts, x.tokens.tolist(), x.lengths.tolist(), strict=True)
+    golds = [ctx.gold(ctx.tokenizer.decode(p), ctx.tokenizer.decode(row[len(p) : n])) for p, row, n in rows]
+    ctx.metrics.mean("gold/mean", torch.tensor(golds))
+
+
 # -- what they share -----------------------------------------------------------------------------------------
 
 
@@ -212,14 +226,14 @@ def _call_reward(ctx: Context, x) -> Tensor:
     assert ctx.reward_fn is not None
     rows = [row[:n] for row, n in zip(x.tokens.tolist(), x.lengths.tolist(), strict=True)]
     prompts, responses = x.prompts, [row[len(p) :] for row, p in zip(rows, x.prompts, strict=True)]
-    texts = [[ctx.tokenizer.decode(ids) for ids in part] for part in (prompts, responses)]
-    scores = list(ctx.reward_fn(*texts, prompts, responses))
+    prompt_texts, texts = ([ctx.tokenizer.decode(ids) for ids in part] for part in (prompts, responses))
+    scores = list(ctx.reward_fn(prompt_texts, texts, prompts, responses))
     name = ctx.config.reward.fn
     if len(scores) != len(prompts):
         raise ValueError(f"reward.fn={name} gave {len(scores)} scores for {len(prompts)} responses")
     for i, value in enumerate(scores):
         if not math.isfinite(value):
-            raise ValueError(f"reward.fn={name} gave {value} for response {i}: {texts[1][i]!r}")
+            raise ValueError(f"reward.fn={name} gave {value} for response {i}: {texts[i]!r}")
     return torch.tensor(scores, dtype=torch.float32)
 
 
@@ -263,15 +277,6 @@ def stage_table(config: RunConfig) -> tuple[Stage, ...]:
         Stage("train_policy", "train", train_policy, "policy", (*sequence, "log_probs", "advantages")),
         Stage("gold", "local", gold, None, ("prompts", "tokens", "lengths")),
     )
-
-
-def gold(ctx: Context, _, x) -> None:
-    """Where the true preference is known, how the responses fare by it. It is measured and never learned from."""
-    if ctx.gold is None:
-        return
-    rows = zip(x.prompts, x.tokens.tolist(), x.lengths.tolist(), strict=True)
-    golds = [ctx.gold(ctx.tokenizer.decode(p), ctx.tokenizer.decode(row[len(p) : n])) for p, row, n in rows]
-    ctx.metrics.mean("gold/mean", torch.tensor(golds))
 
 
 class PPO:
@@ -318,7 +323,7 @@ class PPO:
         figures = {"eval/kl": float(kl.mean())}
         cards = after.cards()
         for i, card in enumerate(cards):
-            card["before"] = before.texts[i]
+            card["before"] = before.texts[i].strip()
         score_fn: Callable | None = None
         if "reward" in ctx.roles:
             score_fn = functools.partial(score, ctx, ctx.roles["reward"])

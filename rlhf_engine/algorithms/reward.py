@@ -102,5 +102,5 @@ class Reward:
         if ctx.mesh.is_last_stage:
             head = cast(ScalarHead, reward.gpt.output_layer)
             with torch.no_grad():
-                head.bias -= offset
+                head.bias.sub_(offset)
         return offset

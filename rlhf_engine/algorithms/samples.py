@@ -29,8 +29,8 @@ class Samples:
         """The first few dialogues as the report shows them."""
         return [
             {
-                "prompt": example.prompt_text,
-                "after": self.texts[i],
+                "prompt": example.prompt_text.strip(),
+                "after": self.texts[i].strip(),
                 "gold_after": self.golds[i] if self.golds is not None else None,
             }
             for i, example in enumerate(self.examples[:NUM_CARDS])
