@@ -150,7 +150,7 @@ def _number(value: object, digits: int = 4) -> str:
     for scale, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if size >= max(scale, 1e4):
             return f"{number / scale:.{digits}g}{suffix}"
-    return f"{number:.{digits}g}"
+    return f"{number:.0f}" if size >= 10 ** (digits - 1) else f"{number:.{digits}g}"
 
 
 def _seconds(value: float) -> str:
