@@ -7,6 +7,7 @@ launcher (torchrun, srun) already did.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -21,6 +22,28 @@ from rlhf_engine.preflight import Plan, plan
 
 PARENT = "RLHF_ENGINE_PARENT"  # process id of the launcher, in the environment of ranks that this script started
 CONF = Path(__file__).resolve().parent.parent / "conf"
+
+
+def config_groups() -> dict[str, list[str]]:
+    """Groups of conf/ and the options of each."""
+    return {folder.name: sorted(f.stem for f in folder.glob("*.yaml")) for folder in CONF.iterdir() if folder.is_dir()}
+
+
+def show_help() -> None:
+    """What can be said on the command line: groups, their options, keys and defaults."""
+    print(__doc__)
+    for group, options in sorted(config_groups().items()):
+        print(f"  {'+' if group == 'exp' else ' '}{group}={' | '.join(options)}")
+    print("\nkeys and their defaults (rlhf_engine/config.py says what each is):")
+
+    def show(section: dict, prefix: str = "") -> None:
+        for name, value in section.items():
+            if isinstance(value, dict):
+                show(value, f"{prefix}{name}.")
+            else:
+                print(f"  {prefix}{name}={json.dumps(value) if not isinstance(value, str) else value}")
+
+    show(asdict(RunConfig()))
 
 
 def compose(overrides: list[str]) -> RunConfig:
@@ -146,6 +169,9 @@ def run_rank(checked: Plan) -> None:
 
 
 def main(argv: list[str]) -> int:
+    if {"--help", "-h"} & set(argv):
+        show_help()
+        return 0
     if PARENT in os.environ:
         end_with_parent()
     world_size = launched_world()
