@@ -40,7 +40,6 @@ class _TokenLogProbs(torch.autograd.Function):
     def forward(ctx, logits, tokens, vocab_start, num_valid, temperature, group):
         x = _wide(logits) / temperature
         if num_valid < x.shape[-1]:
-            x = x.clone() if x.data_ptr() == logits.data_ptr() else x
             x[..., num_valid:] = -torch.inf
         maximum = x.amax(-1) if x.shape[-1] else x.new_full(x.shape[:-1], -torch.inf)
         if group is not None:

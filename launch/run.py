@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 
@@ -84,19 +85,16 @@ def compose(overrides: list[str]) -> RunConfig:
 def launched_world() -> int | None:
     """Ranks that a launcher started, torch's variables set for this one; None where there was no launcher."""
     env = os.environ
-    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "RANK" not in env:
-        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
-        env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
+    if "RANK" not in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
+        env["LOCAL_RANK"] = env["SLURM_LOCALID"]
         nodes = subprocess.run(
-            ["scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]],
-            capture_output=True,
-            text=True,
-            check=True,
+            ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]], capture_output=True, text=True, check=True
         )
         env.setdefault("MASTER_ADDR", nodes.stdout.split()[0])
         # every task of a job finds the same port, and two jobs on a node hardly ever the same
         env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
-    return int(env["WORLD_SIZE"]) if "RANK" in env else None
+    return int(env["WORLD_SIZE"]) if {"RANK", "WORLD_SIZE"} <= env.keys() else None
 
 
 def start_ranks(world_size: int, argv: list[str]) -> int:
@@ -163,9 +161,15 @@ def run_rank(checked: Plan) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     try:
         run(checked)
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(2)
+    except BaseException:
+        # at once, and past every destructor: the other ranks may be waiting for this one in a collective
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    torch.distributed.destroy_process_group()
 
 
 def main(argv: list[str]) -> int:

@@ -1,12 +1,14 @@
 """Checkpoints through megatron's dist_checkpointing: written by any mesh, read by any other.
 
-A phase keeps `checkpoints/iteration_N/` and a file `latest` that names the newest whole one. It is replaced after
-everything else is on the disk, so a run killed at any moment finds the checkpoint before.
+A phase keeps folders `checkpoints/iteration_N` and a file `latest` that names the newest whole one. A save never
+touches an older folder, and `latest` is replaced when everything else is on the disk; so a run killed at any moment
+finds a whole checkpoint.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import shutil
@@ -20,6 +22,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
+from .config import ConfigError
 from .cpu import cuda_calls_stay
 from .mesh import ParallelMesh
 from .models.optim import load_optimizer
@@ -30,9 +33,18 @@ _OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest whole checkpoint in a phase's folder of checkpoints."""
+    """The newest whole checkpoint in a phase's folder of checkpoints, None where there is none.
+
+    Raises:
+        ConfigError: `latest` names a folder that is not there.
+    """
     pointer = folder / "latest"
-    return folder / pointer.read_text().strip() if pointer.is_file() else None
+    if not pointer.is_file():
+        return None
+    found = folder / pointer.read_text().strip()
+    if not (found / "metadata.json").is_file():
+        raise ConfigError(f"{pointer} names {found.name}, which is not a whole checkpoint")
+    return found
 
 
 def save(
@@ -43,12 +55,13 @@ def save(
     mesh: ParallelMesh,
     keep: int,
 ) -> None:
-    """Writes the trained roles and `state` as `iteration_N`, points `latest` to it, drops all but `keep`."""
-    target = folder / f"iteration_{iteration}"
+    """Writes the trained roles and `state`, points `latest` to them, and drops all but the `keep` newest."""
+    name = None
     if mesh.is_main:
-        shutil.rmtree(target, ignore_errors=True)  # of a run killed while it saved
-        target.mkdir(parents=True)
-    mesh.barrier()
+        names = itertools.chain([f"iteration_{iteration}"], (f"iteration_{iteration}.{i}" for i in itertools.count(1)))
+        name = next(name for name in names if not (folder / name).exists())
+        (folder / name).mkdir(parents=True)
+    target = folder / mesh.from_main(name)
     tree = {"state": dict(state), **_sharded(roles, is_loading=False)}
     for name, role in roles.items():
         if role.is_trained:
@@ -61,8 +74,8 @@ def save(
         temporary = folder / "latest.tmp"
         temporary.write_text(target.name)
         os.replace(temporary, folder / "latest")
-        found = sorted(folder.glob("iteration_*"), key=lambda path: int(path.name.split("_")[1]))
-        for path in [p for p in found if int(p.name.split("_")[1]) <= iteration][:-keep]:
+        found = sorted(folder.glob("iteration_*"), key=lambda path: path.stat().st_mtime_ns)
+        for path in found[:-keep]:
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -166,6 +166,24 @@ class RunConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
 
 
+# The least value of a number, by the last part of its key; the others may have any.
+_AT_LEAST: dict[str, float] = {
+    **dict.fromkeys(
+        ("batch_size", "micro_batch_size", "save_every", "keep_checkpoints", "num_rows", "num_eval_rows", "max_seq_len",
+         "max_prompt_len", "prompts_per_iteration", "samples_per_prompt", "epochs", "num_minibatches", "eval_prompts",
+         "max_new_tokens", "slots", "num_layers", "hidden_size", "num_attention_heads", "num_key_value_heads",
+         "intermediate_size", "head_dim", "vocab_size", "max_position_embeddings", "tp", "pp", "dp"),
+        1,
+    ),
+    **dict.fromkeys(
+        ("iterations", "eval_every", "critic_warmup_iterations", "warmup_steps", "top_k", "min_new_tokens", "seed",
+         "lr", "min_lr", "weight_decay", "beta1", "beta2", "eps", "clip_grad", "kl_coef", "gamma", "gae_lambda",
+         "clip_ratio", "clip_value", "score_clip", "init_std"),
+        0,
+    ),
+}  # fmt: skip
+_POSITIVE = {"kl_target", "kl_horizon", "temperature", "top_p", "rope_theta", "rms_norm_eps"}
+
 T = TypeVar("T")
 
 
@@ -219,9 +237,18 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
             raise ConfigError(f"{key}={value!r} is not a list: write {key}=[{value}]")
         return [_convert(args[0], item, key) for item in value]
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ConfigError(f"{key}={value!r} is not a {_KIND[hint]}")
+    if hint in (int, float):
+        name = key.split(".")[-1]
+        if not -(2**62) < value < 2**62:  # NaN and infinities too
+            raise ConfigError(f"{key}={value} is not a finite number")
+        if value < _AT_LEAST.get(name, value):
+            raise ConfigError(f"{key}={value} must be at least {_AT_LEAST[name]}")
+        if name in _POSITIVE and value <= 0:
+            hint_greedy = "; rollout.greedy=true takes the likeliest token" if name == "temperature" else ""
+            raise ConfigError(f"{key}={value} must be positive{hint_greedy}")
     return value
 
 
@@ -235,10 +262,6 @@ def resolve_mesh(config: RunConfig, world_size: int) -> MeshConfig:
         ConfigError: tp x pp x dp does not make the world.
     """
     mesh = config.mesh
-    for name in ("tp", "pp", "dp"):
-        size = getattr(mesh, name)
-        if size is not None and size < 1:
-            raise ConfigError(f"mesh.{name}={size} must be at least 1")
     model_ranks = mesh.tp * mesh.pp
     dp = mesh.dp if mesh.dp is not None else max(1, world_size // model_ranks)
     if model_ranks * dp != world_size:
@@ -287,12 +310,22 @@ def check(config: RunConfig, mesh: MeshConfig, model: ModelConfig) -> None:
                 f"data.max_prompt_len={config.data.max_prompt_len} + rollout.max_new_tokens={budget}"
                 f" exceeds the model's context of {length}"
             )
-    if config.rollout.temperature <= 0:
-        raise ConfigError("rollout.temperature must be positive; rollout.greedy=true takes the likeliest token")
-    if not 0 < config.rollout.top_p <= 1:
+    if config.rollout.top_p > 1:
         raise ConfigError(f"rollout.top_p={config.rollout.top_p} must lie in (0, 1]")
-    if not 0 <= config.rollout.min_new_tokens <= config.rollout.max_new_tokens:
-        raise ConfigError("rollout.min_new_tokens must lie between 0 and rollout.max_new_tokens")
+    if config.rollout.min_new_tokens > config.rollout.max_new_tokens:
+        raise ConfigError(
+            f"rollout.min_new_tokens={config.rollout.min_new_tokens} exceeds"
+            f" rollout.max_new_tokens={config.rollout.max_new_tokens}"
+        )
+    optimizers = {
+        "sft.optimizer": config.sft.optimizer,
+        "reward.optimizer": config.reward.optimizer,
+        "ppo.optimizer": config.ppo.optimizer,
+        "ppo.critic_optimizer": config.ppo.critic_optimizer,
+    }
+    for key, optimizer in optimizers.items():
+        if optimizer.min_lr > optimizer.lr:
+            raise ConfigError(f"{key}.min_lr={optimizer.min_lr} exceeds {key}.lr={optimizer.lr}")
 
 
 def _check_model(mesh: MeshConfig, model: ModelConfig) -> None:
@@ -345,5 +378,5 @@ def _check_ppo(config: RunConfig, dp: int) -> None:
     for role in ppo.offload:
         if role not in (known := ["reference", "reward"]):
             raise ConfigError(f"ppo.offload={role}: {nearest(role, known)}")
-    if config.reward.kind == "function" and (config.reward.fn is None or ":" not in config.reward.fn):
+    if config.reward.kind == "function" and (not all((config.reward.fn or "").partition(":"))):
         raise ConfigError("reward.kind=function needs reward.fn=package.module:name")

@@ -72,8 +72,18 @@ class _CpuTorch(types.ModuleType):
         return getattr(torch, name)
 
 
+_on_cpu_now = False
+
+
+def parameter_device() -> torch.device | str:
+    """Where megatron allocates parameters in this process."""
+    return "cpu" if _on_cpu_now else torch.device("cuda", torch.cuda.current_device())
+
+
 def use_cpu() -> None:
     """Makes megatron.core run on the CPU in this process. Calling it again does nothing."""
+    global _on_cpu_now
+    _on_cpu_now = True
     for name in _MODULES:
         importlib.import_module(f"megatron.core.{name}")
     stand_in = _CpuTorch("torch")

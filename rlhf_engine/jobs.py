@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .algorithms.context import Context
 from .algorithms.heads import policy_log_probs
+from .config import ConfigError
 from .data.sources import parse_weight, read_json_rows
 from .experience import pad_rows, spans
 from .models.role import Batch, RoleModel
@@ -85,7 +86,7 @@ def generate(ctx: Context, policy: RoleModel) -> None:
 def _check_lengths(ctx: Context, rows: Sequence[Sequence[int]], what: str, limit: int) -> None:
     for i, row in enumerate(rows):
         if not 0 < len(row) <= limit:
-            raise ValueError(f"row {i + 1} has {len(row)} {what}; the model's context takes 1 to {limit}")
+            raise ConfigError(f"row {i + 1} has {len(row)} {what}; the model's context takes 1 to {limit}")
 
 
 class _Output:

@@ -106,7 +106,9 @@ def show_run(plan: Plan, ctx: Context) -> None:
     table.add_row("model", size)
     table.add_row("policy", config.policy.path or "random weights")
     if ctx.dataset is not None:
+        unpaired = sum(source.num_unpaired for source in plan.sources)
         dropped = f", {ctx.dataset.num_dropped} too long" if ctx.dataset.num_dropped else ""
+        dropped += f", {unpaired} with two prompts" if unpaired else ""
         table.add_row("data", f"{len(ctx.dataset)} rows, {len(ctx.dataset.held_out)} held out{dropped}")
     sft, reward, ppo, length = config.sft, config.reward, config.ppo, config.data.max_seq_len
 

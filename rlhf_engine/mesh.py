@@ -35,8 +35,9 @@ class ParallelMesh:
         self.config = config
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         if device == "cuda":
-            torch.cuda.set_device(local_rank)
-            self.device = torch.device("cuda", local_rank)
+            # a launcher may show each rank its own device alone
+            self.device = torch.device("cuda", local_rank % torch.cuda.device_count())
+            torch.cuda.set_device(self.device)
         else:
             use_cpu()
             self.device = torch.device("cpu")

@@ -5,10 +5,14 @@ from __future__ import annotations
 import glob
 import importlib
 import os
-from dataclasses import dataclass
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import yaml
 
 from .config import ConfigError, MeshConfig, ModelConfig, RunConfig, check, resolve_mesh
-from .data.sources import parse_weight, read_json_rows, read_sources
+from .data.sources import Source, parse_weight, read_json_rows, read_sources
 from .hf.config import read_model_config
 
 JOBS = {"score", "generate"}  # phases that read a file and write a file
@@ -22,6 +26,7 @@ class Plan:
     mesh: MeshConfig
     model: ModelConfig
     device: str
+    sources: list[Source]  # of the training phases; empty for a job
 
     @property
     def world_size(self) -> int:
@@ -58,22 +63,66 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
         if device == "cuda" and world_size > num_gpus():
             raise ConfigError(f"mesh needs {world_size} GPUs and {num_gpus()} are here: use a cluster launcher")
     mesh = resolve_mesh(config, world_size)
-    if config.keep_checkpoints < 1:
-        raise ConfigError(f"keep_checkpoints={config.keep_checkpoints} must be at least 1")
+    if device == "cpu" and config.dtype == "bfloat16":
+        raise ConfigError("dtype=bfloat16 needs a GPU: megatron's optimizers keep float32 weights on a CPU")
     jobs = set(config.phases) & JOBS
     if jobs and len(config.phases) > 1:
         raise ConfigError(f"phases={config.phases}: {sorted(jobs)[0]} runs alone")
     model = read_model_config(config.policy.path) if config.policy.path else config.model
     check(config, mesh, model)
+    check_paths(config)
+    sources: list[Source] = []
     if jobs:
         for source in config.data.sources:
             for where, row in read_json_rows(parse_weight(source)[0]):
                 check_job_row(row, where, config.phases[0])
     else:
-        read_sources(config.data, config.seed)
+        sources = read_sources(config.data, config.seed)
+        if not config.rerun:
+            check_output_dir(config)
     if config.reward.kind == "function" and "ppo" in config.phases:
         load_function(config.reward.fn or "")
-    return Plan(config, mesh, model, device)
+    return Plan(config, mesh, model, device, sources)
+
+
+def check_paths(config: RunConfig) -> None:
+    """What a run reads before it trains.
+
+    Raises:
+        ConfigError: a tokenizer, weights or the phase that PPO builds on are not there.
+    """
+    path = config.tokenizer.path or config.policy.path
+    if path is not None and not (Path(path) / "tokenizer.model" if Path(path).is_dir() else Path(path)).is_file():
+        raise ConfigError(f"tokenizer.path={path}: there is no sentencepiece model")
+    if config.policy.path is not None and not any(Path(config.policy.path).glob("model.safetensors*")):
+        raise ConfigError(f"policy.path={config.policy.path} has no model.safetensors")
+    needs_reward = "ppo" in config.phases and "reward" not in config.phases and config.reward.kind == "model"
+    if needs_reward and not (Path(config.output_dir) / "reward" / "summary.json").is_file():
+        raise ConfigError(
+            f"PPO needs a reward model, and no reward phase is finished in {config.output_dir}:"
+            " use phases=[reward,ppo], or reward=function reward.fn=package.module:name"
+        )
+
+
+def check_output_dir(config: RunConfig) -> None:
+    """A run goes on only where it began as the same: another model or tokenizer cannot load what is there.
+
+    Raises:
+        ConfigError: names the key that differs from the config.yaml of an earlier phase.
+    """
+    fixed = ("model", "tokenizer", "policy")
+    now = {name: asdict(getattr(config, name)) for name in fixed}
+    for phase in ("sft", "reward", "ppo"):
+        path = Path(config.output_dir) / phase / "config.yaml"
+        if not path.is_file():
+            continue
+        before = yaml.safe_load(path.read_text())
+        for section in fixed:
+            for key, value in now[section].items():
+                if (old := before.get(section, {}).get(key, value)) != value:
+                    raise ConfigError(
+                        f"{section}.{key}={value}, and {path.parent} was made with {old}: use another output_dir"
+                    )
 
 
 def check_job_row(row: dict, where: str, job: str) -> None:
@@ -104,10 +153,12 @@ def load_function(name: str):
         ConfigError: there is no such module or function.
     """
     module_name, _, function_name = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"reward.fn={name}: {error}") from None
+    except Exception as error:  # whatever the user's module does when it is imported
+        raise ConfigError(f"reward.fn={name}: {type(error).__name__}: {error}") from None
     if not callable(function):
         raise ConfigError(f"reward.fn={name} is not a function")
     return function

@@ -6,6 +6,7 @@ and writes, and a body; the schedule checks the table before anything is allocat
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -76,12 +77,13 @@ class Schedule:
         for stage in self.stages:
             role: RoleModel | None = ctx.roles[stage.role] if stage.role is not None else None
             started = time.perf_counter()
-            if role is not None:
-                role.onload()
             view = SimpleNamespace(**{name: getattr(experience, name) for name in stage.reads})
-            result = stage.body(ctx, role, view) or {}
-            if role is not None:
-                role.offload()
+            try:
+                with role.on_device() if role is not None else contextlib.nullcontext():
+                    result = stage.body(ctx, role, view) or {}
+            except Exception as error:
+                error.add_note(f"in stage {stage.name} of iteration {ctx.state.iteration}, on rank {ctx.mesh.rank}")
+                raise
             if set(result) != set(stage.writes):
                 raise ScheduleError(
                     f"stage {stage.name} writes {', '.join(stage.writes) or 'nothing'},"

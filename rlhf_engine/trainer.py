@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
+import shutil
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,12 +16,11 @@ import yaml
 
 from . import checkpoint
 from .algorithms import ALGORITHMS
-from .algorithms.context import Algorithm, Context, RoleSpec, TrainState
-from .config import RunConfig
+from .algorithms.context import Algorithm, Context, Evaluation, RoleSpec, TrainState
+from .config import ConfigError, RunConfig
 from .data.dataset import Dataset
-from .data.sources import Source, gold_rule, read_sources
+from .data.sources import Source, gold_rule
 from .data.tokenizer import Tokenizer, train_tokenizer
-from .experience import Experience
 from .hf.weights import HFFolder, RandomWeights, load_weights
 from .jobs import JOBS
 from .logbook import Logbook, show_run
@@ -27,6 +29,8 @@ from .models.role import RoleModel
 from .preflight import Plan, load_function
 from .report import write_report
 from .schedule import Schedule
+
+SUMMARY = "summary.json"  # of a finished phase
 
 
 def run(plan: Plan) -> None:
@@ -47,24 +51,33 @@ def train(ctx: Context, algorithm: Algorithm) -> None:
     """One phase: from its checkpoint, or the beginning, to its end."""
     config, mesh = ctx.config, ctx.mesh
     folder = Path(config.output_dir) / algorithm.name
-    if is_finished(folder, algorithm) and not config.rerun:
+    if iterations_of_finished(ctx, algorithm.name) >= algorithm.iterations:
+        if not config.rerun:
+            if mesh.is_main:
+                print(f"{algorithm.name}: finished before, in {folder} (rerun=true runs it again)", flush=True)
+            return
         if mesh.is_main:
-            print(f"{algorithm.name}: finished before, in {folder} (rerun=true runs it again)", flush=True)
-        return
+            (folder / SUMMARY).unlink()
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        mesh.barrier()
     specs = algorithm.roles()
     schedule = Schedule(algorithm.stages, algorithm.provided, specs)
-    ctx.state, ctx.roles = TrainState(), {}
-    for name, spec in specs.items():
-        ctx.roles[name] = build_role(ctx, name, spec)
-    if not config.rerun and (found := checkpoint.latest(folder / "checkpoints")):
+    ctx.state = TrainState()
+    ctx.roles = {name: build_role(ctx, name, spec) for name, spec in specs.items()}
+    if found := latest_checkpoint(ctx, algorithm.name):
         ctx.state = TrainState.from_dict(checkpoint.load(found, ctx.roles))
+    if ctx.state.iteration > algorithm.iterations:
+        raise ConfigError(
+            f"{algorithm.name}.iterations={algorithm.iterations}, and {found} has {ctx.state.iteration} behind it:"
+            " use more iterations or another output_dir"
+        )
     logbook = Logbook(folder, algorithm.name, algorithm.iterations, ctx.state.iteration, mesh.is_main)
     if mesh.is_main:
         (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
 
     while ctx.state.iteration < algorithm.iterations:
         started = time.perf_counter()
-        experience: Experience = algorithm.batch(ctx)
+        experience = algorithm.batch(ctx)
         schedule.run(ctx, experience)
         ctx.state.iteration += 1
         done = ctx.state.iteration
@@ -72,21 +85,35 @@ def train(ctx: Context, algorithm: Algorithm) -> None:
         if algorithm.eval_every and done % algorithm.eval_every == 0 and done < algorithm.iterations:
             figures |= algorithm.evaluate(ctx, final=False).figures
         logbook.write({"iteration": done - 1, **figures, "time/iteration": time.perf_counter() - started})
-        if done % algorithm.save_every == 0 and done < algorithm.iterations:
+        if done % algorithm.save_every == 0 or done == algorithm.iterations:
             save(ctx, folder)
 
     evaluation = algorithm.evaluate(ctx, final=True)
-    save(ctx, folder)
+    if algorithm.changes_at_end:
+        save(ctx, folder)
     if mesh.is_main:
-        logbook.finish(evaluation.figures)
-        write_report(folder, title=f"{algorithm.name} · {folder.parent.name}", summary={
-            **evaluation.figures, "data": ctx.config.data.kind, "policy": config.policy.path or "random weights",
-            "mesh": f"tp {mesh.tp} x pp {mesh.pp} x dp {mesh.dp}",
-        }, samples=evaluation.samples)  # fmt: skip
-        summary = {"iterations": algorithm.iterations, **evaluation.figures}
-        (folder / "summary.json").write_text(json.dumps(summary, indent=1))
+        finish(ctx, folder, algorithm, evaluation, logbook)
     mesh.barrier()
     ctx.roles = {}
+    gc.collect()  # megatron's configuration and its DDP refer to each other
+    if mesh.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def finish(ctx: Context, folder: Path, algorithm: Algorithm, evaluation: Evaluation, logbook: Logbook) -> None:
+    """Writes report.html and, last, summary.json, which says that the phase is finished."""
+    mesh, figures = ctx.mesh, evaluation.figures
+    logbook.finish(figures)
+    about = {
+        "data": ctx.config.data.kind,
+        "policy": ctx.config.policy.path or "random weights",
+        "mesh": f"tp {mesh.tp} x pp {mesh.pp} x dp {mesh.dp}",
+    }
+    title = f"{algorithm.name} · {folder.parent.name}"
+    write_report(folder, title=title, summary={**figures, **about}, samples=evaluation.samples)
+    temporary = folder / f"{SUMMARY}.tmp"
+    temporary.write_text(json.dumps({"iterations": ctx.state.iteration, **figures}, indent=1))
+    os.replace(temporary, folder / SUMMARY)
 
 
 def save(ctx: Context, folder: Path) -> None:
@@ -96,10 +123,20 @@ def save(ctx: Context, folder: Path) -> None:
     )
 
 
-def is_finished(folder: Path, algorithm: Algorithm) -> bool:
-    """Whether a phase ran to its end, and to the same end."""
-    summary = folder / "summary.json"
-    return summary.is_file() and json.loads(summary.read_text())["iterations"] >= algorithm.iterations
+# Ranks may see a shared folder at different times, so the main rank looks and tells the others.
+
+
+def iterations_of_finished(ctx: Context, phase: str) -> int:
+    """How many iterations a finished phase has behind it; -1 where it is not finished."""
+    summary = Path(ctx.config.output_dir) / phase / SUMMARY
+    read = ctx.mesh.is_main and summary.is_file()
+    return ctx.mesh.from_main(json.loads(summary.read_text())["iterations"] if read else -1)
+
+
+def latest_checkpoint(ctx: Context, phase: str) -> Path | None:
+    """The newest whole checkpoint of a phase."""
+    folder = Path(ctx.config.output_dir) / phase / "checkpoints"
+    return ctx.mesh.from_main(checkpoint.latest(folder) if ctx.mesh.is_main else None)
 
 
 # -- what a run is made of -----------------------------------------------------------------------------------
@@ -108,17 +145,18 @@ def is_finished(folder: Path, algorithm: Algorithm) -> bool:
 def build_context(plan: Plan, mesh: ParallelMesh) -> Context:
     """Tokenizer, data and model configuration of a run."""
     config = plan.config
-    is_job = config.phases[0] in JOBS
-    sources = [] if is_job else read_sources(config.data, config.seed)
+    sources = plan.sources
     tokenizer = build_tokenizer(config, mesh, sources)
     model = plan.model
     if model.vocab_size is None:
         model = replace(model, vocab_size=tokenizer.vocab_size)
     assert model.vocab_size is not None
     if tokenizer.vocab_size > model.vocab_size:
-        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} pieces and the model {model.vocab_size}")
-    dataset = None if is_job else Dataset(sources, tokenizer, config.data, config.seed)
-    reward_fn = load_function(config.reward.fn or "") if config.reward.kind == "function" else None
+        raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} pieces and the model takes {model.vocab_size}")
+    dataset = Dataset(sources, tokenizer, config.data, config.seed) if sources else None
+    reward_fn = None
+    if config.reward.kind == "function" and "ppo" in config.phases:
+        reward_fn = load_function(config.reward.fn or "")
     return Context(config, model, mesh, tokenizer, dataset, gold_rule(config.data), reward_fn)  # type: ignore[arg-type]
 
 
@@ -144,7 +182,7 @@ def build_tokenizer(config: RunConfig, mesh: ParallelMesh, sources: list[Source]
 
 
 def build_role(ctx: Context, name: str, spec: RoleSpec) -> RoleModel:
-    """A role with its weights in place: from the first phase checkpoint that exists, else the base policy's."""
+    """A role with its weights in place: from the first finished phase, else the base policy's."""
     config = ctx.config
     role = RoleModel(
         name,
@@ -157,13 +195,12 @@ def build_role(ctx: Context, name: str, spec: RoleSpec) -> RoleModel:
         spec.offload,
     )
     for phase, source in spec.weights:
-        if found := checkpoint.latest(Path(config.output_dir) / phase / "checkpoints"):
+        if iterations_of_finished(ctx, phase) >= 0 and (found := latest_checkpoint(ctx, phase)):
             checkpoint.load_weights(found, source, role)
             break
     else:
         _load_base(ctx, role)
     role.start()
-    role.offload()
     return role
 
 

@@ -42,6 +42,11 @@ def first_iteration(overrides: list[str], layout: tuple, phase: str) -> dict:
     algorithm = ALGORITHMS[phase](ctx.config)
     specs = algorithm.roles()
     ctx.roles = {name: build_role(ctx, name, spec) for name, spec in specs.items()}
+    for role in ctx.roles.values():
+        if role.head == "scalar" and ctx.mesh.is_last_stage:
+            # from a head near 0 next to no gradient would reach the layers below
+            weight = role.gpt.output_layer.weight
+            weight.data.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
     experience = Schedule(algorithm.stages, algorithm.provided, specs).run(ctx, algorithm.batch(ctx))
     figures = ctx.metrics.reduce(ctx.mesh)
     rows = [row[:n] for row, n in zip(experience.tokens.tolist(), experience.lengths.tolist(), strict=True)]

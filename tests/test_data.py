@@ -90,5 +90,5 @@ def test_rows_that_are_too_long_are_dropped_and_counted(tokenizer):
     short = dataset(tokenizer, max_seq_len=100)
     assert 0 < short.num_dropped < 100 and len(short) + len(short.held_out) + short.num_dropped == 100
     assert all(len(short[i].prompt + short[i].chosen) <= 100 for i in range(50))
-    with pytest.raises(ValueError, match=r"no row of helpful-base fits data\.max_seq_len=5"):
+    with pytest.raises(ConfigError, match=r"no row of helpful-base fits data\.max_seq_len=5"):
         dataset(tokenizer, max_seq_len=5)

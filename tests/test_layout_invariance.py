@@ -1,4 +1,4 @@
-"""Change the mesh, not the experiment: the first iteration of every phase on seven layouts and two micro-batch sizes.
+"""Change the mesh, not the experiment: the first iteration of every phase on nine layouts and two micro-batch sizes.
 
 What it does not cover: bf16, worlds of more than four ranks, and later iterations, where Adam's division by a small
 second moment amplifies the rounding that is left.
@@ -16,7 +16,11 @@ import pytest
 from conftest import SMALL
 
 GOLDEN = Path(__file__).parent / "golden" / "first_iteration.json"
-LAYOUTS = {1: [(1, 1, 1)], 2: [(2, 1, 1), (2, 1, 1, True), (1, 2, 1), (1, 1, 2)], 4: [(2, 2, 1), (2, 2, 1, True)]}
+LAYOUTS = {
+    1: [(1, 1, 1)],
+    2: [(2, 1, 1), (2, 1, 1, True), (1, 2, 1), (1, 1, 2)],
+    4: [(2, 2, 1), (2, 2, 1, True), (2, 1, 2), (1, 2, 2)],
+}
 # One optimizer step a role: the figures of a second would be those after an Adam update. At a ratio of 1 the loss of
 # whitened advantages is exactly 0; the entropy term gives it a size to compare.
 SETTINGS = [*SMALL, "ppo.epochs=1", "ppo.num_minibatches=1", "ppo.entropy_coef=0.01"]
@@ -40,7 +44,7 @@ def assert_same(found: dict, wanted: dict, what: str) -> None:
 
 
 @pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("micro_batch_size", [4, 8])
+@pytest.mark.parametrize("micro_batch_size", [2, 4])
 @pytest.mark.parametrize("layout", [layout for group in LAYOUTS.values() for layout in group], ids=str)
 def test_first_iteration(worlds, small_run, reference, phase, layout, micro_batch_size):
     size = micro_batch_size // 2 if phase == "reward" else micro_batch_size

@@ -74,6 +74,16 @@ def refused(run, capsys, monkeypatch):
         (["phases=[score]", "output=o.jsonl"], ["data.sources"]),
         (["phases=[generate]", "data.sources=[x.jsonl]"], ["output"]),
         (["keep_checkpoints=0"], ["keep_checkpoints=0"]),
+        (["sft.micro_batch_size=0"], ["sft.micro_batch_size=0", "at least 1"]),
+        (["model.num_key_value_heads=0"], ["model.num_key_value_heads=0", "at least 1"]),
+        (["rollout.slots=0"], ["rollout.slots=0", "at least 1"]),
+        (["ppo.kl_coef=nan"], ["ppo.kl_coef=nan", "finite"]),
+        (["ppo.kl_target=0"], ["ppo.kl_target=0", "positive"]),
+        (["sft.optimizer.min_lr=1"], ["sft.optimizer.min_lr", "exceeds"]),
+        (["dtype=bfloat16"], ["dtype=bfloat16", "GPU"]),
+        (["reward=function", "reward.fn=:f"], ["reward.fn"]),
+        (["tokenizer.path=nowhere"], ["tokenizer.path=nowhere", "sentencepiece"]),
+        (["phases=[ppo]", "output_dir=nowhere"], ["reward model", "phases=[reward,ppo]"]),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
@@ -111,7 +121,7 @@ def test_a_truncated_archive(refused, tmp_path):
 
 
 def test_an_unknown_architecture_and_setting(refused, tmp_path):
-    config = {"architectures": ["LlamaForCausalML"], "hidden_act": "silu"}
+    config = {"architectures": ["LlamaForCausalML"], "hidden_act": "silu", "num_attention_heads": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert "LlamaForCausalLM" in refused(f"policy.path={tmp_path}")
     (tmp_path / "config.json").write_text(

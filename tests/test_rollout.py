@@ -17,7 +17,8 @@ IDS = list(range(len(PROMPTS)))
 @pytest.fixture(scope="module")
 def settings(small_run) -> list[str]:
     # larger random weights than usual: the distribution must not be flat
-    return [*SETTINGS, f"output_dir={small_run}", "model.init_std=0.3"]
+    tokenizer = small_run / "tokenizer" / "tokenizer.model"
+    return [*SETTINGS, f"tokenizer.path={tokenizer}", "output_dir=nowhere", "model.init_std=0.3"]
 
 
 @pytest.fixture(scope="module")

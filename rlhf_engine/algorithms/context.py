@@ -61,8 +61,8 @@ class TrainState:
 
 @dataclass(frozen=True)
 class RoleSpec:
-    """How a role is made. `weights` names (phase, role) checkpoints, the first that exists is taken; without any,
-    the role starts from the run's base policy."""
+    """How a role is made. `weights` names (phase, role) checkpoints, and that of the first finished phase is taken;
+    without any the role starts from the run's base policy."""
 
     head: Head
     weights: tuple[tuple[str, str], ...] = ()
@@ -103,6 +103,7 @@ class Algorithm(Protocol):
     iterations: int
     eval_every: int
     save_every: int
+    changes_at_end: bool  # whether the final evaluation changes a role
 
     @property
     def stages(self) -> Sequence[Stage]: ...

@@ -287,16 +287,19 @@ class PPO:
         self.run, self.config = config, config.ppo
         self.stages = stage_table(config)
         self.iterations = config.ppo.iterations
+        self.changes_at_end = False
         self.eval_every, self.save_every = 0, config.ppo.save_every
 
     def roles(self) -> dict[str, RoleSpec]:
         config = self.config
-        steps = config.iterations * config.epochs * config.num_minibatches
+        per_iteration = config.epochs * config.num_minibatches
+        steps = config.iterations * per_iteration
+        policy_steps = max(1, steps - config.critic_warmup_iterations * per_iteration)
         policy = (("sft", "policy"),)
         by_function = self.run.reward.kind == "function"
         critic = policy if by_function else (("reward", "reward"),)
         roles = {
-            "policy": RoleSpec("lm", policy, config.optimizer, steps),
+            "policy": RoleSpec("lm", policy, config.optimizer, policy_steps),
             "reference": RoleSpec("lm", policy, offload="reference" in config.offload),
             "critic": RoleSpec("scalar", critic, config.critic_optimizer, steps),
         }

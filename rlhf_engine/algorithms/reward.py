@@ -56,13 +56,14 @@ class Reward:
     def __init__(self, config: RunConfig):
         self.config = config.reward
         self.iterations = config.reward.iterations
+        self.changes_at_end = True
         self.eval_every, self.save_every = config.reward.eval_every, config.reward.save_every
 
     def roles(self) -> dict[str, RoleSpec]:
         sft = (("sft", "policy"),)
         return {
             "reward": RoleSpec("scalar", sft, self.config.optimizer, self.iterations),
-            "policy": RoleSpec("lm", sft),  # says what the scores are centred on
+            "policy": RoleSpec("lm", sft, offload=True),  # says what the scores are centred on
         }
 
     def batch(self, ctx: Context) -> Experience:

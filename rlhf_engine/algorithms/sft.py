@@ -52,6 +52,7 @@ class SFT:
     def __init__(self, config: RunConfig):
         self.config = config.sft
         self.iterations = config.sft.iterations
+        self.changes_at_end = False
         self.eval_every, self.save_every = config.sft.eval_every, config.sft.save_every
 
     def roles(self) -> dict[str, RoleSpec]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from ..config import DataConfig
+from ..config import ConfigError, DataConfig
 from .sources import PreferenceRow, Source
 from .tokenizer import Tokenizer, text_of
 
@@ -23,7 +23,6 @@ class Example:
     chosen: list[int]  # the end token included
     rejected: list[int]
     prompt_text: str
-    chosen_text: str
 
 
 class Dataset:
@@ -41,10 +40,12 @@ class Dataset:
         self.held_out = [e for s in sources for e in self._tokenise(s.held_out, tokenizer, config)]
         for source, part in zip(sources, self._parts, strict=True):
             if not part:
-                raise ValueError(
+                raise ConfigError(
                     f"no row of {source.name} fits data.max_seq_len={config.max_seq_len}"
                     f" and data.max_prompt_len={config.max_prompt_len}"
                 )
+        if not self.held_out:
+            raise ConfigError("no held-out row fits data.max_seq_len and data.max_prompt_len")
         self._dealt: list[tuple[int, int]] = []  # position -> source, how many that source dealt before
         self._counts = [0] * len(sources)
         self._shuffles: dict[tuple[int, int], list[int]] = {}
@@ -63,7 +64,7 @@ class Dataset:
                 self.num_dropped += 1
                 continue
             spoken += [False] * (len(prompt) - len(ids))
-            found.append(Example(prompt, spoken, chosen, rejected, text_of(row.prompt), " " + row.chosen))
+            found.append(Example(prompt, spoken, chosen, rejected, text_of(row.prompt)))
         return found
 
     def __len__(self) -> int:

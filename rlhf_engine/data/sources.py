@@ -38,6 +38,7 @@ class Source:
     weight: float
     train: list[PreferenceRow]
     held_out: list[PreferenceRow]
+    num_unpaired: int = 0  # rows left out because their two sides answer different prompts
 
 
 def read_sources(config: DataConfig, seed: int) -> list[Source]:
@@ -55,19 +56,24 @@ def read_sources(config: DataConfig, seed: int) -> list[Source]:
     total = sum(weight for _, weight in parsed)
     sources = []
     for name, weight in parsed:
+        num_unpaired = 0
         num_eval = max(1, round(config.num_eval_rows * weight / total))
         if config.kind == "hh_mini":
             if name not in hh_mini.SUBSETS:
                 raise ConfigError(f"data.sources={name}: {nearest(name, hh_mini.SUBSETS)}")
             num_train = max(1, round(config.num_rows * weight / total))
-            train = [_pair(row, name) for row in hh_mini.pairs(name, "train", num_train, seed)]
-            held_out = [_pair(row, name) for row in hh_mini.pairs(name, "test", num_eval, seed)]
+            train, held_out = (
+                [row for raw in hh_mini.pairs(name, split, num_rows, seed) if (row := _pair(raw, name))]
+                for split, num_rows in (("train", num_train), ("test", num_eval))
+            )
         else:
-            rows = [_pair(row, where) for where, row in read_json_rows(name)]
+            found = [_pair(row, where) for where, row in read_json_rows(name)]
+            rows = [row for row in found if row is not None]
+            num_unpaired = len(found) - len(rows)
             if len(rows) <= num_eval:
                 raise ConfigError(f"{name} has {len(rows)} rows, no more than the {num_eval} held out of it")
             train, held_out = rows[:-num_eval], rows[-num_eval:]
-        sources.append(Source(name, weight / total, train, held_out))
+        sources.append(Source(name, weight / total, train, held_out, num_unpaired))
     return sources
 
 
@@ -143,9 +149,12 @@ def parse_hh(text: Any, where: str, field: str) -> Messages:
     return messages
 
 
-def _pair(row: dict[str, Any], where: str) -> PreferenceRow:
+def _pair(row: dict[str, Any], where: str) -> PreferenceRow | None:
+    """A checked row; None where its two sides answer different prompts."""
     for key in ("chosen", "rejected"):
         if key not in row:
             raise ConfigError(f"{where}: no {key!r}; a row has 'chosen' and 'rejected', this one {sorted(row)}")
     chosen, rejected = (parse_hh(row[key], where, key) for key in ("chosen", "rejected"))
+    if chosen[:-1] != rejected[:-1]:
+        return None
     return PreferenceRow(chosen[:-1], chosen[-1]["content"], rejected[-1]["content"])

@@ -6,7 +6,7 @@ the begin and end tokens itself.
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -93,11 +93,11 @@ def text_of(messages: Messages) -> str:
 def train_tokenizer(texts: Iterable[str], path: Path, vocab_size: int) -> None:
     """Trains a sentencepiece model on `texts`: unigram, text kept as it is, unknown characters as bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
+    trained = io.BytesIO()
+    try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts),
-            model_writer=file,
+            model_writer=trained,
             vocab_size=vocab_size,
             hard_vocab_limit=False,
             model_type="unigram",
@@ -110,4 +110,8 @@ def train_tokenizer(texts: Iterable[str], path: Path, vocab_size: int) -> None:
             num_threads=1,
             minloglevel=2,
         )
+    except RuntimeError as error:
+        raise ConfigError(f"tokenizer.vocab_size={vocab_size}: {str(error).splitlines()[-1]}") from None
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(trained.getvalue())
     temporary.replace(path)

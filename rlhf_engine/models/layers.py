@@ -14,6 +14,8 @@ from megatron.core import tensor_parallel
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
+from ..cpu import parameter_device
+
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm (arXiv:1910.07467). Unlike megatron's torch norm it works under sequence parallelism:
@@ -22,8 +24,7 @@ class RMSNorm(nn.Module):
     def __init__(self, config, hidden_size: int, eps: float = 1e-5, **unused):
         super().__init__()
         self.eps = eps
-        device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=parameter_device()))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -34,14 +35,14 @@ class RMSNorm(nn.Module):
 class CacheView:
     """The rows and positions of one forward over a KV cache.
 
-    `slots` is None for decoding, one token for each of the first B slots at `positions` `(B,)`, seeing `mask`
-    `(B, 1, 1, L)`; else the forward is a prefill of those slots from position 0.
+    With `slots` `(B,)` the forward is a prefill of those slots from position 0. Without, it decodes one token for each
+    of the first B slots at `positions` `(B,)`, seeing the first `length` of them through `mask` `(B, 1, 1, length)`.
     """
 
-    slots: Tensor | None
-    positions: Tensor
-    mask: Tensor | None
-    length: int
+    slots: Tensor | None = None
+    positions: Tensor | None = None
+    mask: Tensor | None = None
+    length: int = 0
 
 
 class LayerCache:
@@ -95,7 +96,7 @@ class ScalarHead(MegatronModule):
 
     def __init__(self, config, tp_group):
         super().__init__(config=config)
-        device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+        device = parameter_device()
         self.tp_group = tp_group
         self.sequence_parallel = config.sequence_parallel
         self.weight = nn.Parameter(torch.zeros(1, config.hidden_size, dtype=config.params_dtype, device=device))
@@ -105,7 +106,8 @@ class ScalarHead(MegatronModule):
 
     def forward(self, hidden: Tensor, weight=None, runtime_gather_output=None) -> tuple[Tensor, None]:
         """`(S, B, H)`, or its sequence shard, to `(S, B, 1)` in float32."""
-        out = F.linear(hidden, self.weight, self.bias).float()
+        # a score of 8 bits would be too coarse to rank answers by
+        out = F.linear(hidden.float(), self.weight.float(), self.bias.float())
         if self.sequence_parallel:
             # every rank computes the same loss from the whole sequence: backward takes its own part, unsummed
             out = tensor_parallel.gather_from_sequence_parallel_region(

@@ -67,6 +67,9 @@ def build_optimizer(
         end_wd=config.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
+        # a resumed run follows its own configuration: its horizon may be longer, its rate another
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )
     return optimizer, scheduler
 
@@ -79,7 +82,10 @@ def load_optimizer(optimizer: MegatronOptimizer, state: dict) -> None:
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if part.optimizer in adams and isinstance(part, DistributedOptimizer):
             part._set_main_param_and_optimizer_states = functools.partial(_set_with_step, part)
+    rates = [(group.get("max_lr"), group.get("min_lr")) for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
+    for group, (max_lr, min_lr) in zip(optimizer.param_groups, rates, strict=True):
+        group["max_lr"], group["min_lr"] = max_lr, min_lr  # the configuration's, as for the schedule
     for adam in adams:
         for entry in adam.state.values():
             entry["step"] = entry["step"].clone()

@@ -6,6 +6,7 @@ optimizer. A stage brings the function that turns the last pipeline stage's outp
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
 
@@ -52,6 +53,7 @@ class RoleModel:
         self.gpt = build_model(model, mesh, head, dtype)
         self.is_trained = optimizer is not None
         self.is_offloaded = offload
+        self._users = 0
         self.module = self.gpt
         self._optimizer_config, self._total_steps = optimizer, total_steps
         if not self.is_trained:
@@ -60,6 +62,8 @@ class RoleModel:
     def start(self) -> None:
         """Called once the weights are in place: wraps a trained role for DDP and builds its optimizer."""
         if self._optimizer_config is None:
+            if self.is_offloaded:
+                self.gpt.to("cpu")
             return
         config = self.gpt.config
         self.module = wrap_ddp(self.gpt, self._optimizer_config)
@@ -70,13 +74,18 @@ class RoleModel:
 
     # -- residency ---------------------------------------------------------------------------------------
 
-    def onload(self) -> None:
-        if self.is_offloaded:
+    @contextlib.contextmanager
+    def on_device(self) -> Iterator[None]:
+        """Within it the weights are on the device; an offloaded role leaves it with the outermost one."""
+        if self.is_offloaded and not self._users:
             self.gpt.to(self.mesh.device)
-
-    def offload(self) -> None:
-        if self.is_offloaded:
-            self.gpt.to("cpu")
+        self._users += 1
+        try:
+            yield
+        finally:
+            self._users -= 1
+            if self.is_offloaded and not self._users:
+                self.gpt.to("cpu")
 
     # -- forward only ------------------------------------------------------------------------------------
 
@@ -90,7 +99,8 @@ class RoleModel:
         num_rows = len(batch["tokens"])
         unit = self.mesh.dp * micro_batch_size
         index = torch.arange(-(-num_rows // unit) * unit).clamp_max(num_rows - 1)
-        outputs = self._run({k: v[index] for k, v in batch.items()}, fn, micro_batch_size, forward_only=True)
+        with self.on_device():
+            outputs = self._run({k: v[index] for k, v in batch.items()}, fn, micro_batch_size, forward_only=True)
         local = torch.cat(outputs) if self.mesh.is_last_stage else None
         return self.mesh.gather(local)[:num_rows]
 

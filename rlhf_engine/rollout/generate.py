@@ -44,10 +44,17 @@ def rollout(
         prompts: token ids of each.
         keys: `(len(prompts),)`, from `sample_keys`.
         end_id: the token that ends a response.
+
+    Raises:
+        ValueError: a prompt is empty or leaves no room in the model's context.
     """
     mesh = role.mesh
+    context = role.model.max_position_embeddings
+    for i, prompt in enumerate(prompts):
+        if not 0 < len(prompt) < context:
+            raise ValueError(f"prompt {i} has {len(prompt)} tokens; the model's context takes 1 to {context - 1}")
     mine = slice(mesh.replica, None, mesh.num_replicas)
-    with rollout_model(role) as gpt:
+    with role.on_device(), rollout_model(role) as gpt:
         responses = generate(gpt, mesh, list(prompts[mine]), keys[mine], config, end_id, role.model.vocab_size or 0)
     return mesh.gather_replicas(responses)
 
@@ -114,7 +121,6 @@ class Decoder:
     def __init__(self, gpt: GPTModel, num_slots: int, length: int):
         self.gpt = gpt
         weight = gpt.embedding.word_embeddings.weight
-        self.device = weight.device
         self.caches = []
         for module in gpt.modules():
             if isinstance(module, CoreAttention):
@@ -133,7 +139,7 @@ class Decoder:
 
     def prefill(self, tokens: Tensor, lengths: Tensor, slots: Tensor) -> Tensor:
         """Right-padded prompts `(B, S)` into cache rows `slots`: logits `(B, V / tp)` after each one's last token."""
-        view = CacheView(slots, lengths, None, tokens.shape[1])
+        view = CacheView(slots=slots)
         rotary = self.rotary[: tokens.shape[1]]
         return self._forward(tokens, view, rotary, lengths - 1)
 
@@ -144,7 +150,7 @@ class Decoder:
             length: one more than the largest position.
         """
         mask = self.positions[:length] <= positions.unsqueeze(1)
-        view = CacheView(None, positions, mask[:, None, None], length)
+        view = CacheView(positions=positions, mask=mask[:, None, None], length=length)
         rotary = self.rotary[positions].permute(1, 0, 2, 3)  # (1, B, 1, D)
         return self._forward(tokens.unsqueeze(1), view, rotary, torch.zeros_like(positions))
 
@@ -179,19 +185,12 @@ def generate(
 
     Active sequences are always the first rows of the cache: a finished one is overwritten by the last, and waiting
     prompts fill up behind. So every decode step is dense.
-
-    Raises:
-        ValueError: a prompt is empty or leaves no room in the model's context.
     """
     if not prompts:
         return []
-    context = gpt.max_sequence_length
-    for i, prompt in enumerate(prompts):
-        if not 0 < len(prompt) < context:
-            raise ValueError(f"prompt {i} has {len(prompt)} tokens; the model's context takes 1 to {context - 1}")
     device = mesh.device
     lengths = torch.tensor([len(p) for p in prompts], device=device)
-    budget = (context - lengths).clamp_max(config.max_new_tokens)
+    budget = (gpt.max_sequence_length - lengths).clamp_max(config.max_new_tokens)
     length = int((lengths + budget).max())
     num_slots = min(config.slots, len(prompts))
     sampler = Sampler(config, vocab_size, end_id, mesh.tp_group)

@@ -90,21 +90,22 @@ class Sampler:
         # float64: a sum over 128k columns in float32 would eat the tail
         p = (x - maximum.unsqueeze(1)).double().exp()
         sums = self._gather(p.sum(1), size)  # (shards, B)
-        total = sums.sum(0)
+        # the same on every rank, so a number falls to exactly one shard
+        borders = torch.cat([torch.zeros_like(sums[:1]), sums.cumsum(0)])
+        total = borders[-1]
         if self.config.greedy:
             ties = torch.where(x == maximum.unsqueeze(1), 1, 0)
             local, mine = ties.argmax(1), ties.any(1)
         else:
-            target = uniforms(keys, steps) * total - sums[:rank].sum(0)
-            cumulative = p.cumsum(1)
-            # a target on the border of a shard's sum, moved by rounding, must fall to exactly one shard
-            mine = (target < sums[rank]) & ((target >= 0) if rank else torch.ones_like(target, dtype=torch.bool))
-            local = torch.searchsorted(cumulative, target.unsqueeze(1), right=True).squeeze(1)
-            local = local.clamp_max(p.shape[1] - 1)
+            target = uniforms(keys, steps) * total
+            target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
+            mine = (target >= borders[rank]) & (target < borders[rank + 1])
+            local = torch.searchsorted(p.cumsum(1), (target - borders[rank]).unsqueeze(1), right=True).squeeze(1)
+            # rounding may step past the last column that has any probability
+            likely = torch.where(p > 0, torch.arange(p.shape[1], device=p.device), 0).amax(1)
+            local = torch.minimum(local, likely)
         token = torch.where(mine, local + start, self.vocab_size)
         dist.all_reduce(token, dist.ReduceOp.MIN, group=self.group)  # ties of greedy: the lowest id
-        if not self.config.greedy:  # the border case above: the last shard's last likely column
-            token = token.clamp_max(self.vocab_size - 1)
         here = (token >= start) & (token < start + x.shape[1])
         chosen = x.gather(1, (token - start).clamp(0, x.shape[1] - 1).unsqueeze(1)).squeeze(1)
         log_prob = torch.where(here, (chosen - maximum).double() - total.log(), 0.0)
