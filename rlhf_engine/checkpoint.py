@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import logging
 import os
+import queue
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from .config import ConfigError
@@ -27,6 +29,10 @@ from .cpu import cuda_calls_stay
 from .mesh import ParallelMesh
 from .models.optim import load_optimizer
 from .models.role import RoleModel
+
+# Megatron passes the results of a write through a server process, for writers in other processes. Ours is in this one;
+# the server would cost seconds to start and outlive a rank that is killed.
+filesystem_async._results_queue = queue.Queue()
 
 # each optimizer tensor takes the shape of its parameter, so that any mesh can cut it anew
 _OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}

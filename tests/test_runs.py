@@ -81,7 +81,7 @@ def test_killed_and_started_again(phases, whole, tmp_path):
     deadline = time.monotonic() + 120
     while not metrics.is_file() or metrics.read_text().count("\n") < 3:
         assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
-        ranks = psutil.Process(process.pid).children() or ranks
+        ranks = psutil.Process(process.pid).children(recursive=True) or ranks
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
