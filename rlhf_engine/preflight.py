@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from .config import ConfigError, MeshConfig, ModelConfig, RunConfig, check, resolve_mesh
 from .data.sources import parse_weight, read_json_rows, read_sources
+from .data.tokenizer import Tokenizer
 from .hf.config import read_model_config
 
 JOBS = {"score", "generate"}  # phases that read a file and write a file
@@ -22,6 +23,7 @@ class Plan:
     mesh: MeshConfig
     model: ModelConfig
     device: str
+    tokenizer: Tokenizer | None  # None: one is trained on the data
 
     @property
     def world_size(self) -> int:
@@ -65,22 +67,45 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
         raise ConfigError(f"phases={config.phases}: {sorted(jobs)[0]} runs alone")
     model = read_model_config(config.policy.path) if config.policy.path else config.model
     check(config, mesh, model)
+    tokenizer = read_tokenizer(config, model)
     if jobs:
         for source in config.data.sources:
             for where, row in read_json_rows(parse_weight(source)[0]):
-                check_job_row(row, where, config.phases[0])
+                check_job_row(row, where, config.phases[0], tokenizer)
     else:
         read_sources(config.data, config.seed)
     if config.reward.kind == "function" and "ppo" in config.phases:
         load_function(config.reward.fn or "")
-    return Plan(config, mesh, model, device)
+    return Plan(config, mesh, model, device, tokenizer)
 
 
-def check_job_row(row: dict, where: str, job: str) -> None:
+def read_tokenizer(config: RunConfig, model: ModelConfig) -> Tokenizer | None:
+    """The configured tokenizer or the policy's own; None where one is to be trained on the data.
+
+    Raises:
+        ConfigError: it cannot be read, lacks what the template needs, or has more ids than the model.
+    """
+    path, template = config.tokenizer.path or config.policy.path, config.tokenizer.template
+    if path is None and template not in (None, "hh"):
+        raise ConfigError(
+            f"tokenizer.template={template} needs control tokens, which a tokenizer trained on the data does not have:"
+            " set tokenizer.path"
+        )
+    tokenizer = Tokenizer(path, template) if path is not None else None
+    size = tokenizer.vocab_size if tokenizer is not None else config.tokenizer.vocab_size
+    if model.vocab_size is not None and size > model.vocab_size:
+        raise ConfigError(
+            f"the tokenizer ({path or 'trained on the data'}) has {size} ids, and the model's vocabulary"
+            f" {model.vocab_size}"
+        )
+    return tokenizer
+
+
+def check_job_row(row: dict, where: str, job: str, tokenizer: Tokenizer | None) -> None:
     """A row of a score or generate job.
 
     Raises:
-        ConfigError: it has neither text nor messages.
+        ConfigError: it has neither text nor messages, or messages that the chat template refuses.
     """
     key = {"score": "text", "generate": "prompt"}[job]
     if key in row:
@@ -95,6 +120,11 @@ def check_job_row(row: dict, where: str, job: str) -> None:
             raise ConfigError(f"{where}: each message is {{'role': …, 'content': text}}")
         if message.get("role") not in (roles := ("system", "user", "assistant")):
             raise ConfigError(f"{where}: role {message.get('role')!r} is not one of {', '.join(roles)}")
+    assert tokenizer is not None  # of the policy, which a job has
+    try:
+        tokenizer.template.parts(messages, prompt=job == "generate")
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def load_function(name: str):
