@@ -54,9 +54,10 @@ class PolicyConfig:
 
 @dataclass
 class TokenizerConfig:
-    path: str | None = None  # sentencepiece model or HF folder; null: the policy's, or one trained on the data
+    path: str | None = None  # HF folder or sentencepiece model; null: the policy's, or one trained on the data
     vocab_size: int = 768  # of a tokenizer trained on the data
-    template: str = "hh"  # how messages become text
+    # how messages become text; null: the tokenizer's own chat template, hh where it has none
+    template: Literal["hh", "internlm2", "llama3", "chatml"] | None = None
 
 
 @dataclass

@@ -73,7 +73,7 @@ def generate(ctx: Context, policy: RoleModel) -> None:
     with _Output(ctx) as output:
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
-            found = rollout(policy, prompts[part], keys[part], ctx.config.rollout, ctx.tokenizer.end_id)
+            found = rollout(policy, prompts[part], keys[part], ctx.config.rollout, ctx.tokenizer.end_ids)
             for i, response in enumerate(found, start):
                 output.rows[i] = {
                     "prompt": rows[i].get("prompt", ctx.tokenizer.decode(prompts[i])),

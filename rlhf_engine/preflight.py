@@ -13,6 +13,7 @@ import yaml
 
 from .config import ConfigError, MeshConfig, ModelConfig, RunConfig, check, resolve_mesh
 from .data.sources import Source, parse_weight, read_json_rows, read_sources
+from .data.tokenizer import Tokenizer
 from .hf.config import read_model_config
 
 JOBS = {"score", "generate"}  # phases that read a file and write a file
@@ -26,6 +27,7 @@ class Plan:
     mesh: MeshConfig
     model: ModelConfig
     device: str
+    tokenizer: Tokenizer | None  # None: one is trained on the data
     sources: list[Source]  # of the training phases; empty for a job
 
     @property
@@ -70,30 +72,28 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
         raise ConfigError(f"phases={config.phases}: {sorted(jobs)[0]} runs alone")
     model = read_model_config(config.policy.path) if config.policy.path else config.model
     check(config, mesh, model)
-    check_paths(config)
+    tokenizer = read_tokenizer(config, model)
     sources: list[Source] = []
     if jobs:
         for source in config.data.sources:
             for where, row in read_json_rows(parse_weight(source)[0]):
-                check_job_row(row, where, config.phases[0])
+                check_job_row(row, where, config.phases[0], tokenizer)
     else:
         sources = read_sources(config.data, config.seed)
         if not config.rerun:
             check_output_dir(config)
+    check_paths(config)
     if config.reward.kind == "function" and "ppo" in config.phases:
         load_function(config.reward.fn or "")
-    return Plan(config, mesh, model, device, sources)
+    return Plan(config, mesh, model, device, tokenizer, sources)
 
 
 def check_paths(config: RunConfig) -> None:
     """What a run reads before it trains.
 
     Raises:
-        ConfigError: a tokenizer, weights or the phase that PPO builds on are not there.
+        ConfigError: weights or the phase that PPO builds on are not there.
     """
-    path = config.tokenizer.path or config.policy.path
-    if path is not None and not (Path(path) / "tokenizer.model" if Path(path).is_dir() else Path(path)).is_file():
-        raise ConfigError(f"tokenizer.path={path}: there is no sentencepiece model")
     if config.policy.path is not None and not any(Path(config.policy.path).glob("model.safetensors*")):
         raise ConfigError(f"policy.path={config.policy.path} has no model.safetensors")
     needs_reward = "ppo" in config.phases and "reward" not in config.phases and config.reward.kind == "model"
@@ -125,11 +125,33 @@ def check_output_dir(config: RunConfig) -> None:
                     )
 
 
-def check_job_row(row: dict, where: str, job: str) -> None:
+def read_tokenizer(config: RunConfig, model: ModelConfig) -> Tokenizer | None:
+    """The configured tokenizer or the policy's own; None where one is to be trained on the data.
+
+    Raises:
+        ConfigError: it cannot be read, lacks what the template needs, or has more ids than the model.
+    """
+    path, template = config.tokenizer.path or config.policy.path, config.tokenizer.template
+    if path is None and template not in (None, "hh"):
+        raise ConfigError(
+            f"tokenizer.template={template} needs control tokens, which a tokenizer trained on the data does not have:"
+            " set tokenizer.path"
+        )
+    tokenizer = Tokenizer(path, template) if path is not None else None
+    size = tokenizer.vocab_size if tokenizer is not None else config.tokenizer.vocab_size
+    if model.vocab_size is not None and size > model.vocab_size:
+        raise ConfigError(
+            f"the tokenizer ({path or 'trained on the data'}) has {size} ids, and the model's vocabulary"
+            f" {model.vocab_size}"
+        )
+    return tokenizer
+
+
+def check_job_row(row: dict, where: str, job: str, tokenizer: Tokenizer | None) -> None:
     """A row of a score or generate job.
 
     Raises:
-        ConfigError: it has neither text nor messages.
+        ConfigError: it has neither text nor messages, or messages that the chat template refuses.
     """
     key = {"score": "text", "generate": "prompt"}[job]
     if key in row:
@@ -144,6 +166,11 @@ def check_job_row(row: dict, where: str, job: str) -> None:
             raise ConfigError(f"{where}: each message is {{'role': …, 'content': text}}")
         if message.get("role") not in (roles := ("system", "user", "assistant")):
             raise ConfigError(f"{where}: role {message.get('role')!r} is not one of {', '.join(roles)}")
+    assert tokenizer is not None  # of the policy, which a job has
+    try:
+        tokenizer.template.parts(messages, prompt=job == "generate")
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def load_function(name: str):

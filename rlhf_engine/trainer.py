@@ -146,13 +146,11 @@ def build_context(plan: Plan, mesh: ParallelMesh) -> Context:
     """Tokenizer, data and model configuration of a run."""
     config = plan.config
     sources = plan.sources
-    tokenizer = build_tokenizer(config, mesh, sources)
+    tokenizer = plan.tokenizer or trained_tokenizer(config, mesh, sources)
     model = plan.model
     if model.vocab_size is None:
         model = replace(model, vocab_size=tokenizer.vocab_size)
     assert model.vocab_size is not None
-    if tokenizer.vocab_size > model.vocab_size:
-        raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} pieces and the model takes {model.vocab_size}")
     dataset = Dataset(sources, tokenizer, config.data, config.seed) if sources else None
     reward_fn = None
     if config.reward.kind == "function" and "ppo" in config.phases:
@@ -160,25 +158,20 @@ def build_context(plan: Plan, mesh: ParallelMesh) -> Context:
     return Context(config, model, mesh, tokenizer, dataset, gold_rule(config.data), reward_fn)  # type: ignore[arg-type]
 
 
-def build_tokenizer(config: RunConfig, mesh: ParallelMesh, sources: list[Source]) -> Tokenizer:
-    """The configured tokenizer, the policy's own, or one trained on the data at first use."""
-    path = config.tokenizer.path or config.policy.path
-    if path is None:
-        trained = Path(config.output_dir) / "tokenizer" / "tokenizer.model"
-        if mesh.is_main and not trained.is_file():
-            texts = [
-                turn["content"]
-                for source in sources
-                for row in source.train
-                for turn in [*row.prompt, {"content": row.chosen}, {"content": row.rejected}]
-            ]
-            spoken = ("\n\nHuman: ", "\n\nAssistant: ")
-            train_tokenizer(
-                [speaker + text for text in texts for speaker in spoken], trained, config.tokenizer.vocab_size
-            )
-        mesh.barrier()
-        path = str(trained)
-    return Tokenizer(path)
+def trained_tokenizer(config: RunConfig, mesh: ParallelMesh, sources: list[Source]) -> Tokenizer:
+    """A tokenizer trained on the data, at first use."""
+    path = Path(config.output_dir) / "tokenizer" / "tokenizer.model"
+    if mesh.is_main and not path.is_file():
+        texts = [
+            turn["content"]
+            for source in sources
+            for row in source.train
+            for turn in [*row.prompt, {"content": row.chosen}, {"content": row.rejected}]
+        ]
+        spoken = ("\n\nHuman: ", "\n\nAssistant: ")
+        train_tokenizer([speaker + text for text in texts for speaker in spoken], path, config.tokenizer.vocab_size)
+    mesh.barrier()
+    return Tokenizer(str(path))
 
 
 def build_role(ctx: Context, name: str, spec: RoleSpec) -> RoleModel:

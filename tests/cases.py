@@ -53,15 +53,15 @@ def first_iteration(overrides: list[str], layout: tuple, phase: str) -> dict:
     return {"tokens": rows, "figures": {k: v for k, v in figures.items() if not k.startswith(("time/", "throughput"))}}
 
 
-def generate(overrides: list[str], layout: tuple, prompts: list[list[int]], ids: list[int]):
-    """Responses of the run's policy to prompts whose noise is keyed by `ids`."""
+def generate(overrides: list[str], layout: tuple, prompts: list[list[int]], ids: list[int], ends: tuple = ()):
+    """Responses of the run's policy to prompts whose noise is keyed by `ids`; `ends` end them too."""
     from rlhf_engine.rollout.generate import rollout
     from rlhf_engine.rollout.sampling import sample_keys
     from rlhf_engine.trainer import base_policy
 
     ctx = context(overrides, layout)
     keys = sample_keys(ctx.config.seed, 0, torch.tensor(ids))
-    responses = rollout(base_policy(ctx), prompts, keys, ctx.config.rollout, ctx.tokenizer.end_id)
+    responses = rollout(base_policy(ctx), prompts, keys, ctx.config.rollout, (*ctx.tokenizer.end_ids, *ends))
     return [(r.tokens, r.log_probs, r.finished) for r in responses]
 
 
@@ -91,7 +91,7 @@ def sampled_frequencies(overrides: list[str], layout: tuple, scores: list[float]
     config = compose(overrides).rollout
     mesh = worlds.mesh(*layout)
     shard = torch.tensor(scores).chunk(mesh.tp)[mesh.tp_rank]
-    sampler = Sampler(config, len(scores), len(scores) - 1, mesh.tp_group)
+    sampler = Sampler(config, len(scores), (len(scores) - 1,), mesh.tp_group)
     keys = sample_keys(3, 0, torch.arange(draws))
     tokens, _ = sampler(shard.repeat(draws, 1), keys, torch.zeros(draws, dtype=torch.int64))
     return torch.bincount(tokens, minlength=len(scores)).tolist()

@@ -7,9 +7,10 @@ from collections import Counter
 import pytest
 
 from rlhf_engine.config import ConfigError, DataConfig
+from rlhf_engine.data.chat import text_of
 from rlhf_engine.data.dataset import Dataset
 from rlhf_engine.data.sources import parse_hh, parse_weight, read_sources
-from rlhf_engine.data.tokenizer import Tokenizer, text_of, train_tokenizer
+from rlhf_engine.data.tokenizer import Tokenizer, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def test_a_prompt_is_the_beginning_of_its_dialogue(tokenizer):
 def test_hostile_text_is_text(tokenizer, text):
     """Control tokens written by a user stay letters, and what has bytes comes back as it was."""
     ids = tokenizer.encode("a" + text, continues=True)
-    assert not {tokenizer.end_id, tokenizer.model.bos_id()} & set(ids)
+    assert not {1, 2} & set(ids)
     assert tokenizer.decode(ids) == ("a" + text).encode("utf-8", "replace").decode()
 
 

@@ -82,7 +82,7 @@ def refused(run, capsys, monkeypatch):
         (["sft.optimizer.min_lr=1"], ["sft.optimizer.min_lr", "exceeds"]),
         (["dtype=bfloat16"], ["dtype=bfloat16", "GPU"]),
         (["reward=function", "reward.fn=:f"], ["reward.fn"]),
-        (["tokenizer.path=nowhere"], ["tokenizer.path=nowhere", "sentencepiece"]),
+        (["tokenizer.path=nowhere"], ["tokenizer.path=nowhere", "tokenizer.model"]),
         (["phases=[ppo]", "output_dir=nowhere"], ["reward model", "phases=[reward,ppo]"]),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",

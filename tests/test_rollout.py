@@ -60,6 +60,22 @@ def test_slots_and_order_do_not_matter(worlds, settings, sampled, slots):
     assert tokens_of(found) == [sampled[i][0] for i in order]
 
 
+def test_every_end_token_ends_a_response(worlds, settings):
+    """And a second one changes nothing before it."""
+    settings = [*settings, "rollout.min_new_tokens=0"]
+    free = worlds(1).run(cases.generate, settings, (1, 1, 1), PROMPTS, IDS)[0]
+    end = max(
+        (t for tokens in tokens_of(free) for t in tokens[:-1]), key=lambda t: sum(t in r for r in tokens_of(free))
+    )
+    for layout in ((1, 1, 1), (2, 1, 1)):
+        ended = worlds(layout[0]).run(cases.generate, settings, layout, PROMPTS, IDS, (end,))[0]
+        for (tokens, _, finished), (free_tokens, _, free_finished) in zip(ended, free, strict=True):
+            stop = free_tokens.index(end) + 1 if end in free_tokens else len(free_tokens)
+            assert tokens == free_tokens[:stop] and finished == (free_finished or end in free_tokens)
+    late = worlds(1).run(cases.generate, [*settings, "rollout.min_new_tokens=4"], (1, 1, 1), PROMPTS, IDS, (end,))[0]
+    assert not any({2, end} & set(tokens[:3]) for tokens in tokens_of(late))
+
+
 def test_fewer_prompts_than_replicas(worlds, settings, sampled):
     assert tokens_of(worlds(2).run(cases.generate, settings, (1, 1, 2), PROMPTS[:1], [0])[1]) == [sampled[0][0]]
 

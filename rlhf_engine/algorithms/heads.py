@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,14 +19,14 @@ def policy_log_probs(
     batch: Batch,
     mask: Tensor,
     temperature: float = 1.0,
-    ban: tuple[int, int] | None = None,
+    ban: tuple[Sequence[int], int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-prob and entropy of the tokens that `mask` selects; 0 elsewhere.
 
     Args:
         logits: `(B, T, V / tp)`.
         mask: `(B, T)` bool, over `batch["tokens"]`. Position 0 has no log-prob.
-        ban: (token, count): the token had no probability among the first `count` that the mask selects in a row,
+        ban: (tokens, count): the tokens had no probability among the first `count` that the mask selects in a row,
             as the sampler's minimum length demands.
 
     Returns:
@@ -36,10 +38,11 @@ def policy_log_probs(
     chosen = logits[:, :-1][mask[:, 1:]]  # output t - 1 speaks of token t
     tokens = batch["tokens"][mask]
     start = mesh.tp_rank * logits.shape[-1]
-    if ban is not None and ban[1] and 0 <= ban[0] - start < logits.shape[-1]:
+    if ban is not None and ban[1]:
         early = ((mask.cumsum(1) - 1) < ban[1])[mask]
-        column = torch.arange(logits.shape[-1], device=logits.device) == ban[0] - start
-        chosen = chosen.masked_fill(early.unsqueeze(1) & column, -torch.inf)
+        columns = torch.arange(start, start + logits.shape[-1], device=logits.device)
+        banned = torch.isin(columns, torch.tensor(ban[0], device=logits.device))
+        chosen = chosen.masked_fill(early.unsqueeze(1) & banned, -torch.inf)
     log_probs, entropy = token_log_probs(
         chosen,
         tokens,

@@ -51,7 +51,7 @@ def rollout(ctx: Context, policy: RoleModel, x):
     """Samples a response to every prompt from the training weights."""
     started = time.perf_counter()
     keys = sample_keys(ctx.config.seed, ctx.state.iteration, x.sample_ids)
-    responses = generate(policy, x.prompts, keys, ctx.config.rollout, ctx.tokenizer.end_id)
+    responses = generate(policy, x.prompts, keys, ctx.config.rollout, ctx.tokenizer.end_ids)
     seconds = time.perf_counter() - started
     tokens, lengths = pad_rows([p + r.tokens for p, r in zip(x.prompts, responses, strict=True)], ctx.mesh.tp)
     starts = torch.tensor([len(p) for p in x.prompts])
@@ -203,7 +203,7 @@ def minibatches(ctx: Context, x, *fields: str) -> Iterator[tuple[int, dict[str, 
 def _response_log_probs(ctx: Context, role: RoleModel, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """Log-probs and entropy of the response tokens under the sampler's distribution."""
     sampling = ctx.config.rollout
-    ban = (ctx.tokenizer.end_id, sampling.min_new_tokens)
+    ban = (ctx.tokenizer.end_ids, sampling.min_new_tokens)
     return policy_log_probs(role, logits, batch, batch["response_mask"], sampling.temperature, ban)
 
 

@@ -41,7 +41,7 @@ def sample_dialogues(ctx: Context, policy: RoleModel, examples: list[Example]) -
     """One response to each prompt, with the same noise whichever policy speaks."""
     keys = sample_keys(ctx.config.seed, EVAL_ITERATION, torch.arange(len(examples)))
     prompts = [example.prompt for example in examples]
-    responses = rollout(policy, prompts, keys, ctx.config.rollout, ctx.tokenizer.end_id)
+    responses = rollout(policy, prompts, keys, ctx.config.rollout, ctx.tokenizer.end_ids)
     texts = [ctx.tokenizer.decode(response.tokens) for response in responses]
     golds = None
     if ctx.gold is not None:

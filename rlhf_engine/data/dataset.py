@@ -10,8 +10,9 @@ import random
 from dataclasses import dataclass
 
 from ..config import ConfigError, DataConfig
+from .chat import text_of
 from .sources import PreferenceRow, Source
-from .tokenizer import Tokenizer, text_of
+from .tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -53,18 +54,16 @@ class Dataset:
     def _tokenise(self, rows: list[PreferenceRow], tokenizer: Tokenizer, config: DataConfig) -> list[Example]:
         found = []
         for row in rows:
-            ids, spoken = tokenizer.render(row.prompt)
             prompt = tokenizer.render_prompt(row.prompt)
-            chosen, rejected = (
-                [*tokenizer.encode(" " + answer, continues=True), tokenizer.end_id]
+            (chosen, spoken), (rejected, _) = (
+                tokenizer.render([*row.prompt, {"role": "assistant", "content": answer}])
                 for answer in (row.chosen, row.rejected)
             )
-            longest = len(prompt) + max(len(chosen), len(rejected))
-            if len(prompt) > config.max_prompt_len or longest > config.max_seq_len:
+            n = len(prompt)
+            if n > config.max_prompt_len or max(len(chosen), len(rejected)) > config.max_seq_len:
                 self.num_dropped += 1
                 continue
-            spoken += [False] * (len(prompt) - len(ids))
-            found.append(Example(prompt, spoken, chosen, rejected, text_of(row.prompt)))
+            found.append(Example(prompt, spoken[:n], chosen[n:], rejected[n:], text_of(row.prompt)))
         return found
 
     def __len__(self) -> int:

@@ -36,14 +36,14 @@ class Response:
 
 
 def rollout(
-    role: RoleModel, prompts: Sequence[Sequence[int]], keys: Tensor, config: RolloutConfig, end_id: int
+    role: RoleModel, prompts: Sequence[Sequence[int]], keys: Tensor, config: RolloutConfig, end_ids: Sequence[int]
 ) -> list[Response]:
     """Responses to all prompts, in their order and the same on every rank; each replica generates its share.
 
     Args:
         prompts: token ids of each.
         keys: `(len(prompts),)`, from `sample_keys`.
-        end_id: the token that ends a response.
+        end_ids: the tokens that end a response.
 
     Raises:
         ValueError: a prompt is empty or leaves no room in the model's context.
@@ -55,7 +55,7 @@ def rollout(
             raise ValueError(f"prompt {i} has {len(prompt)} tokens; the model's context takes 1 to {context - 1}")
     mine = slice(mesh.replica, None, mesh.num_replicas)
     with role.on_device(), rollout_model(role) as gpt:
-        responses = generate(gpt, mesh, list(prompts[mine]), keys[mine], config, end_id, role.model.vocab_size or 0)
+        responses = generate(gpt, mesh, list(prompts[mine]), keys[mine], config, end_ids, role.model.vocab_size or 0)
     return mesh.gather_replicas(responses)
 
 
@@ -178,7 +178,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     keys: Tensor,
     config: RolloutConfig,
-    end_id: int,
+    end_ids: Sequence[int],
     vocab_size: int,
 ) -> list[Response]:
     """Responses of this replica, in the order of `prompts`.
@@ -193,11 +193,13 @@ def generate(
     budget = (gpt.max_sequence_length - lengths).clamp_max(config.max_new_tokens)
     length = int((lengths + budget).max())
     num_slots = min(config.slots, len(prompts))
-    sampler = Sampler(config, vocab_size, end_id, mesh.tp_group)
+    sampler = Sampler(config, vocab_size, end_ids, mesh.tp_group)
     keys = keys.to(device)
-    out_tokens = torch.full((len(prompts), config.max_new_tokens), end_id, dtype=torch.int64, device=device)
+    out_tokens = torch.zeros(len(prompts), config.max_new_tokens, dtype=torch.int64, device=device)
     out_log_probs = torch.zeros(len(prompts), config.max_new_tokens, device=device)
     counts = torch.zeros(len(prompts), dtype=torch.int64, device=device)  # tokens generated so far
+
+    ends = torch.tensor(end_ids, device=device)
 
     decoder = Decoder(gpt, num_slots, length)
     waiting = list(range(len(prompts)))
@@ -227,13 +229,13 @@ def generate(
             else:
                 positions = lengths[rows] + counts[rows] - 1
                 last = keep(rows, decoder.decode(last, positions, int(positions.max()) + 1))
-            done = (last == end_id) | (counts[rows] >= budget[rows])
+            done = torch.isin(last, ends) | (counts[rows] >= budget[rows])
             if bool(done.any()):
                 rows, last = _compact(decoder, rows, last, done, lengths + counts)
     finally:
         decoder.close()
     return [
-        Response(out_tokens[i, :n].tolist(), out_log_probs[i, :n].tolist(), bool(out_tokens[i, n - 1] == end_id))
+        Response(out_tokens[i, :n].tolist(), out_log_probs[i, :n].tolist(), int(out_tokens[i, n - 1]) in end_ids)
         for i, n in enumerate(counts.tolist())
     ]
 

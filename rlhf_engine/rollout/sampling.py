@@ -7,6 +7,7 @@ order in which sequences finish, and a split vocabulary needs the sums of its sh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,13 +54,13 @@ class Sampler:
 
     Args:
         vocab_size: true size; later columns are padding.
-        end_id: token that ends a response; it has no probability before `config.min_new_tokens`.
+        end_ids: tokens that end a response; they have no probability before `config.min_new_tokens`.
         group: the tensor parallel ranks, shard r holding columns [r V, (r + 1) V).
     """
 
     config: RolloutConfig
     vocab_size: int
-    end_id: int
+    end_ids: Sequence[int]
     group: dist.ProcessGroup
 
     def __call__(self, logits: Tensor, keys: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,7 +79,7 @@ class Sampler:
         x = logits.float() / self.config.temperature
         num_valid = max(0, min(x.shape[1], self.vocab_size - start))
         x[:, num_valid:] = -torch.inf
-        if 0 <= (end := self.end_id - start) < x.shape[1]:
+        for end in (i - start for i in self.end_ids if start <= i < start + x.shape[1]):
             x[:, end] = torch.where(steps < self.config.min_new_tokens, -torch.inf, x[:, end])
         maximum = x.amax(1)
         dist.all_reduce(maximum, dist.ReduceOp.MAX, group=self.group)
