@@ -30,26 +30,58 @@ class MeshConfig:
 
 
 @dataclass
-class ModelConfig:
-    """A Llama-shaped decoder. Used for random weights; a checkpoint at `policy.path` brings its own."""
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the context of pre-training. `dynamic` stretches only what lies
+    beyond `max_position_embeddings`, where no run goes."""
 
+    rope_type: Literal["linear", "dynamic", "llama3"] = "linear"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0  # these three belong to llama3
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass
+class ModelConfig:
+    """A decoder; the defaults are Llama's. Used for random weights; a checkpoint at `policy.path` brings its own."""
+
+    architecture: str = "llama"  # whose HF names and keys the weights have: a module of rlhf_engine/hf
     num_layers: int = 4
     hidden_size: int = 128
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
-    intermediate_size: int = 352
+    intermediate_size: int = 352  # of each expert where there are experts
     head_dim: int | None = None  # null: hidden_size / num_attention_heads
     vocab_size: int | None = None  # null: the tokenizer's
     max_position_embeddings: int = 512
+    positions: Literal["rotary", "learned"] = "rotary"
     rope_theta: float = 10000.0
-    rms_norm_eps: float = 1e-5
+    rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None  # tokens that a token sees, itself included; null: all before it
+    first_sliding_layer: int = 0  # layers below see everything
+    norm: Literal["rms", "layer"] = "rms"
+    rms_norm_eps: float = 1e-5  # of either norm
+    qk_norm: bool = False  # queries and keys normalised per head
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    gated_mlp: bool = True
+    qkv_bias: bool = False
+    proj_bias: bool = False  # of attention's output
+    mlp_bias: bool = False
+    num_experts: int | None = None  # null: one dense MLP a layer
+    experts_per_token: int = 2
+    normalize_experts: bool = True  # the weights of a token's experts add up to 1
     tie_word_embeddings: bool = True
     init_std: float = 0.02
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_attention_heads
 
 
 @dataclass
 class PolicyConfig:
-    path: str | None = None  # HF folder that the first phase starts from; null: random weights of `model`
+    # HF folder, or what tools/convert_hf made of one, that the first phase starts from; null: random weights of `model`
+    path: str | None = None
 
 
 @dataclass
@@ -155,6 +187,7 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on cuda, float32 on cpu
     keep_checkpoints: int = 2
+    export_hf: bool = True  # each phase leaves its trained models in HF format, in OUTPUT_DIR/PHASE/hf
     mesh: MeshConfig = field(default_factory=MeshConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)

@@ -6,7 +6,6 @@ import json
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -15,11 +14,13 @@ from . import checkpoint
 from .algorithms import ALGORITHMS
 from .algorithms.context import Algorithm, Context, RoleSpec, TrainState
 from .config import RunConfig
+from .data import sources as data_sources
 from .data.dataset import Dataset
-from .data.sources import Source, gold_rule, read_sources
+from .data.sources import gold_rule, read_sources
 from .data.tokenizer import Tokenizer, train_tokenizer
 from .experience import Experience
-from .hf.weights import HFFolder, RandomWeights, load_weights
+from .hf.files import HFFolder
+from .hf.weights import RandomWeights, Source, load_weights
 from .jobs import JOBS
 from .logbook import Logbook, show_run
 from .mesh import ParallelMesh
@@ -122,7 +123,7 @@ def build_context(plan: Plan, mesh: ParallelMesh) -> Context:
     return Context(config, model, mesh, tokenizer, dataset, gold_rule(config.data), reward_fn)  # type: ignore[arg-type]
 
 
-def build_tokenizer(config: RunConfig, mesh: ParallelMesh, sources: list[Source]) -> Tokenizer:
+def build_tokenizer(config: RunConfig, mesh: ParallelMesh, sources: list[data_sources.Source]) -> Tokenizer:
     """The configured tokenizer, the policy's own, or one trained on the data at first use."""
     path = config.tokenizer.path or config.policy.path
     if path is None:
@@ -161,7 +162,7 @@ def build_role(ctx: Context, name: str, spec: RoleSpec) -> RoleModel:
             checkpoint.load_weights(found, source, role)
             break
     else:
-        _load_base(ctx, role)
+        load_base(role, ctx.config.policy.path, ctx.config.seed)
     role.start()
     role.offload()
     return role
@@ -172,10 +173,10 @@ def base_policy(ctx: Context) -> RoleModel:
     return build_role(ctx, "policy", RoleSpec("lm"))
 
 
-def _load_base(ctx: Context, role: RoleModel) -> None:
-    path = ctx.config.policy.path
-    source: Any = HFFolder(path) if path else RandomWeights(ctx.model, ctx.config.seed)
-    load_weights(role.gpt, ctx.model, ctx.mesh, source)
+def load_base(role: RoleModel, path: str | None, seed: int = 0) -> None:
+    """Weights of an HF folder, or random ones where there is no path."""
+    source: Source = HFFolder(path) if path else RandomWeights(role.model, seed)
+    load_weights(role.gpt, role.model, role.head, role.mesh, source)
 
 
 def _dtype(config: RunConfig, mesh: ParallelMesh) -> torch.dtype:

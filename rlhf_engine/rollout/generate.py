@@ -123,7 +123,8 @@ class Decoder:
                 cache = LayerCache(num_slots, groups, length, head_dim, weight.dtype, weight.device)
                 module.cache = cache
                 self.caches.append(cache)
-        self.rotary = gpt.rotary_pos_emb(length)  # (L, 1, 1, D)
+        has_rotary = gpt.position_embedding_type == "rope"
+        self.rotary = gpt.rotary_pos_emb(length) if has_rotary else None  # (L, 1, 1, D)
         self.positions = torch.arange(length, device=weight.device)
 
     def close(self) -> None:
@@ -134,8 +135,8 @@ class Decoder:
     def prefill(self, tokens: Tensor, lengths: Tensor, slots: Tensor) -> Tensor:
         """Right-padded prompts `(B, S)` into cache rows `slots`: logits `(B, V / tp)` after each one's last token."""
         view = CacheView(slots, lengths, None, tokens.shape[1])
-        rotary = self.rotary[: tokens.shape[1]]
-        return self._forward(tokens, view, rotary, lengths - 1)
+        rotary = self.rotary[: tokens.shape[1]] if self.rotary is not None else None
+        return self._forward(tokens, self.positions[: tokens.shape[1]].expand_as(tokens), view, rotary, lengths - 1)
 
     def decode(self, tokens: Tensor, positions: Tensor, length: int) -> Tensor:
         """One token `(B,)` at `positions` `(B,)` for each of the first B slots: logits `(B, V / tp)`.
@@ -145,13 +146,16 @@ class Decoder:
         """
         mask = self.positions[:length] <= positions.unsqueeze(1)
         view = CacheView(None, positions, mask[:, None, None], length)
-        rotary = self.rotary[positions].permute(1, 0, 2, 3)  # (1, B, 1, D)
-        return self._forward(tokens.unsqueeze(1), view, rotary, torch.zeros_like(positions))
+        # (1, B, 1, D)
+        rotary = self.rotary[positions].permute(1, 0, 2, 3) if self.rotary is not None else None
+        return self._forward(tokens.unsqueeze(1), positions.unsqueeze(1), view, rotary, torch.zeros_like(positions))
 
-    def _forward(self, tokens: Tensor, view: CacheView, rotary: Tensor, last: Tensor) -> Tensor:
+    def _forward(
+        self, tokens: Tensor, positions: Tensor, view: CacheView, rotary: Tensor | None, last: Tensor
+    ) -> Tensor:
         for cache in self.caches:
             cache.view = view
-        hidden = self.gpt.embedding(input_ids=tokens, position_ids=None)  # (S, B, H)
+        hidden = self.gpt.embedding(input_ids=tokens, position_ids=positions)  # (S, B, H)
         hidden = self.gpt.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary)
         hidden = hidden[last, torch.arange(len(last), device=last.device)].unsqueeze(0)
         tied = self.gpt.share_embeddings_and_output_weights
