@@ -294,7 +294,7 @@ def check(config: RunConfig, mesh: MeshConfig, model: ModelConfig) -> None:
     """
     if not config.phases:
         raise ConfigError(f"phases is empty: choose from {', '.join(typing.get_args(Phase))}")
-    _check_model(mesh, model)
+    check_model(mesh, model)
     assert mesh.dp is not None
     dp = mesh.dp
     phases = set(config.phases)
@@ -328,7 +328,12 @@ def check(config: RunConfig, mesh: MeshConfig, model: ModelConfig) -> None:
         raise ConfigError("rollout.min_new_tokens must lie between 0 and rollout.max_new_tokens")
 
 
-def _check_model(mesh: MeshConfig, model: ModelConfig) -> None:
+def check_model(mesh: MeshConfig, model: ModelConfig) -> None:
+    """Refuses a mesh that the model cannot be cut for. Key-value heads are never replicated.
+
+    Raises:
+        ConfigError: names the sizes, and those of the mesh that would fit.
+    """
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         size = getattr(model, name)
         if size % mesh.tp:

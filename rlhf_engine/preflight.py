@@ -6,10 +6,12 @@ import glob
 import importlib
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from .config import ConfigError, MeshConfig, ModelConfig, RunConfig, check, resolve_mesh
 from .data.sources import parse_weight, read_json_rows, read_sources
 from .hf.config import read_model_config
+from .hf.index import index
 
 JOBS = {"score", "generate"}  # phases that read a file and write a file
 
@@ -64,6 +66,8 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
     if jobs and len(config.phases) > 1:
         raise ConfigError(f"phases={config.phases}: {sorted(jobs)[0]} runs alone")
     model = read_model_config(config.policy.path) if config.policy.path else config.model
+    if config.policy.path and not (Path(config.policy.path) / ".metadata").is_file():
+        index(config.policy.path)
     check(config, mesh, model)
     if jobs:
         for source in config.data.sources:

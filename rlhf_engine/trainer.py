@@ -19,6 +19,7 @@ from .data.dataset import Dataset
 from .data.sources import gold_rule, read_sources
 from .data.tokenizer import Tokenizer, train_tokenizer
 from .experience import Experience
+from .hf.export import export_role, head_config
 from .hf.files import HFFolder
 from .hf.weights import RandomWeights, Source, load_weights
 from .jobs import JOBS
@@ -78,6 +79,8 @@ def train(ctx: Context, algorithm: Algorithm) -> None:
 
     evaluation = algorithm.evaluate(ctx, final=True)
     save(ctx, folder)
+    if config.export_hf:
+        export(ctx, folder)
     if mesh.is_main:
         logbook.finish(evaluation.figures)
         write_report(folder, title=f"{algorithm.name} · {folder.parent.name}", summary={
@@ -95,6 +98,20 @@ def save(ctx: Context, folder: Path) -> None:
     checkpoint.save(
         folder / "checkpoints", ctx.state.iteration, ctx.roles, state, ctx.mesh, ctx.config.keep_checkpoints
     )
+
+
+def export(ctx: Context, folder: Path) -> None:
+    """The phase's trained models in HF format: the critic in `hf_critic`, what else there is in `hf`."""
+    config = ctx.config
+    path = Path(config.policy.path) if config.policy.path else None
+    tokenizer = Path(config.tokenizer.path or config.policy.path or Path(config.output_dir) / "tokenizer")
+    for name, role in ctx.roles.items():
+        if role.is_trained:
+            hf = head_config(role.model, role.head, path)
+            if path is None:
+                hf |= {"eos_token_id": ctx.tokenizer.end_id}
+            target = folder / ("hf_critic" if name == "critic" else "hf")
+            export_role(role, target, hf, [p for p in (path, tokenizer) if p is not None])
 
 
 def is_finished(folder: Path, algorithm: Algorithm) -> bool:
@@ -174,7 +191,9 @@ def base_policy(ctx: Context) -> RoleModel:
 
 
 def load_base(role: RoleModel, path: str | None, seed: int = 0) -> None:
-    """Weights of an HF folder, or random ones where there is no path."""
+    """Weights of an HF folder or of what tools/convert_hf made of one; random ones where there is no path."""
+    if path and (Path(path) / ".metadata").is_file():
+        return checkpoint.load_weights(Path(path), checkpoint.IMPORTED, role)
     source: Source = HFFolder(path) if path else RandomWeights(role.model, seed)
     load_weights(role.gpt, role.model, role.head, role.mesh, source)
 

@@ -108,7 +108,7 @@ def hf_round_trip(folder: str, layout: tuple, rows: list[list[int]], out: str, h
     """Outputs for the rows, `(B, T, V)` or `(B, T, 1)`; the model's weights are written to `out` in HF format."""
     import torch.distributed as dist
 
-    from rlhf_engine.hf.export import export_role
+    from rlhf_engine.hf.export import export_role, head_config
 
     role = hf_role(folder, layout, head)
     mesh = role.mesh
@@ -120,7 +120,7 @@ def hf_round_trip(folder: str, layout: tuple, rows: list[list[int]], out: str, h
         dist.all_gather(parts, output.contiguous(), group=mesh.tp_group)
         return torch.cat(parts, -1)[..., : role.model.vocab_size]
 
-    export_role(role, Path(out), Path(folder))
+    export_role(role, Path(out), head_config(role.model, head, Path(folder)), [Path(folder)])
     return role.infer({"tokens": torch.tensor(rows)}, fn, 2)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +14,19 @@ from .files import HFWriter, whole_folder
 from .weights import save_weights
 
 
-def export_role(role: RoleModel, target: Path, source: Path | None) -> None:
+def export_role(role: RoleModel, target: Path, config: dict[str, Any], assets: Sequence[Path]) -> None:
     """Writes `target` from every rank's part of a model; replaces what was there once all of it is on the disk.
 
     Args:
-        source: folder of the checkpoint that the model came from, whose config and tokenizer go with it; None for a
-            model that started from random weights.
+        config: its config.json, from `head_config`.
+        assets: folders whose tokenizer and generation config go with it, or a tokenizer's file.
     """
-    mesh = role.mesh
-    config = head_config(role.model, role.head, source) if mesh.is_main else {}
     with contextlib.ExitStack() as stack:
-        writer = None
-        if mesh.is_main:
-            writer = HFWriter(stack.enter_context(whole_folder(target)))
-        save_weights(role.gpt, role.model, role.head, mesh, writer)
+        writer = HFWriter(stack.enter_context(whole_folder(target))) if role.mesh.is_main else None
+        save_weights(role.gpt, role.model, role.head, role.mesh, writer)
         if writer is not None:
-            writer.close(config, source)
+            writer.close(config, assets)
+    role.mesh.barrier()
 
 
 def head_config(model: ModelConfig, head: Head, source: Path | None) -> dict[str, Any]:

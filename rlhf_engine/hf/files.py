@@ -7,7 +7,7 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,9 @@ class HFFolder:
             raise ConfigError(f"{path}: {window.name} has entries that are not finite")
         return tensor
 
+    def read_whole(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return self.read(Window(name, shape, 0, 0, shape[0]))
+
     def _load_bin(self, path: Path) -> dict[str, Tensor]:
         if self._bin is None or self._bin[0] != path:
             try:
@@ -114,12 +117,12 @@ class HFWriter:
         self.files.append(list(self.pending))
         self.pending = {}
 
-    def close(self, config: dict[str, Any], assets: Path | None) -> None:
+    def close(self, config: dict[str, Any], assets: Sequence[Path]) -> None:
         """The index, config.json, and what belongs to a model besides.
 
         Args:
             config: of the source, its dtype replaced by what was written.
-            assets: HF folder that tokenizer and generation config are copied from.
+            assets: see `write_assets`.
         """
         self._flush()
         total = len(self.files)
@@ -141,12 +144,20 @@ class HFWriter:
         write_assets(self.folder, config, assets)
 
 
-def write_assets(folder: Path, config: dict[str, Any], assets: Path | None) -> None:
-    """config.json and copies of the files that belong to a model besides its weights."""
+def write_assets(folder: Path, config: dict[str, Any], assets: Sequence[Path]) -> None:
+    """config.json and what belongs to a model besides its weights.
+
+    Args:
+        assets: HF folders that tokenizer and generation config are copied from, or a sentencepiece model; later
+            ones win.
+    """
     _write_json(folder / "config.json", config)
-    for name in ASSETS:
-        if assets is not None and (assets / name).is_file():
-            shutil.copyfile(assets / name, folder / name)
+    for place in assets:
+        if place.is_file():
+            shutil.copyfile(place, folder / "tokenizer.model")
+        for name in ASSETS:
+            if (place / name).is_file():
+                shutil.copyfile(place / name, folder / name)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
@@ -154,16 +165,26 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its name once it is whole; a failure leaves nothing behind."""
+def whole_folder(target: Path, manifest: dict[str, Any] | None = None) -> Iterator[Path]:
+    """A temporary folder beside `target` that takes its name once it is whole; an error leaves nothing behind.
+
+    Args:
+        manifest: what is being made. A process that was killed leaves its folder, and one with the same manifest
+            goes on in it; without a manifest it is emptied first.
+    """
     temporary = target.with_name(target.name + ".incomplete")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    listing = temporary / "manifest.json"
+    if manifest is None or not listing.is_file() or listing.read_text() != json.dumps(manifest):
+        shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True, exist_ok=True)
+    if manifest is not None:
+        listing.write_text(json.dumps(manifest))
     try:
         yield temporary
-    except BaseException:
+    except Exception:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    listing.unlink(missing_ok=True)
     replaced = target.with_name(target.name + ".replaced")
     if target.exists():
         shutil.rmtree(replaced, ignore_errors=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.overrides import TorchFunctionMode
 
 from ..config import ModelConfig
 from ..cpu import cuda_calls_stay
@@ -155,6 +158,23 @@ def build_model(
     return gpt
 
 
+class _MetaFactories(TorchFunctionMode):
+    """Takes every named device for the meta device."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if "device" in kwargs:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def on_meta() -> Iterator[None]:
+    """Within it models are built without memory for their weights."""
+    with torch.device("meta"), _MetaFactories():
+        yield
+
+
 def _layer_spec(model: ModelConfig, norm: type[RMSNorm]) -> ModuleSpec:
     """Megatron's local layer with our norms, our attention, and biases where the model has them."""
     spec = get_gpt_layer_local_spec(
@@ -171,7 +191,8 @@ def _layer_spec(model: ModelConfig, norm: type[RMSNorm]) -> ModuleSpec:
     if not model.proj_bias:
         attention.linear_proj = RowWithoutBias
     if not model.mlp_bias and model.num_experts is None:
-        layer.mlp.submodules.linear_fc1, layer.mlp.submodules.linear_fc2 = ColumnWithoutBias, RowWithoutBias
+        mlp = layer.mlp.keywords["submodules"] if isinstance(layer.mlp, functools.partial) else layer.mlp.submodules
+        mlp.linear_fc1, mlp.linear_fc2 = ColumnWithoutBias, RowWithoutBias
     return spec
 
 
