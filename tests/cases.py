@@ -134,3 +134,11 @@ def hf_greedy(folder: str, layout: tuple, prompts: list[list[int]], tokens: int)
     config = RolloutConfig(greedy=True, max_new_tokens=tokens, min_new_tokens=0, slots=2)
     keys = sample_keys(1, 0, torch.arange(len(prompts)))
     return [r.tokens for r in rollout(role, prompts, keys, config, end_id=-1)]
+
+
+def num_parameters(path: str) -> int:
+    """Parameters of the model that a config.json describes."""
+    from rlhf_engine.hf.config import parse, read_json
+    from rlhf_engine.hf.convert import count_parameters
+
+    return count_parameters(parse(read_json(Path(path)), path), "lm", worlds.mesh(1, 1, 1))

@@ -9,12 +9,14 @@ from typing import Any, Literal
 
 from ..config import ConfigError, ModelConfig, from_dict, nearest
 from .architecture import Architecture
+from .gpt2 import GPT2
+from .internlm2 import INTERNLM2
 from .llama import LLAMA
 from .mistral import MISTRAL
 from .qwen2 import QWEN2
 from .qwen3 import QWEN3
 
-ARCHITECTURES = {a.name: a for a in (LLAMA, MISTRAL, QWEN2, QWEN3)}
+ARCHITECTURES = {a.name: a for a in (LLAMA, MISTRAL, QWEN2, QWEN3, INTERNLM2, GPT2)}
 # Keys that change nothing in a forward pass here: no role has dropout, and an auxiliary loss is no part of RLHF.
 _IRRELEVANT = {
     "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "auto_map",
@@ -79,9 +81,7 @@ def parse(source: dict[str, Any], where: str) -> ModelConfig:
             if value != architecture.constants[key]:
                 raise ConfigError(f"{where}: {key}={value!r} is not supported, only {architecture.constants[key]!r}")
         elif key not in architecture.keys and key not in _IRRELEVANT | architecture.irrelevant and value is not None:
-            raise ConfigError(
-                f"{where}: key {key}={value!r} is not known to {architecture.name}, it may change results"
-            )
+            raise ConfigError(f"{where}: {key}={value!r} is not understood for {architecture.name}, and may matter")
     found: dict[str, Any] = {"architecture": architecture.name, **architecture.fields}
     for key, names in architecture.keys.items():
         if hf.get(key) is not None:
