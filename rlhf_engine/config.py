@@ -312,6 +312,8 @@ def check(config: RunConfig, mesh: MeshConfig, model: ModelConfig) -> None:
         if config.policy.path is None:
             raise ConfigError("policy.path is not set: policy.path=DIR names an HF folder")
     if phases & {"sft", "reward", "ppo"}:
+        if model.num_experts is not None and mesh.tp > 1 and not mesh.sequence_parallel:
+            raise ConfigError(f"mesh.tp={mesh.tp} trains experts with mesh.sequence_parallel=true only")
         length, budget = model.max_position_embeddings, config.rollout.max_new_tokens
         if config.data.max_seq_len > length:
             raise ConfigError(f"data.max_seq_len={config.data.max_seq_len} exceeds the model's context of {length}")
@@ -347,6 +349,12 @@ def check_model(mesh: MeshConfig, model: ModelConfig) -> None:
         raise ConfigError(
             f"model.num_key_value_heads={model.num_key_value_heads} does not divide"
             f" num_attention_heads={model.num_attention_heads}"
+        )
+    fewest = 2 if model.normalize_experts else 1  # the weight of one expert alone would always be 1
+    if model.num_experts is not None and not fewest <= model.experts_per_token <= model.num_experts:
+        raise ConfigError(
+            f"model.experts_per_token={model.experts_per_token} does not lie between {fewest} and"
+            f" num_experts={model.num_experts}"
         )
     if model.head_dim is None and model.hidden_size % model.num_attention_heads:
         raise ConfigError(

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, launch
 from safetensors.torch import load_file, save_file
-from test_hf_architectures import LAYOUTS, SIZES, assert_same_weights, expected, make, rows, transformers
+from test_hf_architectures import GPT2, LAYOUTS, SIZES, assert_same_weights, expected, make, rows, transformers
 
 TOOL = ROOT / "tools" / "convert_hf" / "convert.py"
 
@@ -72,6 +72,21 @@ def test_export_and_verify(convert, imported, source, tmp_path, capsys):
     assert not any(info.values()), info
     assert convert("verify", "--hf", source, "--megatron", imported) == 0
     assert "38 tensors equal bit for bit, 0 not" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "MixtralForCausalLM", "LlamaForSequenceClassification"])
+def test_other_shapes_of_models(convert, worlds, tmp_path, name):
+    """Transposed and fused weights, experts, a scalar head, a tp that pads the vocabulary otherwise."""
+    sizes = SIZES | dict(num_key_value_heads=3, intermediate_size=57)
+    options = {"GPT2LMHeadModel": GPT2, "MixtralForCausalLM": sizes | dict(num_local_experts=3)}
+    source = make(tmp_path / "source", name, options.get(name, sizes | dict(num_labels=1)))
+    assert convert("import", "--hf", source, "--out", tmp_path / "mg", "--tp", 3, "--pp", 3) == 0
+    assert convert("verify", "--hf", source, "--megatron", tmp_path / "mg") == 0
+    head = "scalar" if "Sequence" in name else "lm"
+    words = (str(tmp_path / "mg"), (1, 2, 1), rows(), str(tmp_path / "out"), head)
+    found = worlds(2).run(cases.hf_round_trip, *words)[0]
+    torch.testing.assert_close(found, expected(source), atol=1e-4, rtol=0)
+    assert_same_weights(tmp_path / "out", source)
 
 
 def test_verify_tells_what_differs(convert, imported, source, tmp_path, capsys):

@@ -13,10 +13,12 @@ from .gpt2 import GPT2
 from .internlm2 import INTERNLM2
 from .llama import LLAMA
 from .mistral import MISTRAL
+from .mixtral import MIXTRAL
 from .qwen2 import QWEN2
 from .qwen3 import QWEN3
+from .qwen3_moe import QWEN3_MOE
 
-ARCHITECTURES = {a.name: a for a in (LLAMA, MISTRAL, QWEN2, QWEN3, INTERNLM2, GPT2)}
+ARCHITECTURES = {a.name: a for a in (LLAMA, MISTRAL, QWEN2, QWEN3, INTERNLM2, GPT2, MIXTRAL, QWEN3_MOE)}
 # Keys that change nothing in a forward pass here: no role has dropout, and an auxiliary loss is no part of RLHF.
 _IRRELEVANT = {
     "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "auto_map",

@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel import (
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -37,6 +38,8 @@ from .layers import (
     scaled_frequencies,
 )
 
+if not hasattr(moe_utils, "te_general_gemm"):
+    moe_utils.te_general_gemm = None  # 0.16 asks whether it is None without having defined it
 _ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
 
 
@@ -148,7 +151,8 @@ def build_model(
     if model.rope_scaling is not None:
         gpt.rotary_pos_emb.inv_freq = scaled_frequencies(gpt.rotary_pos_emb.inv_freq, model.rope_scaling)
     if model.positions == "learned" and gpt.pre_process:
-        gpt.embedding.position_embeddings.to(mesh.device, dtype)
+        table = gpt.embedding.position_embeddings.weight  # megatron leaves it on the CPU, in float32
+        table.data = table.data.to(device=mesh.device, dtype=dtype)
     for block in gpt.decoder.layers:
         if block.layer_number > model.first_sliding_layer:
             block.self_attention.core_attention.window = model.sliding_window

@@ -69,9 +69,12 @@ def rollout_model(role: RoleModel) -> Iterator[GPTModel]:
     embedding.reduce_scatter_embeddings = embedding.word_embeddings.reduce_scatter_embeddings = False
     for module in modules:
         module.sequence_parallel = False
+    was_training = role.gpt.training
+    role.gpt.eval()
     try:
         yield role.gpt
     finally:
+        role.gpt.train(was_training)
         for module in modules:
             module.sequence_parallel = True
         role.gpt.config.sequence_parallel = role.mesh.config.sequence_parallel
@@ -83,7 +86,7 @@ def rollout_model(role: RoleModel) -> Iterator[GPTModel]:
 def _fold(role: RoleModel) -> GPTModel:
     """A copy of the whole depth (this rank's TP shard), each stage sending its layers in buckets."""
     mesh = role.mesh
-    gpt = build_model(role.model, mesh, role.head, role.dtype, folded=True).requires_grad_(False)
+    gpt = build_model(role.model, mesh, role.head, role.dtype, folded=True).requires_grad_(False).eval()
     wanted = dict(parameters(gpt))
     mine = dict(parameters(role.gpt))
     for stage in range(mesh.pp):
