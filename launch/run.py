@@ -140,6 +140,10 @@ def run_rank(checked: Plan) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     try:
         run(checked)
+    except ConfigError as error:  # found while weights are read, on every rank alike
+        if int(os.environ["RANK"]) == 0:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -165,3 +167,141 @@ def test_ppo_from_an_exported_policy(small_run, tmp_path):
     for name, cls in (("hf", "LlamaForCausalLM"), ("hf_critic", "LlamaForSequenceClassification")):
         _, info = getattr(transformers, cls).from_pretrained(tmp_path / "ppo" / name, output_loading_info=True)
         assert not any(info.values()) and (tmp_path / "ppo" / name / "tokenizer.model").is_file()
+
+
+# -- what is refused -------------------------------------------------------------------------------------------
+
+
+def cut(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    return ["model.safetensors is cut off"]
+
+
+def no_header(folder):
+    (folder / "model.safetensors").write_bytes(b"<!DOCTYPE html><html>Not found</html>")
+    return ["model.safetensors is cut off or no safetensors file"]
+
+
+def absent_file(folder):
+    listing = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(listing))
+    return ["model.safetensors.index.json names model-00001-of-00002.safetensors, which is not there"]
+
+
+def no_weights(folder):
+    (folder / "model.safetensors").unlink()
+    return ["has no weights"]
+
+
+def edit_weights(change, *words):
+    def edit(folder):
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        return words
+
+    return edit
+
+
+def edit_config(*words, **changes):
+    def edit(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changes))
+        return words
+
+    return edit
+
+
+def code_in_a_pickle(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Executed(str(folder / "executed"))))
+    return ["pytorch_model.bin cannot be read without running code from it"]
+
+
+class Executed:
+    def __init__(self, path: str):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+KEY = "model.layers.1.self_attn.q_proj.weight"
+BIAS = "model.layers.1.self_attn.q_proj.bias"
+BROKEN = {
+    "cut": cut,
+    "no header": no_header,
+    "absent file": absent_file,
+    "no weights": no_weights,
+    "absent tensor": edit_weights(lambda w: w.pop(KEY), KEY, "has no tensor"),
+    "shape": edit_weights(lambda w: w.update({KEY: w[KEY][:-1].clone()}), KEY, "(59, 36)", "(60, 36)"),
+    "nan": edit_weights(lambda w: w[KEY][3].fill_(torch.nan), KEY, "not finite"),
+    "left over": edit_weights(lambda w: w.update({BIAS: torch.ones(60)}), BIAS, "has no place"),
+    "architecture": edit_config("'LamaForCausalLM'", "LlamaForCausalLM", architectures=["LamaForCausalLM"]),
+    "rope": edit_config("config.json", "rope_type=yarn", rope_parameters={"rope_type": "yarn", "factor": 4.0}),
+    "rope key": edit_config("config.json", "beta", rope_parameters={"rope_type": "linear", "factor": 4.0, "beta": 1.0}),
+    "key": edit_config("config.json", "logit_scale=0.5", "may matter", logit_scale=0.5),
+    "quantised": edit_config("config.json", "quantization_config", quantization_config={"bits": 4}),
+    "activation": edit_config("config.json", "hidden_act='gelu'", "'silu'", hidden_act="gelu"),
+    "kv heads": edit_config("mesh.tp=2", "num_key_value_heads=3", num_key_value_heads=3),
+    "pickle": code_in_a_pickle,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_one_line_and_nothing_left_behind(convert, tmp_path, capsys, name):
+    folder = make(tmp_path / "hf", "LlamaForCausalLM", SIZES | dict(head_dim=10))
+    words = BROKEN[name](folder)
+    capsys.readouterr()
+    assert convert("import", "--hf", folder, "--out", tmp_path / "out", "--tp", 2) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("error: ") and all(word in message for word in words), message
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"] and not (folder / "executed").exists()
+
+
+@pytest.mark.parametrize("command", ["import", "export"])
+def test_a_full_disk(imported, source, tmp_path, command):
+    """A limit on the size of files stands for it."""
+    words = ["import", "--hf", str(source)] if command == "import" else ["export", "--megatron", str(imported)]
+    code = (
+        "import resource, sys, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000));"
+        f"sys.argv = ['convert.py', *{words!r}, '--out', {str(tmp_path / 'out')!r}];"
+        f"runpy.run_path({str(TOOL)!r}, run_name='__main__')"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert "File too large" in result.stderr.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_bin_files(convert, tmp_path, source, sharded):
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    shutil.copy(source / "config.json", folder)
+    weights = {key: value for path in source.glob("*.safetensors") for key, value in load_file(path).items()}
+    if sharded:
+        names = sorted(weights)
+        parts = {"pytorch_model-1.bin": names[::2], "pytorch_model-2.bin": names[1::2]}
+        for name, keys in parts.items():
+            torch.save({key: weights[key] for key in keys}, folder / name)
+        listing = {"weight_map": {key: name for name, keys in parts.items() for key in keys}}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(listing))
+    else:
+        torch.save(weights, folder / "pytorch_model.bin")
+    assert convert("import", "--hf", folder, "--out", tmp_path / "mg", "--tp", 2) == 0
+    assert convert("verify", "--hf", source, "--megatron", tmp_path / "mg") == 0
+
+
+def test_a_run_is_refused_in_one_line(small_run, tmp_path):
+    """What only the ranks find, while they read."""
+    folder = tmp_path / "hf"
+    shutil.copytree(small_run / "sft" / "hf", folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][0] = torch.inf
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    result = launch(*SMALL, f"policy.path={folder}", "phases=[sft]", f"output_dir={tmp_path / 'run'}", check=False)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 2 and len(errors) == 1 and "Traceback" not in result.stderr, result.stderr
+    assert "model.norm.weight has entries that are not finite" in errors[0]

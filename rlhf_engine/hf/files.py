@@ -113,7 +113,10 @@ class HFWriter:
         self.dtypes.add(tensor.dtype)
 
     def _flush(self) -> None:
-        save_file(self.pending, self.folder / f"part-{len(self.files)}", {"format": "pt"})
+        try:
+            save_file(self.pending, self.folder / f"part-{len(self.files)}", {"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{self.folder}: {error}") from None
         self.files.append(list(self.pending))
         self.pending = {}
 
