@@ -22,6 +22,7 @@ _MODULES = (
     "models.gpt", "transformer.moe.moe_layer", "transformer.cuda_graphs", "dist_checkpointing",
     "optimizer_param_scheduler", "pipeline_parallel.p2p_communication", "dist_checkpointing.strategies.torch",
     "dist_checkpointing.strategies.async_utils", "dist_checkpointing.strategies.filesystem_async",
+    "dist_checkpointing.strategies.state_dict_saver",
 )  # fmt: skip
 
 
