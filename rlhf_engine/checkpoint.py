@@ -34,6 +34,7 @@ from .models.role import RoleModel
 # the server would cost seconds to start and outlive a rank that is killed.
 filesystem_async._results_queue = queue.Queue()
 
+IMPORTED = "model"  # prefix of the keys of a converted HF folder, where a trained checkpoint has its roles
 # each optimizer tensor takes the shape of its parameter, so that any mesh can cut it anew
 _OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
 
@@ -111,7 +112,7 @@ def _sharded(roles: Mapping[str, RoleModel], is_loading: bool) -> dict[str, Any]
 
 def load_weights(checkpoint: Path, name: str, role: RoleModel) -> None:
     """Fills `role` with the weights that the checkpoint holds under `name`, a head of another kind left out."""
-    model = role.gpt.sharded_state_dict(prefix=f"{name}.")
+    model = {k: v for k, v in role.gpt.sharded_state_dict(prefix=f"{name}.").items() if "_extra_state" not in k}
     held = load_sharded_metadata(str(checkpoint))
     if f"{name}.output_layer.bias" in held or role.head == "scalar":
         same_head = (f"{name}.output_layer.bias" in held) == (role.head == "scalar")

@@ -30,26 +30,58 @@ class MeshConfig:
 
 
 @dataclass
-class ModelConfig:
-    """A Llama-shaped decoder. Used for random weights; a checkpoint at `policy.path` brings its own."""
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the context of pre-training. `dynamic` stretches only what lies
+    beyond `max_position_embeddings`, where no run goes."""
 
+    rope_type: Literal["linear", "dynamic", "llama3"] = "linear"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0  # these three belong to llama3
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass
+class ModelConfig:
+    """A decoder; the defaults are Llama's. Used for random weights; a checkpoint at `policy.path` brings its own."""
+
+    architecture: str = "llama"  # whose HF names and keys the weights have: a module of rlhf_engine/hf
     num_layers: int = 4
     hidden_size: int = 128
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
-    intermediate_size: int = 352
+    intermediate_size: int = 352  # of each expert where there are experts
     head_dim: int | None = None  # null: hidden_size / num_attention_heads
     vocab_size: int | None = None  # null: the tokenizer's
     max_position_embeddings: int = 512
+    positions: Literal["rotary", "learned"] = "rotary"
     rope_theta: float = 10000.0
-    rms_norm_eps: float = 1e-5
+    rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None  # tokens that a token sees, itself included; null: all before it
+    first_sliding_layer: int = 0  # layers below see everything
+    norm: Literal["rms", "layer"] = "rms"
+    rms_norm_eps: float = 1e-5  # of either norm
+    qk_norm: bool = False  # queries and keys normalised per head
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    gated_mlp: bool = True
+    qkv_bias: bool = False
+    proj_bias: bool = False  # of attention's output
+    mlp_bias: bool = False
+    num_experts: int | None = None  # null: one dense MLP a layer
+    experts_per_token: int = 2
+    normalize_experts: bool = True  # the weights of a token's experts add up to 1
     tie_word_embeddings: bool = True
     init_std: float = 0.02
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_attention_heads
 
 
 @dataclass
 class PolicyConfig:
-    path: str | None = None  # HF folder that the first phase starts from; null: random weights of `model`
+    # HF folder, or what tools/convert_hf made of one, that the first phase starts from; null: random weights of `model`
+    path: str | None = None
 
 
 @dataclass
@@ -156,6 +188,7 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on cuda, float32 on cpu
     keep_checkpoints: int = 2
+    export_hf: bool = True  # each phase leaves its trained models in HF format, in OUTPUT_DIR/PHASE/hf
     mesh: MeshConfig = field(default_factory=MeshConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
@@ -285,7 +318,7 @@ def check(config: RunConfig, mesh: MeshConfig, model: ModelConfig) -> None:
     """
     if not config.phases:
         raise ConfigError(f"phases is empty: choose from {', '.join(typing.get_args(Phase))}")
-    _check_model(mesh, model)
+    check_model(mesh, model)
     assert mesh.dp is not None
     dp = mesh.dp
     phases = set(config.phases)
@@ -303,6 +336,8 @@ def check(config: RunConfig, mesh: MeshConfig, model: ModelConfig) -> None:
         if config.policy.path is None:
             raise ConfigError("policy.path is not set: policy.path=DIR names an HF folder")
     if phases & {"sft", "reward", "ppo"}:
+        if model.num_experts is not None and mesh.tp > 1 and not mesh.sequence_parallel:
+            raise ConfigError(f"mesh.tp={mesh.tp} trains experts with mesh.sequence_parallel=true only")
         length, budget = model.max_position_embeddings, config.rollout.max_new_tokens
         if config.data.max_seq_len > length:
             raise ConfigError(f"data.max_seq_len={config.data.max_seq_len} exceeds the model's context of {length}")
@@ -329,7 +364,12 @@ def check(config: RunConfig, mesh: MeshConfig, model: ModelConfig) -> None:
             raise ConfigError(f"{key}.min_lr={optimizer.min_lr} exceeds {key}.lr={optimizer.lr}")
 
 
-def _check_model(mesh: MeshConfig, model: ModelConfig) -> None:
+def check_model(mesh: MeshConfig, model: ModelConfig) -> None:
+    """Refuses a mesh that the model cannot be cut for. Key-value heads are never replicated.
+
+    Raises:
+        ConfigError: names the sizes, and those of the mesh that would fit.
+    """
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         size = getattr(model, name)
         if size % mesh.tp:
@@ -343,6 +383,12 @@ def _check_model(mesh: MeshConfig, model: ModelConfig) -> None:
         raise ConfigError(
             f"model.num_key_value_heads={model.num_key_value_heads} does not divide"
             f" num_attention_heads={model.num_attention_heads}"
+        )
+    fewest = 2 if model.normalize_experts else 1  # the weight of one expert alone would always be 1
+    if model.num_experts is not None and not fewest <= model.experts_per_token <= model.num_experts:
+        raise ConfigError(
+            f"model.experts_per_token={model.experts_per_token} does not lie between {fewest} and"
+            f" num_experts={model.num_experts}"
         )
     if model.head_dim is None and model.hidden_size % model.num_attention_heads:
         raise ConfigError(

@@ -122,6 +122,34 @@ class ParallelMesh:
         total = sum(map(len, per_replica.values()))
         return [per_replica[i % self.num_replicas][i // self.num_replicas] for i in range(total)]
 
+    # -- exports, which the main rank writes -------------------------------------------------------------------
+
+    def from_stage(self, value: Any, stage: int) -> Any:
+        """A pipeline stage's `value` on every stage."""
+        box = [value]
+        if self.pp > 1:
+            source = dist.get_global_rank(self.pp_group, stage)
+            dist.broadcast_object_list(box, source, group=self.pp_group, device=self.device)
+        return box[0]
+
+    def shards_to_main(self, tensor: Tensor, stage: int) -> list[Tensor]:
+        """`tensor` of every tensor parallel rank of a stage, on the main rank; nothing on the others.
+
+        Args:
+            tensor: on ranks of other stages, an empty one of the same shape, type and device.
+        """
+        shards = [torch.empty_like(tensor) for _ in range(self.tp)]
+        sender = dist.get_global_rank(self.pp_group, stage)
+        if self.pp_rank == stage:
+            dist.all_gather(shards, tensor.contiguous(), group=self.tp_group)
+            if self.rank == sender and self.tp_rank == self.dp_rank == 0 and not self.is_main:
+                for shard in shards:
+                    dist.send(shard, 0)
+        elif self.is_main:
+            for shard in shards:
+                dist.recv(shard, sender)
+        return shards if self.is_main else []
+
     # -- small things --------------------------------------------------------------------------------------
 
     def all_gather_object(self, value: Any) -> list[Any]:

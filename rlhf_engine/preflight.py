@@ -15,6 +15,7 @@ from .config import ConfigError, MeshConfig, ModelConfig, RunConfig, check, reso
 from .data.sources import Source, parse_weight, read_json_rows, read_sources
 from .data.tokenizer import Tokenizer
 from .hf.config import read_model_config
+from .hf.index import index
 
 JOBS = {"score", "generate"}  # phases that read a file and write a file
 
@@ -71,6 +72,8 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
     if jobs and len(config.phases) > 1:
         raise ConfigError(f"phases={config.phases}: {sorted(jobs)[0]} runs alone")
     model = read_model_config(config.policy.path) if config.policy.path else config.model
+    if config.policy.path and not (Path(config.policy.path) / ".metadata").is_file():
+        index(config.policy.path)
     check(config, mesh, model)
     tokenizer = read_tokenizer(config, model)
     sources: list[Source] = []
@@ -82,20 +85,18 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
         sources = read_sources(config.data, config.seed)
         if not config.rerun:
             check_output_dir(config)
-    check_paths(config)
+    check_reward(config)
     if config.reward.kind == "function" and "ppo" in config.phases:
         load_function(config.reward.fn or "")
     return Plan(config, mesh, model, device, tokenizer, sources)
 
 
-def check_paths(config: RunConfig) -> None:
-    """What a run reads before it trains.
+def check_reward(config: RunConfig) -> None:
+    """What PPO builds on.
 
     Raises:
-        ConfigError: weights or the phase that PPO builds on are not there.
+        ConfigError: there is no reward model.
     """
-    if config.policy.path is not None and not any(Path(config.policy.path).glob("model.safetensors*")):
-        raise ConfigError(f"policy.path={config.policy.path} has no model.safetensors")
     needs_reward = "ppo" in config.phases and "reward" not in config.phases and config.reward.kind == "model"
     if needs_reward and not (Path(config.output_dir) / "reward" / "summary.json").is_file():
         raise ConfigError(

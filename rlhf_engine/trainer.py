@@ -9,7 +9,6 @@ import shutil
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -18,10 +17,13 @@ from . import checkpoint
 from .algorithms import ALGORITHMS
 from .algorithms.context import Algorithm, Context, Evaluation, RoleSpec, TrainState
 from .config import ConfigError, RunConfig
+from .data import sources as data_sources
 from .data.dataset import Dataset
-from .data.sources import Source, gold_rule
+from .data.sources import gold_rule
 from .data.tokenizer import Tokenizer, train_tokenizer
-from .hf.weights import HFFolder, RandomWeights, load_weights
+from .hf.export import export_role, head_config
+from .hf.files import HFFolder
+from .hf.weights import RandomWeights, Source, load_weights
 from .jobs import JOBS
 from .logbook import Logbook, show_run
 from .mesh import ParallelMesh
@@ -91,6 +93,8 @@ def train(ctx: Context, algorithm: Algorithm) -> None:
     evaluation = algorithm.evaluate(ctx, final=True)
     if algorithm.changes_at_end:
         save(ctx, folder)
+    if config.export_hf:
+        export(ctx, folder)
     if mesh.is_main:
         finish(ctx, folder, algorithm, evaluation, logbook)
     mesh.barrier()
@@ -139,6 +143,20 @@ def latest_checkpoint(ctx: Context, phase: str) -> Path | None:
     return ctx.mesh.from_main(checkpoint.latest(folder) if ctx.mesh.is_main else None)
 
 
+def export(ctx: Context, folder: Path) -> None:
+    """The phase's trained models in HF format: the critic in `hf_critic`, what else there is in `hf`."""
+    config = ctx.config
+    path = Path(config.policy.path) if config.policy.path else None
+    tokenizer = Path(config.tokenizer.path or config.policy.path or Path(config.output_dir) / "tokenizer")
+    for name, role in ctx.roles.items():
+        if role.is_trained:
+            hf = head_config(role.model, role.head, path)
+            if path is None:
+                hf |= {"eos_token_id": ctx.tokenizer.end_id}
+            target = folder / ("hf_critic" if name == "critic" else "hf")
+            export_role(role, target, hf, [p for p in (path, tokenizer) if p is not None])
+
+
 # -- what a run is made of -----------------------------------------------------------------------------------
 
 
@@ -158,7 +176,7 @@ def build_context(plan: Plan, mesh: ParallelMesh) -> Context:
     return Context(config, model, mesh, tokenizer, dataset, gold_rule(config.data), reward_fn)  # type: ignore[arg-type]
 
 
-def trained_tokenizer(config: RunConfig, mesh: ParallelMesh, sources: list[Source]) -> Tokenizer:
+def trained_tokenizer(config: RunConfig, mesh: ParallelMesh, sources: list[data_sources.Source]) -> Tokenizer:
     """A tokenizer trained on the data, at first use."""
     path = Path(config.output_dir) / "tokenizer" / "tokenizer.model"
     if mesh.is_main and not path.is_file():
@@ -192,7 +210,7 @@ def build_role(ctx: Context, name: str, spec: RoleSpec) -> RoleModel:
             checkpoint.load_weights(found, source, role)
             break
     else:
-        _load_base(ctx, role)
+        load_base(role, ctx.config.policy.path, ctx.config.seed)
     role.start()
     return role
 
@@ -202,10 +220,12 @@ def base_policy(ctx: Context) -> RoleModel:
     return build_role(ctx, "policy", RoleSpec("lm"))
 
 
-def _load_base(ctx: Context, role: RoleModel) -> None:
-    path = ctx.config.policy.path
-    source: Any = HFFolder(path) if path else RandomWeights(ctx.model, ctx.config.seed)
-    load_weights(role.gpt, ctx.model, ctx.mesh, source)
+def load_base(role: RoleModel, path: str | None, seed: int = 0) -> None:
+    """Weights of an HF folder or of what tools/convert_hf made of one; random ones where there is no path."""
+    if path and (Path(path) / ".metadata").is_file():
+        return checkpoint.load_weights(Path(path), checkpoint.IMPORTED, role)
+    source: Source = HFFolder(path) if path else RandomWeights(role.model, seed)
+    load_weights(role.gpt, role.model, role.head, role.mesh, source)
 
 
 def _dtype(config: RunConfig, mesh: ParallelMesh) -> torch.dtype:

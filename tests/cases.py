@@ -95,3 +95,55 @@ def sampled_frequencies(overrides: list[str], layout: tuple, scores: list[float]
     keys = sample_keys(3, 0, torch.arange(draws))
     tokens, _ = sampler(shard.repeat(draws, 1), keys, torch.zeros(draws, dtype=torch.int64))
     return torch.bincount(tokens, minlength=len(scores)).tolist()
+
+
+def hf_role(folder: str, layout: tuple, head: str = "lm"):
+    """A model of an HF folder on the mesh `layout`, as it is in the folder."""
+    from rlhf_engine.hf.config import read_model_config
+    from rlhf_engine.models.role import RoleModel
+    from rlhf_engine.trainer import load_base
+
+    mesh, model = worlds.mesh(*layout), read_model_config(folder)
+    role = RoleModel("policy", model, mesh, head, torch.float32)
+    load_base(role, folder)
+    return role
+
+
+def hf_round_trip(folder: str, layout: tuple, rows: list[list[int]], out: str, head: str = "lm") -> torch.Tensor:
+    """Outputs for the rows, `(B, T, V)` or `(B, T, 1)`; the model's weights are written to `out` in HF format."""
+    import torch.distributed as dist
+
+    from rlhf_engine.hf.export import export_role, head_config
+
+    role = hf_role(folder, layout, head)
+    mesh = role.mesh
+
+    def fn(output, batch):
+        if head == "scalar":
+            return output
+        parts = [torch.empty_like(output) for _ in range(mesh.tp)]
+        dist.all_gather(parts, output.contiguous(), group=mesh.tp_group)
+        return torch.cat(parts, -1)[..., : role.model.vocab_size]
+
+    export_role(role, Path(out), head_config(role.model, head, Path(folder)), [Path(folder)])
+    return role.infer({"tokens": torch.tensor(rows)}, fn, 2)
+
+
+def hf_greedy(folder: str, layout: tuple, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+    """Greedy responses of a model of an HF folder."""
+    from rlhf_engine.config import RolloutConfig
+    from rlhf_engine.rollout.generate import rollout
+    from rlhf_engine.rollout.sampling import sample_keys
+
+    role = hf_role(folder, layout)
+    config = RolloutConfig(greedy=True, max_new_tokens=tokens, min_new_tokens=0, slots=2)
+    keys = sample_keys(1, 0, torch.arange(len(prompts)))
+    return [r.tokens for r in rollout(role, prompts, keys, config, end_ids=[])]
+
+
+def num_parameters(path: str) -> int:
+    """Parameters of the model that a config.json describes."""
+    from rlhf_engine.hf.config import parse, read_json
+    from rlhf_engine.hf.convert import count_parameters
+
+    return count_parameters(parse(read_json(Path(path)), path), "lm", worlds.mesh(1, 1, 1))

@@ -239,6 +239,7 @@ def test_a_row_that_the_template_refuses(refused, shared, tmp_path):  # noqa: F8
     write_tokenizer(model, "bytes", {"chat_template": MISTRAL})
     config = json.loads((shared / "models" / "stories260K_hf" / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "eos_token_id": 2}))
+    (model / "model.safetensors").symlink_to(shared / "models" / "stories260K_hf" / "model.safetensors")
     rows = tmp_path / "rows.jsonl"
     rows.write_text(
         "".join(json.dumps({"messages": m}) + "\n" for m in (DIALOGUE[:1], [{"role": "system", "content": "x"}]))

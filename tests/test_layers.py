@@ -44,7 +44,12 @@ def layer(module: str) -> int | None:
 
 def modules() -> list[tuple[str, Path]]:
     found = []
-    for folder, package in (("rlhf_engine", "rlhf_engine"), ("kernels", "rlhf_kernels"), ("launch", "launch")):
+    for folder, package in (
+        ("rlhf_engine", "rlhf_engine"),
+        ("kernels", "rlhf_kernels"),
+        ("launch", "launch"),
+        ("tools", "tools"),
+    ):
         for path in sorted((ROOT / folder).rglob("*.py")):
             parts = path.relative_to(ROOT / folder).with_suffix("").parts
             found.append((".".join([package, *(p for p in parts if p != "__init__")]), path))

@@ -34,13 +34,13 @@ class World:
         """The function's result on each rank. An exception on any rank is raised here, with its traceback."""
         for pipe in self.pipes:
             pipe.send((function, args))
-        results = []
+        answers = []
         for rank, pipe in enumerate(self.pipes):
             assert pipe.poll(TIMEOUT_SECONDS), f"rank {rank} did not answer in {TIMEOUT_SECONDS} s"
-            ok, value = pipe.recv()
+            answers.append(pipe.recv())  # all of them, or the next call would read this one's
+        for rank, (ok, value) in enumerate(answers):
             assert ok, f"rank {rank}:\n{value}"
-            results.append(value)
-        return results
+        return [value for _, value in answers]
 
     def close(self) -> None:
         for process in self.processes:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
-from typing import Literal
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -16,15 +18,29 @@ from megatron.core.tensor_parallel import (
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.overrides import TorchFunctionMode
 
 from ..config import ModelConfig
 from ..cpu import cuda_calls_stay
+from ..hf.config import Head
 from ..mesh import ParallelMesh
-from .layers import CoreAttention, RMSNorm, ScalarHead
+from .layers import (
+    ColumnWithoutBias,
+    CoreAttention,
+    LayerNorm,
+    RMSNorm,
+    RowWithoutBias,
+    ScalarHead,
+    scaled_frequencies,
+)
 
-Head = Literal["lm", "scalar"]
+if not hasattr(moe_utils, "te_general_gemm"):
+    moe_utils.te_general_gemm = None  # 0.16 asks whether it is None without having defined it
+_ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
@@ -53,18 +69,32 @@ def transformer_config(
         folded: the whole depth on one rank and no sequence parallelism, for generation under pipelines.
     """
     pp = 1 if folded else mesh.pp
+    experts = {}
+    if model.num_experts is not None:
+        experts = dict(
+            num_moe_experts=model.num_experts,
+            moe_ffn_hidden_size=model.intermediate_size,
+            moe_router_topk=model.experts_per_token,
+            # a softmax over the chosen experts is a softmax over all of them, its weights made to add up to 1
+            moe_router_pre_softmax=not model.normalize_experts,
+            moe_router_load_balancing_type="none",
+            moe_token_dispatcher_type="allgather",
+            moe_grouped_gemm=False,
+        )
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
         num_query_groups=model.num_key_value_heads,
-        kv_channels=model.head_dim or model.hidden_size // model.num_attention_heads,
+        kv_channels=model.head_size,
         ffn_hidden_size=model.intermediate_size,
-        normalization="RMSNorm",
+        normalization="RMSNorm" if model.norm == "rms" else "LayerNorm",
         layernorm_epsilon=model.rms_norm_eps,
-        activation_func=F.silu,
-        gated_linear_unit=True,
-        add_bias_linear=False,
+        qk_layernorm=model.qk_norm,
+        activation_func=_ACTIVATIONS[model.activation],
+        gated_linear_unit=model.gated_mlp,
+        add_bias_linear=model.proj_bias or model.mlp_bias,
+        add_qkv_bias=model.qkv_bias,
         # no dropout in any role: the first ratio of an update must be exactly 1
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -83,6 +113,7 @@ def transformer_config(
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
+        **experts,
     )
 
 
@@ -101,28 +132,72 @@ def build_model(
     if folded:
         groups.pp = mesh.self_group
     pp_rank = 0 if folded else mesh.pp_rank
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-    layer = spec.submodules
-    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
-    layer.self_attention.submodules.core_attention = CoreAttention
+    norm = {"rms": RMSNorm, "layer": LayerNorm}[model.norm]
+    spec = _layer_spec(model, norm)
     num_layers = get_num_layers_to_build(config, None, pp_rank)
     with cuda_calls_stay(mesh.device):
         gpt = GPTModel(
             config,
-            TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm),
+            TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=norm),
             vocab_size=padded_vocab_size(model.vocab_size, mesh.tp),
             max_sequence_length=model.max_position_embeddings,
             pre_process=folded or mesh.is_first_stage,
             post_process=folded or mesh.is_last_stage,
             share_embeddings_and_output_weights=model.tie_word_embeddings and head == "lm",
-            position_embedding_type="rope",
+            position_embedding_type="rope" if model.positions == "rotary" else "learned_absolute",
             rotary_base=model.rope_theta,  # type: ignore[arg-type]
             pg_collection=groups,
         )
+    if model.rope_scaling is not None:
+        gpt.rotary_pos_emb.inv_freq = scaled_frequencies(gpt.rotary_pos_emb.inv_freq, model.rope_scaling)
+    if model.positions == "learned" and gpt.pre_process:
+        table = gpt.embedding.position_embeddings.weight  # megatron leaves it on the CPU, in float32
+        table.data = table.data.to(device=mesh.device, dtype=dtype)
+    for block in gpt.decoder.layers:
+        if block.layer_number > model.first_sliding_layer:
+            block.self_attention.core_attention.window = model.sliding_window
     if head == "scalar" and gpt.post_process:
         gpt.output_layer = ScalarHead(config, mesh.tp_group)
     _mark_split_parameters(gpt)
     return gpt
+
+
+class _MetaFactories(TorchFunctionMode):
+    """Takes every named device for the meta device."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if "device" in kwargs:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def on_meta() -> Iterator[None]:
+    """Within it models are built without memory for their weights."""
+    with torch.device("meta"), _MetaFactories():
+        yield
+
+
+def _layer_spec(model: ModelConfig, norm: type[RMSNorm]) -> ModuleSpec:
+    """Megatron's local layer with our norms, our attention, and biases where the model has them."""
+    spec = get_gpt_layer_local_spec(
+        num_experts=model.num_experts, moe_grouped_gemm=False, qk_layernorm=model.qk_norm, normalization="RMSNorm"
+    )
+    layer = spec.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = norm
+    attention = layer.self_attention.submodules
+    attention.core_attention = CoreAttention
+    if model.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = norm
+    if not model.qkv_bias:
+        attention.linear_qkv = ColumnWithoutBias
+    if not model.proj_bias:
+        attention.linear_proj = RowWithoutBias
+    if not model.mlp_bias and model.num_experts is None:
+        mlp = layer.mlp.keywords["submodules"] if isinstance(layer.mlp, functools.partial) else layer.mlp.submodules
+        mlp.linear_fc1, mlp.linear_fc2 = ColumnWithoutBias, RowWithoutBias
+    return spec
 
 
 def _mark_split_parameters(gpt: GPTModel) -> None:

@@ -1,4 +1,4 @@
-"""What we put into megatron's layers: RMSNorm, attention on torch's SDPA with a KV cache, and a scalar head.
+"""What we put into megatron's layers: norms, attention on torch's SDPA with a KV cache, and a scalar head.
 
 Neither transformer-engine nor apex is needed, and the same code runs on CPU and CUDA. Legend for shapes:
 S sequence, B batch, N query heads and G key-value heads of this rank, D head size, H hidden size, L cache length.
@@ -6,6 +6,7 @@ S sequence, B batch, N query heads and G key-value heads of this rank, D head si
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from megatron.core import tensor_parallel
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
+from ..config import RopeScaling
 from ..cpu import parameter_device
 
 
@@ -29,6 +31,46 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class LayerNorm(RMSNorm):
+    """Mean and variance norm with a bias (arXiv:1607.06450)."""
+
+    def __init__(self, config, hidden_size: int, eps: float = 1e-5, **unused):
+        super().__init__(config, hidden_size, eps)
+        self.bias = nn.Parameter(torch.zeros_like(self.weight))
+        self.bias.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (x.shape[-1],), self.weight, self.bias, self.eps)
+
+
+class ColumnWithoutBias(tensor_parallel.ColumnParallelLinear):
+    """Megatron's config gives a bias to all linear layers or to none."""
+
+    def __init__(self, *args, bias: bool, **kwargs):
+        super().__init__(*args, bias=False, **kwargs)
+
+
+class RowWithoutBias(tensor_parallel.RowParallelLinear):
+    def __init__(self, *args, bias: bool, **kwargs):
+        super().__init__(*args, bias=False, **kwargs)
+
+
+def scaled_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Rotary frequencies (radians per position) for a stretched context.
+
+    `linear` divides all of them; `llama3` divides those that turn less than `low_freq_factor` times in the original
+    context, keeps those that turn more than `high_freq_factor` times, and blends in between. `dynamic` divides
+    beyond `max_position_embeddings` only.
+    """
+    if scaling.rope_type == "linear":
+        return frequencies / scaling.factor
+    if scaling.rope_type == "dynamic":
+        return frequencies
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    kept = ((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0, 1)
+    return kept * frequencies + (1 - kept) * frequencies / scaling.factor
 
 
 @dataclass
@@ -55,7 +97,12 @@ class LayerCache:
 
 
 class CoreAttention(MegatronModule):
-    """Causal attention with grouped heads through `scaled_dot_product_attention`, with or without a KV cache."""
+    """Causal attention with grouped heads through `scaled_dot_product_attention`, with or without a KV cache.
+
+    With a `window` a token sees that many tokens, itself included.
+    """
+
+    window: int | None = None
 
     def __init__(self, config, layer_number, attn_mask_type, attention_type, **unused):
         super().__init__(config=config)
@@ -70,7 +117,12 @@ class CoreAttention(MegatronModule):
         if self.cache is not None and (view := self.cache.view) is not None:
             self.cache.keys[view.slots, :, :length] = k
             self.cache.values[view.slots, :, :length] = v
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != num_heads)
+        mask = None
+        if self.window is not None and self.window < length:
+            mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - self.window)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=k.shape[1] != num_heads
+        )
         return out.permute(2, 0, 1, 3).reshape(length, batch, num_heads * head_dim)
 
     def _decode(self, query, key, value) -> Tensor:
@@ -84,7 +136,12 @@ class CoreAttention(MegatronModule):
         k, v = self.cache.keys[:batch, :, : view.length], self.cache.values[:batch, :, : view.length]
         # the query heads of a group stand as its query positions, so keys and values are never expanded
         q = query.view(batch, groups, num_heads // groups, head_dim)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=view.mask)
+        mask = view.mask
+        assert mask is not None and view.positions is not None
+        if self.window is not None and self.window < view.length:
+            oldest = (view.positions + 1 - self.window)[:, None, None, None]
+            mask = mask & (torch.arange(view.length, device=query.device) >= oldest)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return out.reshape(1, batch, num_heads * head_dim)
 
 

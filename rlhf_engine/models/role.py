@@ -58,6 +58,7 @@ class RoleModel:
         self._optimizer_config, self._total_steps = optimizer, total_steps
         if not self.is_trained:
             self.gpt.requires_grad_(False)
+            self.gpt.eval()  # megatron's experts ask for sequence parallelism only where gradients are at stake
 
     def start(self) -> None:
         """Called once the weights are in place: wraps a trained role for DDP and builds its optimizer."""

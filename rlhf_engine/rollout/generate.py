@@ -76,9 +76,12 @@ def rollout_model(role: RoleModel) -> Iterator[GPTModel]:
     embedding.reduce_scatter_embeddings = embedding.word_embeddings.reduce_scatter_embeddings = False
     for module in modules:
         module.sequence_parallel = False
+    was_training = role.gpt.training
+    role.gpt.eval()
     try:
         yield role.gpt
     finally:
+        role.gpt.train(was_training)
         for module in modules:
             module.sequence_parallel = True
         role.gpt.config.sequence_parallel = role.mesh.config.sequence_parallel
@@ -90,7 +93,7 @@ def rollout_model(role: RoleModel) -> Iterator[GPTModel]:
 def _fold(role: RoleModel) -> GPTModel:
     """A copy of the whole depth (this rank's TP shard), each stage sending its layers in buckets."""
     mesh = role.mesh
-    gpt = build_model(role.model, mesh, role.head, role.dtype, folded=True).requires_grad_(False)
+    gpt = build_model(role.model, mesh, role.head, role.dtype, folded=True).requires_grad_(False).eval()
     wanted = dict(parameters(gpt))
     mine = dict(parameters(role.gpt))
     for stage in range(mesh.pp):
@@ -129,7 +132,8 @@ class Decoder:
                 cache = LayerCache(num_slots, groups, length, head_dim, weight.dtype, weight.device)
                 module.cache = cache
                 self.caches.append(cache)
-        self.rotary = gpt.rotary_pos_emb(length)  # (L, 1, 1, D)
+        has_rotary = gpt.position_embedding_type == "rope"
+        self.rotary = gpt.rotary_pos_emb(length) if has_rotary else None  # (L, 1, 1, D)
         self.positions = torch.arange(length, device=weight.device)
 
     def close(self) -> None:
@@ -140,8 +144,8 @@ class Decoder:
     def prefill(self, tokens: Tensor, lengths: Tensor, slots: Tensor) -> Tensor:
         """Right-padded prompts `(B, S)` into cache rows `slots`: logits `(B, V / tp)` after each one's last token."""
         view = CacheView(slots=slots)
-        rotary = self.rotary[: tokens.shape[1]]
-        return self._forward(tokens, view, rotary, lengths - 1)
+        rotary = self.rotary[: tokens.shape[1]] if self.rotary is not None else None
+        return self._forward(tokens, self.positions[: tokens.shape[1]].expand_as(tokens), view, rotary, lengths - 1)
 
     def decode(self, tokens: Tensor, positions: Tensor, length: int) -> Tensor:
         """One token `(B,)` at `positions` `(B,)` for each of the first B slots: logits `(B, V / tp)`.
@@ -151,13 +155,16 @@ class Decoder:
         """
         mask = self.positions[:length] <= positions.unsqueeze(1)
         view = CacheView(positions=positions, mask=mask[:, None, None], length=length)
-        rotary = self.rotary[positions].permute(1, 0, 2, 3)  # (1, B, 1, D)
-        return self._forward(tokens.unsqueeze(1), view, rotary, torch.zeros_like(positions))
+        # (1, B, 1, D)
+        rotary = self.rotary[positions].permute(1, 0, 2, 3) if self.rotary is not None else None
+        return self._forward(tokens.unsqueeze(1), positions.unsqueeze(1), view, rotary, torch.zeros_like(positions))
 
-    def _forward(self, tokens: Tensor, view: CacheView, rotary: Tensor, last: Tensor) -> Tensor:
+    def _forward(
+        self, tokens: Tensor, positions: Tensor, view: CacheView, rotary: Tensor | None, last: Tensor
+    ) -> Tensor:
         for cache in self.caches:
             cache.view = view
-        hidden = self.gpt.embedding(input_ids=tokens, position_ids=None)  # (S, B, H)
+        hidden = self.gpt.embedding(input_ids=tokens, position_ids=positions)  # (S, B, H)
         hidden = self.gpt.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary)
         hidden = hidden[last, torch.arange(len(last), device=last.device)].unsqueeze(0)
         tied = self.gpt.share_embeddings_and_output_weights

@@ -1,0 +1,351 @@
+"""HF folder to a megatron checkpoint and back, in one process and one tensor at a time.
+
+What `import_folder` writes is a `dist_checkpointing` folder like any other: laid out as TP x PP shards, loadable at
+any other layout, with config.json and tokenizer files in it, so that `policy.path` may name it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from torch import Tensor
+from torch.distributed._shard._utils import narrow_tensor_by_index
+from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.storage import WriteResult
+
+from ..checkpoint import IMPORTED
+from ..config import ConfigError, MeshConfig, ModelConfig, check_model
+from ..mesh import ParallelMesh
+from ..models.build import build_model, first_stage_layers, on_meta, padded_vocab_size
+from .config import Head, family, parse, read_json
+from .export import head_config
+from .files import HFFolder, HFWriter, whole_folder, write_assets
+from .rows import Vocabulary
+from .weights import Table, check_leftover, parameters
+
+Progress = Callable[[int], Any]  # is told of bytes as they are done
+
+
+@contextlib.contextmanager
+def one_rank() -> Iterator[ParallelMesh]:
+    """A world of this process alone."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    mesh = ParallelMesh(MeshConfig(1, 1, 1), "cpu")
+    try:
+        yield mesh
+    finally:
+        mesh.close()
+        dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A whole parameter and its places in a checkpoint: one, or one for each half of a gated MLP, along axis 0."""
+
+    name: str
+    shape: torch.Size
+    places: Sequence[ShardedTensor]
+
+
+def layout(model: ModelConfig, head: Head, prefix: str, mesh: ParallelMesh) -> list[Parameter]:
+    """Every parameter of a model as megatron's checkpoints hold it, without any memory for it."""
+    with on_meta():
+        gpt = build_model(model, mesh, head, torch.float32)
+        state = gpt.sharded_state_dict(prefix=f"{prefix}.")
+        found = []
+        for (name, parameter), local in zip(parameters(gpt), (n for n, _ in gpt.named_parameters()), strict=True):
+            entry = state[f"{prefix}.{local}"]
+            places = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
+            found.append(Parameter(name, parameter.shape, places))
+    return found
+
+
+def count_parameters(model: ModelConfig, head: Head, mesh: ParallelMesh) -> int:
+    """Learned numbers, those of a padded vocabulary left out and a tied embedding counted once."""
+    table, total = Table(model, head), 0
+    for parameter in layout(model, head, IMPORTED, mesh):
+        row, numbers = table.row(parameter.name)
+        shapes = {
+            w.name: w.shape for w in row.windows(numbers, torch.empty(parameter.shape, device="meta"), model, 0, 1)
+        }
+        total += sum(math.prod(shape) for shape in shapes.values())
+    return total
+
+
+# -- import ----------------------------------------------------------------------------------------------------
+
+
+class _Importer(DefaultSavePlanner):
+    """A save planner whose tensors are read when their turn to be written comes."""
+
+    def __init__(self, source: HFFolder, model: ModelConfig, head: Head, tp: int, pp: int, mesh: ParallelMesh):
+        super().__init__()
+        self.source, self.model, self.tp, self.pp = source, model, tp, pp
+        self.table = Table(model, head)
+        self.parameters = layout(model, head, IMPORTED, mesh)
+        self.resolvers: dict[MetadataIndex, tuple[str, torch.Size, int, int, int, torch.dtype]] = {}
+        self.newest: tuple[tuple[str, int], Tensor] | None = None
+        self.progress: Progress = lambda num_bytes: None
+
+    def plans(self, dtype: torch.dtype | None) -> list[SavePlan]:
+        """What each rank of a TP x PP mesh would write. Every HF tensor is looked at, and none is read."""
+        items: list[list[WriteItem]] = [[] for _ in range(self.tp * self.pp)]
+        used: set[str] = set()
+        for parameter in self.parameters:
+            row, numbers = self.table.row(parameter.name)
+            shape = list(parameter.shape)
+            if isinstance(row, Vocabulary):
+                assert self.model.vocab_size is not None
+                shape[0] = padded_vocab_size(self.model.vocab_size, self.tp)
+            if row.dim is not None:
+                shape[row.dim] //= self.tp
+            shard = torch.empty(shape, device="meta")
+            windows = row.windows(numbers, shard, self.model, 0, self.tp)
+            # an empty part of each tells whether it is there, its shape and its type
+            kinds = [self.source.read(replace(window, stop=window.start)).dtype for window in windows]
+            used |= {window.name for window in windows}
+            for rank in range(self.tp if row.dim is not None else 1):
+                for i, place in enumerate(parameter.places):
+                    item = self._item(place, shard, len(parameter.places), row.dim, rank, dtype or kinds[0])
+                    self.resolvers[item.index] = (
+                        parameter.name, shard.shape, rank, i, len(parameter.places), dtype or kinds[0]
+                    )  # fmt: skip
+                    items[self._stage(parameter.name) * self.tp + rank].append(item)
+        check_leftover(self.source, self.model, used)
+        return [SavePlan(part) for part in items]
+
+    def _item(
+        self, place: ShardedTensor, shard: Tensor, num_places: int, dim: int | None, rank: int, dtype: torch.dtype
+    ) -> WriteItem:
+        before = place.prepend_axis_num
+        sizes = list(shard.shape)
+        sizes[0] //= num_places
+        offset, whole = list(place.global_offset), list(place.global_shape)
+        if dim is not None:
+            offset[before + dim] += rank * sizes[dim]
+            whole[before + dim] = sizes[dim] * self.tp * num_places if dim == 0 else sizes[dim] * self.tp
+        chunk = ChunkStorageMetadata(torch.Size(offset), torch.Size([1] * before + sizes))
+        data = TensorWriteData(chunk, TensorProperties(dtype=dtype), torch.Size(whole))
+        return WriteItem(MetadataIndex(place.key, chunk.offsets), WriteItemType.SHARD, tensor_data=data)
+
+    def _stage(self, name: str) -> int:
+        """The pipeline stage that has a parameter."""
+        if not name.startswith("decoder.layers."):
+            return 0 if name.startswith("embedding") else self.pp - 1
+        layer, total = int(name.split(".")[2]), self.model.num_layers
+        first = first_stage_layers(total, self.pp) or total // self.pp
+        return 0 if layer < first else 1 + (layer - first) * (self.pp - 1) // (total - first)
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:  # type: ignore[override]
+        index = MetadataIndex(write_item.index.fqn, write_item.index.offset)
+        name, shape, rank, i, num_places, dtype = self.resolvers[index]
+        if self.newest is None or self.newest[0] != (name, rank):
+            self.newest = None  # the one before is freed first
+            shard = self.table.load(name, shape, self.source, rank, self.tp)
+            assert shard is not None
+            self.newest = ((name, rank), shard)
+        assert write_item.tensor_data is not None
+        part = self.newest[1].chunk(num_places)[i].to(dtype)
+        self.progress(part.nbytes)
+        return part.reshape(write_item.tensor_data.chunk.sizes).contiguous()
+
+
+def import_folder(
+    hf: Path, out: Path, tp: int, pp: int, dtype: torch.dtype | None, start: Callable[[int], Progress]
+) -> None:
+    """Writes `out` as the shards of a TP x PP mesh; a run that was killed goes on at the first shard not finished.
+
+    Args:
+        dtype: None keeps that of each tensor.
+        start: is given the total of bytes, and returns what is told of those done.
+
+    Raises:
+        ConfigError: the folder is not one that can be imported; nothing is left behind.
+    """
+    source = HFFolder(hf)
+    model = parse(source.config, str(hf / "config.json"))
+    check_model(MeshConfig(tp, pp, 1), model)
+    manifest = {"source": str(hf.resolve()), "tp": tp, "pp": pp, "dtype": str(dtype)}
+    with one_rank() as mesh, whole_folder(out, manifest) as folder:
+        planner = _Importer(source, model, family(source.config, str(hf))[1], tp, pp, mesh)
+        plans, metadata = create_default_global_save_plan(planner.plans(dtype))
+        sizes = [sum(_num_bytes(item) for item in plan.items) for plan in plans]
+        planner.progress = start(sum(sizes))
+        torch.serialization.set_crc32_options(False)  # nothing reads the sums, and they take longer than the writing
+        writer = FileSystemWriter(folder, sync_files=False, per_thread_copy_ahead=0)
+        results = []
+        for rank, plan in enumerate(writer.prepare_global_plan(plans)):
+            done = folder / f"rank_{rank}.json"
+            if done.is_file():
+                results.append(_read_results(done))
+                planner.progress(sizes[rank])
+                continue
+            results.append(writer.write_data(plan, planner).wait())
+            _write_results(done, results[-1])
+        writer.finish(metadata, results)
+        torch.save({}, folder / "common.pt")
+        save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+        config = source.config
+        if dtype is not None:
+            config = config | {"dtype" if "dtype" in config else "torch_dtype": str(dtype).removeprefix("torch.")}
+        write_assets(folder, config, [hf])
+        for done in folder.glob("rank_*.json"):
+            done.unlink()
+
+
+def _num_bytes(item: WriteItem) -> int:
+    assert item.tensor_data is not None
+    return math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
+
+
+def _write_results(path: Path, results: list[WriteResult]) -> None:
+    rows = []
+    for r in results:
+        where = r.storage_data
+        place = (where.relative_path, where.offset, where.length)
+        rows.append([r.index.fqn, list(r.index.offset or ()), r.index.index, r.size_in_bytes, *place])
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(rows))
+    temporary.replace(path)
+
+
+def _read_results(path: Path) -> list[WriteResult]:
+    return [
+        WriteResult(MetadataIndex(fqn, offset, index), size, _StorageInfo(*where))
+        for fqn, offset, index, size, *where in json.loads(path.read_text())
+    ]
+
+
+# -- export ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model in a megatron checkpoint.
+
+    Args:
+        source: folder whose config.json describes it; None where the checkpoint's own folder does.
+        role: of a trained checkpoint that holds several.
+    """
+
+    folder: Path
+    source: Path | None = None
+    role: str | None = None
+
+    @property
+    def described(self) -> Path:
+        return self.source or self.folder
+
+    def read(self, mesh: ParallelMesh, progress: Callable[[int], Progress]) -> Iterator[tuple[str, Tensor]]:
+        """Its HF tensors, one parameter's at a time."""
+        model, head, prefix = self.model()
+        reader = FileSystemReader(self.folder)
+        metadata = reader.read_metadata()
+        reader.set_up_storage_reader(metadata, True)
+        table = Table(model, head)
+        found = layout(model, head, prefix, mesh)
+        for place in (place for parameter in found for place in parameter.places):
+            if place.key not in metadata.state_dict_metadata:
+                raise ConfigError(f"{self.folder} has no tensor {place.key}: config.json describes another model")
+        dtypes = [metadata.state_dict_metadata[p.places[0].key].properties.dtype for p in found]  # type: ignore[union-attr]
+        advance = progress(sum(p.shape.numel() * d.itemsize for p, d in zip(found, dtypes, strict=True)))
+        for parameter, dtype in zip(found, dtypes, strict=True):
+            parts = []
+            for place in parameter.places:
+                planner = _Place(place, dtype)
+                stored = metadata.state_dict_metadata[place.key]
+                chunk = ChunkStorageMetadata(torch.Size(place.global_offset), planner.tensor.shape)
+                plan = LoadPlan(create_read_items_for_chunk_list(place.key, stored, [chunk]))  # type: ignore[arg-type]
+                reader.read_data(plan, planner).wait()
+                parts.append(planner.tensor.reshape(place.local_shape))
+            shard = parts[0] if len(parts) == 1 else torch.cat(parts)
+            yield from table.export(parameter.name, [shard]).items()
+            advance(shard.nbytes)
+
+    def model(self) -> tuple[ModelConfig, Head, str]:
+        """Its configuration, its head, and the prefix of its keys."""
+        if not (self.folder / ".metadata").is_file():
+            raise ConfigError(f"{self.folder} is not a megatron checkpoint")
+        config_path = self.described / "config.json"
+        if not config_path.is_file():
+            raise ConfigError(f"{self.folder} has no config.json: --hf DIR names a folder that describes the model")
+        model = parse(read_json(config_path), str(config_path))
+        held = FileSystemReader(self.folder).read_metadata().state_dict_metadata
+        roles = [
+            key.split(".")[0] for key in held if key.count(".") == 3 and key.endswith(".decoder.final_layernorm.weight")
+        ]
+        role = self.role or (roles[0] if len(roles) == 1 else None)
+        if role not in roles:
+            raise ConfigError(f"{self.folder} holds {', '.join(roles)}: --role names one of them")
+        return model, "scalar" if f"{role}.output_layer.bias" in held else "lm", role
+
+
+class _Place(DefaultLoadPlanner):
+    """A load planner for one tensor; zero where the checkpoint has less, which is only a vocabulary's padding."""
+
+    def __init__(self, place: ShardedTensor, dtype: torch.dtype):
+        super().__init__()
+        self.tensor = torch.zeros((1,) * place.prepend_axis_num + tuple(place.local_shape), dtype=dtype)
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        return narrow_tensor_by_index(self.tensor, read_item.dest_offsets, read_item.lengths)
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None: ...
+
+
+def export_folder(checkpoint: Checkpoint, out: Path, max_bytes: int, start: Callable[[int], Progress]) -> None:
+    """Writes the HF folder `out` from a megatron checkpoint."""
+    model, head, _ = checkpoint.model()
+    with one_rank() as mesh, whole_folder(out) as folder:
+        writer = HFWriter(folder, max_bytes)
+        for name, tensor in checkpoint.read(mesh, start):
+            writer.add(name, tensor)
+        writer.close(head_config(model, head, checkpoint.described), [checkpoint.described])
+
+
+@dataclass(frozen=True)
+class Difference:
+    name: str
+    what: str
+
+
+def verify(checkpoint: Checkpoint, hf: Path, start: Callable[[int], Progress]) -> tuple[int, list[Difference]]:
+    """How many tensors of a checkpoint equal those of an HF folder bit for bit, and which do not."""
+    source, equal, found, seen = HFFolder(hf), 0, [], set()
+    with one_rank() as mesh:
+        for name, tensor in checkpoint.read(mesh, start):
+            seen.add(name)
+            if name not in source:
+                found.append(Difference(name, f"is not in {hf}"))
+                continue
+            wanted = source.read_whole(name, tuple(tensor.shape))
+            if wanted.dtype == tensor.dtype and torch.equal(wanted, tensor):
+                equal += 1
+            elif wanted.dtype != tensor.dtype and torch.equal(wanted.to(tensor.dtype), tensor):
+                found.append(Difference(name, f"is {tensor.dtype} for {wanted.dtype}, otherwise equal"))
+            else:
+                gap = float((wanted.double() - tensor.double()).abs().max())
+                found.append(Difference(name, f"differs by up to {gap:.3g}"))
+    model = checkpoint.model()[0]
+    try:
+        check_leftover(source, model, seen)
+    except ConfigError as error:
+        found.append(Difference("", str(error)))
+    return equal, found

@@ -1,0 +1,196 @@
+"""Tensors of an HF folder, read by the slice and written in files of a limited size."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..config import ConfigError
+from .config import read_json
+from .index import Entry, index
+from .rows import Window
+
+# Besides weights and config.json, what an HF folder may hold that belongs to the model. Never code.
+ASSETS = (
+    "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+SCORE_BIAS = "score.bias"  # HF's scalar heads have no bias: ours stands in config.json, under `score_bias`
+
+
+class HFFolder:
+    """The weights of an HF folder; only the slices asked for are read."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.config = read_json(self.folder / "config.json")
+        self.tensors = index(folder)
+        self._bin: tuple[Path, dict[str, Tensor]] | None = None
+        if "" in self.tensors:  # one .bin file, whose names are in the pickle
+            path = self.tensors[""].path
+            self.tensors = {name: Entry(path, tuple(t.shape)) for name, t in self._load_bin(path).items()}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors or name == SCORE_BIAS
+
+    def read(self, window: Window) -> Tensor:
+        """A window of a tensor.
+
+        Raises:
+            ConfigError: the tensor is absent, of another shape, or has entries that are not finite.
+        """
+        if window.name == SCORE_BIAS:
+            return torch.tensor([float(self.config.get("score_bias", 0.0))])
+        if (entry := self.tensors.get(window.name)) is None:
+            raise ConfigError(f"{self.folder} has no tensor {window.name}")
+        path = entry.path
+        bounds = (slice(None),) * window.dim + (slice(window.start, window.stop),)
+        if path.suffix == ".bin":
+            whole = self._load_bin(path).get(window.name)
+            if whole is None:
+                raise ConfigError(f"{path} has no tensor {window.name}, which the index places there")
+            shape, tensor = tuple(whole.shape), None if tuple(whole.shape) != window.shape else whole[bounds]
+        else:
+            try:
+                # opened anew each time: a file that stays mapped counts as memory for what was read of it
+                with safe_open(path, "pt") as file:
+                    view = file.get_slice(window.name)
+                    shape = tuple(view.get_shape())
+                    tensor = None if shape != window.shape else view[bounds]
+            except SafetensorError as error:
+                raise ConfigError(f"{path}: {error}") from None
+        if tensor is None:
+            raise ConfigError(f"{path}: {window.name} has shape {shape}, and config.json makes it {window.shape}")
+        if tensor.numel() and not all(bool(end.isfinite()) for end in tensor.aminmax()):  # which pass NaN on
+            raise ConfigError(f"{path}: {window.name} has entries that are not finite")
+        return tensor
+
+    def read_whole(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return self.read(Window(name, shape, 0, 0, shape[0]))
+
+    def _load_bin(self, path: Path) -> dict[str, Tensor]:
+        if self._bin is None or self._bin[0] != path:
+            try:
+                self._bin = (path, torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+            except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+                reason = str(error).splitlines()[0]
+                raise ConfigError(f"{path} cannot be read without running code from it: {reason}") from None
+        return self._bin[1]
+
+
+class HFWriter:
+    """Writes tensors as safetensors files of at most `max_bytes` each, with an index where there are several."""
+
+    def __init__(self, folder: Path, max_bytes: int = 5 * 10**9):
+        self.folder, self.max_bytes = folder, max_bytes
+        self.score_bias: float | None = None
+        self.pending: dict[str, Tensor] = {}
+        self.files: list[list[str]] = []
+        self.num_bytes = 0
+        self.dtypes: set[torch.dtype] = set()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """A whole tensor, on any device."""
+        if name == SCORE_BIAS:
+            self.score_bias = float(tensor)
+            return
+        if self.pending and sum(t.nbytes for t in self.pending.values()) + tensor.nbytes > self.max_bytes:
+            self._flush()
+        self.pending[name] = tensor.cpu().contiguous()
+        self.num_bytes += tensor.nbytes
+        self.dtypes.add(tensor.dtype)
+
+    def _flush(self) -> None:
+        try:
+            save_file(self.pending, self.folder / f"part-{len(self.files)}", {"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{self.folder}: {error}") from None
+        self.files.append(list(self.pending))
+        self.pending = {}
+
+    def close(self, config: dict[str, Any], assets: Sequence[Path]) -> None:
+        """The index, config.json, and what belongs to a model besides.
+
+        Args:
+            config: of the source, its dtype replaced by what was written.
+            assets: see `write_assets`.
+        """
+        self._flush()
+        total = len(self.files)
+        names = [f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)]
+        if total == 1:
+            names = ["model.safetensors"]
+        else:
+            weight_map = {tensor: name for name, part in zip(names, self.files, strict=True) for tensor in part}
+            listing = {"metadata": {"total_size": self.num_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+            _write_json(self.folder / "model.safetensors.index.json", listing)
+        for i, name in enumerate(names):
+            os.replace(self.folder / f"part-{i}", self.folder / name)
+        if len(self.dtypes) == 1:
+            (dtype,) = self.dtypes
+            key = "dtype" if "dtype" in config else "torch_dtype"
+            config = config | {key: str(dtype).removeprefix("torch.")}
+        if self.score_bias:
+            config = config | {"score_bias": self.score_bias}
+        write_assets(self.folder, config, assets)
+
+
+def write_assets(folder: Path, config: dict[str, Any], assets: Sequence[Path]) -> None:
+    """config.json and what belongs to a model besides its weights.
+
+    Args:
+        assets: HF folders that tokenizer and generation config are copied from, or a sentencepiece model; later
+            ones win.
+    """
+    _write_json(folder / "config.json", config)
+    for place in assets:
+        if place.is_file():
+            shutil.copyfile(place, folder / "tokenizer.model")
+        for name in ASSETS:
+            if (place / name).is_file():
+                shutil.copyfile(place / name, folder / name)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path, manifest: dict[str, Any] | None = None) -> Iterator[Path]:
+    """A temporary folder beside `target` that takes its name once it is whole; an error leaves nothing behind.
+
+    Args:
+        manifest: what is being made. A process that was killed leaves its folder, and one with the same manifest
+            goes on in it; without a manifest it is emptied first.
+    """
+    temporary = target.with_name(target.name + ".incomplete")
+    listing = temporary / "manifest.json"
+    if manifest is None or not listing.is_file() or listing.read_text() != json.dumps(manifest):
+        shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True, exist_ok=True)
+    if manifest is not None:
+        listing.write_text(json.dumps(manifest))
+    try:
+        yield temporary
+    except Exception:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    listing.unlink(missing_ok=True)
+    replaced = target.with_name(target.name + ".replaced")
+    if target.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.replace(target, replaced)
+    os.replace(temporary, target)
+    shutil.rmtree(replaced, ignore_errors=True)

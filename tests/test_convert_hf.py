@@ -1,0 +1,308 @@
+"""tools/convert_hf: import, export, verify and inspect, and the folders that a run exports."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import cases
+import pytest
+import torch
+from conftest import ROOT, SMALL, launch
+from safetensors.torch import load_file, save_file
+from test_hf_architectures import GPT2, LAYOUTS, SIZES, assert_same_weights, expected, make, rows, transformers
+
+TOOL = ROOT / "tools" / "convert_hf" / "convert.py"
+
+
+@pytest.fixture(scope="module")
+def convert():
+    """`convert(*words)`: the tool's exit status, in this process."""
+    spec = importlib.util.spec_from_file_location("convert_hf", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def call(*words) -> int:
+        try:
+            return module.main([str(word) for word in words])
+        finally:
+            module.logging.disable(module.logging.NOTSET)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("source"), "Qwen2ForCausalLM", SIZES | dict(tie_word_embeddings=True), "40KB")
+
+
+@pytest.fixture(scope="module")
+def imported(convert, source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("imported") / "tp2_pp2"
+    assert convert("import", "--hf", source, "--out", out, "--tp", 2, "--pp", 2) == 0
+    return out
+
+
+def test_there_is_a_file_for_each_rank(imported):
+    assert len(list(imported.glob("*.distcp"))) == 4
+    assert [path.name for path in imported.parent.iterdir()] == ["tp2_pp2"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_an_imported_folder_loads_on_any_mesh(worlds, imported, source, tmp_path, layout):
+    world = worlds(layout[0] * layout[1])
+    logits = world.run(cases.hf_round_trip, str(imported), layout, rows(), str(tmp_path / "out"))[0]
+    torch.testing.assert_close(logits, expected(source), atol=1e-4, rtol=0)
+    assert_same_weights(tmp_path / "out", source)
+
+
+def test_export_and_verify(convert, imported, source, tmp_path, capsys):
+    out = tmp_path / "hf"
+    assert convert("export", "--megatron", imported, "--out", out, "--max-shard-gb", 40e-6) == 0
+    assert len(list(out.glob("*.safetensors"))) > 2
+    assert_same_weights(out, source)
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((out / name).read_text()) == json.loads((source / name).read_text())
+    _, info = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values()), info
+    assert convert("verify", "--hf", source, "--megatron", imported) == 0
+    assert "38 tensors equal bit for bit, 0 not" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "MixtralForCausalLM", "LlamaForSequenceClassification"])
+def test_other_shapes_of_models(convert, worlds, tmp_path, name):
+    """Transposed and fused weights, experts, a scalar head, a tp that pads the vocabulary otherwise."""
+    sizes = SIZES | dict(num_key_value_heads=3, intermediate_size=57)
+    options = {"GPT2LMHeadModel": GPT2, "MixtralForCausalLM": sizes | dict(num_local_experts=3)}
+    source = make(tmp_path / "source", name, options.get(name, sizes | dict(num_labels=1)))
+    assert convert("import", "--hf", source, "--out", tmp_path / "mg", "--tp", 3, "--pp", 3) == 0
+    assert convert("verify", "--hf", source, "--megatron", tmp_path / "mg") == 0
+    head = "scalar" if "Sequence" in name else "lm"
+    words = (str(tmp_path / "mg"), (1, 2, 1), rows(), str(tmp_path / "out"), head)
+    found = worlds(2).run(cases.hf_round_trip, *words)[0]
+    torch.testing.assert_close(found, expected(source), atol=1e-4, rtol=0)
+    assert_same_weights(tmp_path / "out", source)
+
+
+def test_verify_tells_what_differs(convert, imported, source, tmp_path, capsys):
+    other = tmp_path / "other"
+    assert convert("export", "--megatron", imported, "--out", other) == 0
+    weights = load_file(other / "model.safetensors")
+    weights["model.layers.1.self_attn.k_proj.bias"][3] += 0.5
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    assert convert("verify", "--hf", other, "--megatron", imported) == 1
+    out = capsys.readouterr().out
+    assert "model.layers.1.self_attn.k_proj.bias differs by up to 0.5" in out and "37 tensors equal" in out
+
+
+def test_another_dtype(convert, source, tmp_path):
+    assert convert("import", "--hf", source, "--out", tmp_path / "bf16", "--dtype", "bfloat16") == 0
+    assert convert("export", "--megatron", tmp_path / "bf16", "--out", tmp_path / "hf") == 0
+    found = load_file(tmp_path / "hf" / "model.safetensors")
+    wanted = {key: value for path in source.glob("*.safetensors") for key, value in load_file(path).items()}
+    assert all(torch.equal(found[key], value.bfloat16()) for key, value in wanted.items())
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_inspect(convert, imported, source, capsys):
+    assert convert("inspect", imported) == 0
+    out = capsys.readouterr().out
+    model = transformers.AutoModelForCausalLM.from_pretrained(source)
+    assert f"{model.num_parameters():,}" in out and "megatron checkpoint, 4 files" in out and "qwen2" in out
+    assert convert("inspect", source) == 0
+    assert "HF, " in capsys.readouterr().out
+
+
+def test_an_import_that_was_killed_goes_on(convert, source, tmp_path):
+    """Killed after its first shard, the second run keeps that file and the result is whole."""
+    out = tmp_path / "out"
+    code = (
+        "import os, signal, sys; sys.argv[0] = 'x'; import importlib.util as u;"
+        f"s = u.spec_from_file_location('c', {str(TOOL)!r}); m = u.module_from_spec(s); s.loader.exec_module(m);"
+        "import rlhf_engine.hf.convert as c; write = c._write_results\n"
+        "def stop(path, results):\n    write(path, results); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "c._write_results = stop\n"
+        f"m.main(['import', '--hf', {str(source)!r}, '--out', {str(out)!r}, '--tp', '2'])"
+    )
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, env=os.environ)
+    assert killed.returncode == -signal.SIGKILL and not out.exists()
+    first = tmp_path / "out.incomplete" / "__0_0.distcp"
+    before = first.stat().st_mtime_ns
+    time.sleep(0.01)
+    assert convert("import", "--hf", source, "--out", out, "--tp", 2) == 0
+    assert (out / "__0_0.distcp").stat().st_mtime_ns == before
+    assert convert("verify", "--hf", source, "--megatron", out) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# -- folders that runs export ----------------------------------------------------------------------------------
+
+
+def test_a_run_from_random_weights_exports_llama(convert, small_run, capsys):
+    policy, reward = small_run / "sft" / "hf", small_run / "reward" / "hf"
+    model, info = transformers.LlamaForCausalLM.from_pretrained(policy, output_loading_info=True)
+    assert not any(info.values()) and (policy / "tokenizer.model").is_file()
+    assert model.generate(torch.tensor([[1, 5, 9]]), max_new_tokens=4, do_sample=False).shape[1] > 3
+    _, info = transformers.LlamaForSequenceClassification.from_pretrained(reward, output_loading_info=True)
+    assert not any(info.values())
+    assert json.loads((reward / "config.json").read_text())["score_bias"] != 0
+    for phase, role in (("sft", "policy"), ("reward", "reward")):
+        checkpoints = small_run / phase / "checkpoints"
+        trained = checkpoints / (checkpoints / "latest").read_text()
+        words = ("verify", "--hf", small_run / phase / "hf", "--megatron", trained, "--role", role)
+        assert convert(*words) == 0, capsys.readouterr().out
+
+
+def test_ppo_from_an_exported_policy(small_run, tmp_path):
+    """A folder that one run exported is where the next starts from, critic and all."""
+    path = small_run / "sft" / "hf"
+    settings = [*SMALL, f"policy.path={path}", "phases=[sft,reward,ppo]", "mesh.tp=2", f"output_dir={tmp_path}"]
+    launch(*settings, "sft.iterations=1", "reward.iterations=1", "ppo.iterations=1")
+    for name, cls in (("hf", "LlamaForCausalLM"), ("hf_critic", "LlamaForSequenceClassification")):
+        _, info = getattr(transformers, cls).from_pretrained(tmp_path / "ppo" / name, output_loading_info=True)
+        assert not any(info.values()) and (tmp_path / "ppo" / name / "tokenizer.model").is_file()
+
+
+# -- what is refused -------------------------------------------------------------------------------------------
+
+
+def cut(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    return ["model.safetensors is cut off"]
+
+
+def no_header(folder):
+    (folder / "model.safetensors").write_bytes(b"<!DOCTYPE html><html>Not found</html>")
+    return ["model.safetensors is cut off or no safetensors file"]
+
+
+def absent_file(folder):
+    listing = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(listing))
+    return ["model.safetensors.index.json names model-00001-of-00002.safetensors, which is not there"]
+
+
+def no_weights(folder):
+    (folder / "model.safetensors").unlink()
+    return ["has no weights"]
+
+
+def edit_weights(change, *words):
+    def edit(folder):
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        return words
+
+    return edit
+
+
+def edit_config(*words, **changes):
+    def edit(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changes))
+        return words
+
+    return edit
+
+
+def code_in_a_pickle(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Executed(str(folder / "executed"))))
+    return ["pytorch_model.bin cannot be read without running code from it"]
+
+
+class Executed:
+    def __init__(self, path: str):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+KEY = "model.layers.1.self_attn.q_proj.weight"
+BIAS = "model.layers.1.self_attn.q_proj.bias"
+BROKEN = {
+    "cut": cut,
+    "no header": no_header,
+    "absent file": absent_file,
+    "no weights": no_weights,
+    "absent tensor": edit_weights(lambda w: w.pop(KEY), KEY, "has no tensor"),
+    "shape": edit_weights(lambda w: w.update({KEY: w[KEY][:-1].clone()}), KEY, "(59, 36)", "(60, 36)"),
+    "nan": edit_weights(lambda w: w[KEY][3].fill_(torch.nan), KEY, "not finite"),
+    "left over": edit_weights(lambda w: w.update({BIAS: torch.ones(60)}), BIAS, "has no place"),
+    "architecture": edit_config("'LamaForCausalLM'", "LlamaForCausalLM", architectures=["LamaForCausalLM"]),
+    "rope": edit_config("config.json", "rope_type=yarn", rope_parameters={"rope_type": "yarn", "factor": 4.0}),
+    "rope key": edit_config("config.json", "beta", rope_parameters={"rope_type": "linear", "factor": 4.0, "beta": 1.0}),
+    "key": edit_config("config.json", "logit_scale=0.5", "may matter", logit_scale=0.5),
+    "quantised": edit_config("config.json", "quantization_config", quantization_config={"bits": 4}),
+    "activation": edit_config("config.json", "hidden_act='gelu'", "'silu'", hidden_act="gelu"),
+    "kv heads": edit_config("mesh.tp=2", "num_key_value_heads=3", num_key_value_heads=3),
+    "pickle": code_in_a_pickle,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_one_line_and_nothing_left_behind(convert, tmp_path, capsys, name):
+    folder = make(tmp_path / "hf", "LlamaForCausalLM", SIZES | dict(head_dim=10))
+    words = BROKEN[name](folder)
+    capsys.readouterr()
+    assert convert("import", "--hf", folder, "--out", tmp_path / "out", "--tp", 2) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("error: ") and all(word in message for word in words), message
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"] and not (folder / "executed").exists()
+
+
+@pytest.mark.parametrize("command", ["import", "export"])
+def test_a_full_disk(imported, source, tmp_path, command):
+    """A limit on the size of files stands for it."""
+    words = ["import", "--hf", str(source)] if command == "import" else ["export", "--megatron", str(imported)]
+    code = (
+        "import resource, sys, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000));"
+        f"sys.argv = ['convert.py', *{words!r}, '--out', {str(tmp_path / 'out')!r}];"
+        f"runpy.run_path({str(TOOL)!r}, run_name='__main__')"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert "File too large" in result.stderr.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_bin_files(convert, tmp_path, source, sharded):
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    shutil.copy(source / "config.json", folder)
+    weights = {key: value for path in source.glob("*.safetensors") for key, value in load_file(path).items()}
+    if sharded:
+        names = sorted(weights)
+        parts = {"pytorch_model-1.bin": names[::2], "pytorch_model-2.bin": names[1::2]}
+        for name, keys in parts.items():
+            torch.save({key: weights[key] for key in keys}, folder / name)
+        listing = {"weight_map": {key: name for name, keys in parts.items() for key in keys}}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(listing))
+    else:
+        torch.save(weights, folder / "pytorch_model.bin")
+    assert convert("import", "--hf", folder, "--out", tmp_path / "mg", "--tp", 2) == 0
+    assert convert("verify", "--hf", source, "--megatron", tmp_path / "mg") == 0
+
+
+def test_a_run_is_refused_in_one_line(small_run, tmp_path):
+    """What only the ranks find, while they read."""
+    folder = tmp_path / "hf"
+    shutil.copytree(small_run / "sft" / "hf", folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][0] = torch.inf
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    result = launch(*SMALL, f"policy.path={folder}", "phases=[sft]", f"output_dir={tmp_path / 'run'}", check=False)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 2 and len(errors) == 1 and "Traceback" not in result.stderr, result.stderr
+    assert "model.norm.weight has entries that are not finite" in errors[0]

@@ -1,0 +1,161 @@
+"""HF folders to megatron checkpoints and back.
+
+    convert.py import  --hf DIR --out DIR --tp N --pp M [--dtype bfloat16]
+    convert.py export  --megatron DIR --out DIR [--role policy] [--hf DIR] [--max-shard-gb 5]
+    convert.py verify  --hf DIR --megatron DIR [--role policy]
+    convert.py inspect DIR
+
+A run's checkpoints (OUTPUT_DIR/ppo/checkpoints/iteration_30) hold several roles and no config.json: --role chooses,
+and --hf names the folder that the run started from, or one that the run exported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from rlhf_engine.config import ConfigError
+from rlhf_engine.hf.config import family, parse, read_json
+from rlhf_engine.hf.index import index
+
+
+@contextlib.contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[int], Callable[[int], None]]]:
+    """Called with the total of bytes, gives what is told of those done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+
+        def start(total: int) -> Callable[[int], None]:
+            task = bar.add_task(title, total=total)
+            return lambda num_bytes: bar.advance(task, num_bytes)
+
+        yield start
+
+
+def import_hf(args: argparse.Namespace) -> int:
+    import torch
+
+    from rlhf_engine.hf.convert import import_folder
+
+    index(args.hf)
+    _refuse_existing(args.out)
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    with progress_bar("import") as start:
+        import_folder(args.hf, args.out, args.tp, args.pp, dtype, start)
+    print(f"{args.out}: tp {args.tp} x pp {args.pp}, loads on any mesh; policy.path={args.out} starts from it")
+    return 0
+
+
+def export_hf(args: argparse.Namespace) -> int:
+    from rlhf_engine.hf.convert import Checkpoint, export_folder
+
+    _refuse_existing(args.out)
+    checkpoint = Checkpoint(args.megatron, args.hf, args.role)
+    with progress_bar("export") as start:
+        export_folder(checkpoint, args.out, int(args.max_shard_gb * 10**9), start)
+    print(f"{args.out}: HF format")
+    return 0
+
+
+def verify_hf(args: argparse.Namespace) -> int:
+    from rlhf_engine.hf.convert import Checkpoint, verify
+
+    # a checkpoint that has its own config is described by it, and not by what it is compared with
+    described = None if (args.megatron / "config.json").is_file() else args.hf
+    with progress_bar("verify") as start:
+        equal, differences = verify(Checkpoint(args.megatron, described, args.role), args.hf, start)
+    for difference in differences:
+        print(f"{difference.name} {difference.what}".strip())
+    print(f"{equal} tensors equal bit for bit, {len(differences)} not")
+    return 1 if differences else 0
+
+
+def inspect_folder(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, title=str(args.folder), title_justify="left")
+    path = args.folder / "config.json"
+    if path.is_file():
+        config = read_json(path)
+        model, (architecture, head) = parse(config, str(path)), family(config, str(path))
+        from rlhf_engine.hf.convert import count_parameters, one_rank
+
+        with one_rank() as mesh:
+            table.add_row("parameters", f"{count_parameters(model, head, mesh):,}")
+        table.add_row("architecture", f"{architecture.name}, {'LM head' if head == 'lm' else 'scalar head'}")
+        for key, value in vars(model).items():
+            if key != "init_std" and value is not None:
+                table.add_row(key, str(value))
+    if (args.folder / ".metadata").is_file():
+        from torch.distributed.checkpoint import FileSystemReader
+
+        held = FileSystemReader(args.folder).read_metadata().state_dict_metadata
+        table.add_row("format", f"megatron checkpoint, {len(list(args.folder.glob('*.distcp')))} files")
+        table.add_row("holds", ", ".join(sorted({key.split(".")[0] for key in held})))
+    else:
+        tensors = index(args.folder)
+        table.add_row("format", f"HF, {len({entry.path for entry in tensors.values()})} files, {len(tensors)} tensors")
+    Console().print(table)
+    return 0
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists():
+        raise ConfigError(f"{out} exists: name a folder that is not there yet")
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("import", help="HF folder to megatron checkpoint")
+    command.set_defaults(run=import_hf)
+    command.add_argument("--hf", type=Path, required=True)
+    command.add_argument("--out", type=Path, required=True)
+    command.add_argument("--tp", type=int, default=1)
+    command.add_argument("--pp", type=int, default=1)
+    command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
+    command = commands.add_parser("export", help="megatron checkpoint to HF folder")
+    command.set_defaults(run=export_hf)
+    command.add_argument("--megatron", type=Path, required=True)
+    command.add_argument("--out", type=Path, required=True)
+    command.add_argument("--hf", type=Path, help="folder with config.json and tokenizer, where the checkpoint has none")
+    command.add_argument("--role")
+    command.add_argument("--max-shard-gb", type=float, default=5.0)
+    command = commands.add_parser("verify", help="compares the two bit for bit")
+    command.set_defaults(run=verify_hf)
+    command.add_argument("--hf", type=Path, required=True)
+    command.add_argument("--megatron", type=Path, required=True)
+    command.add_argument("--role")
+    command = commands.add_parser("inspect", help="what a folder holds")
+    command.set_defaults(run=inspect_folder)
+    command.add_argument("folder", type=Path)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    try:
+        return args.run(args)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"error: {error.filename or 'writing'}: {error.strerror or error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.exit(main())
