@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -97,11 +98,19 @@ def launched_world() -> int | None:
     return int(env["WORLD_SIZE"]) if {"RANK", "WORLD_SIZE"} <= env.keys() else None
 
 
+def free_port() -> int:
+    """A port for the rendezvous. Below the range that the system deals to outgoing connections, one of which could
+    take it while the ranks are still importing."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32000)
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
+
+
 def start_ranks(world_size: int, argv: list[str]) -> int:
     """Runs this script once per rank on this machine; the first rank that fails takes the others down."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     shared |= {
         PARENT: str(os.getpid()),

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from pathlib import Path
 
 import torch
 import worlds
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 def compose(overrides: list[str]):
     """The RunConfig of a command line, as launch/run.py makes it."""
-    spec = importlib.util.spec_from_file_location("launch_run", ROOT / "launch" / "run.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.compose(overrides)
+    return worlds.launcher.compose(overrides)
 
 
 def context(overrides: list[str], layout: tuple):

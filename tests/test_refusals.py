@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
 import subprocess
 import sys
 
 import pytest
+import worlds
 from conftest import ROOT, launch
 
 GOOD = {"chosen": "\n\nHuman: Hi?\n\nAssistant: Hello.", "rejected": "\n\nHuman: Hi?\n\nAssistant: No."}
@@ -16,10 +16,7 @@ GOOD = {"chosen": "\n\nHuman: Hi?\n\nAssistant: Hello.", "rejected": "\n\nHuman:
 
 @pytest.fixture(scope="module")
 def run():
-    spec = importlib.util.spec_from_file_location("launch_run", ROOT / "launch" / "run.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return worlds.launcher
 
 
 @pytest.fixture

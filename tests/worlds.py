@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import multiprocessing
 import os
-import socket
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 TIMEOUT_SECONDS = 300
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def load_launcher():
+    """launch/run.py as a module; its folder is no package."""
+    spec = importlib.util.spec_from_file_location("launch_run", ROOT / "launch" / "run.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+launcher = load_launcher()
 
 
 class World:
     """`size` rank processes with a process group between them; `run` calls a function on all of them."""
 
     def __init__(self, size: int):
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
+        port = launcher.free_port()
         context = multiprocessing.get_context("spawn")
         self.pipes, self.processes = [], []
         for rank in range(size):
