@@ -77,3 +77,7 @@ def test_correctness_rules_of_ppo(reference):
     assert abs(figures["policy/ratio_first"] - 1) <= 1e-6
     assert figures["rollout/log_prob_gap"] <= 1e-5
     assert figures["policy/grad_norm"] > 0 and figures["critic/grad_norm"] > 0
+
+
+def test_a_finished_phase_keeps_no_memory(worlds, reference):
+    assert worlds(1).run(cases.num_models) == [0]

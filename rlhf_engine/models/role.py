@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -68,6 +69,9 @@ class RoleModel:
             return
         config = self.gpt.config
         self.module = wrap_ddp(self.gpt, self._optimizer_config)
+        # DDP, its hooks on gradients and the optimizer's views of weights refer to each other in a circle through C++
+        # that no garbage collector sees: left alone, a finished phase would keep its memory
+        weakref.finalize(self, vars(self.module).clear)
         self.optimizer, self.scheduler = build_optimizer(self.module, self._optimizer_config, self._total_steps)
         config.finalize_model_grads_func = finalize_model_grads
         config.grad_scale_func = self.optimizer.scale_loss
