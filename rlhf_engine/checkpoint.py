@@ -36,7 +36,7 @@ filesystem_async._results_queue = queue.Queue()
 
 IMPORTED = "model"  # prefix of the keys of a converted HF folder, where a trained checkpoint has its roles
 # each optimizer tensor takes the shape of its parameter, so that any mesh can cut it anew
-_OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
+_OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 def latest(folder: Path) -> Path | None:

@@ -6,6 +6,7 @@ Between stages every rank holds the whole Experience on its CPU. A stage takes i
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Sequence
 from datetime import timedelta
@@ -43,21 +44,25 @@ class ParallelMesh:
             self.device = torch.device("cpu")
         if not dist.is_initialized():
             dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(minutes=30))
-        parallel_state.initialize_model_parallel(config.tp, config.pp)
+        parallel_state.initialize_model_parallel(
+            config.tp, config.pp, expert_model_parallel_size=config.ep, expert_tensor_parallel_size=config.tp
+        )
         if device == "cuda":  # megatron asks for its states around dropout, of which no role has any
             model_parallel_cuda_manual_seed(1)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.tp, self.pp = config.tp, config.pp
+        self.tp, self.pp, self.ep = config.tp, config.pp, config.ep
         self.dp = parallel_state.get_data_parallel_world_size()
         self.tp_rank = parallel_state.get_tensor_model_parallel_rank()
         self.pp_rank = parallel_state.get_pipeline_model_parallel_rank()
         self.dp_rank = parallel_state.get_data_parallel_rank()
+        self.ep_rank = parallel_state.get_expert_model_parallel_rank()
         self.tp_group = parallel_state.get_tensor_model_parallel_group()
         self.pp_group = parallel_state.get_pipeline_model_parallel_group()
         self.dp_group = parallel_state.get_data_parallel_group()
-        # a pipeline of one stage, for the copies that generate; every rank takes part in making each group
-        alone = [dist.new_group([rank]) for rank in range(self.world_size)] if self.pp > 1 else [self.pp_group]
-        self.self_group = alone[self.rank if self.pp > 1 else 0]
+        self.ep_group = parallel_state.get_expert_model_parallel_group()
+        # for the copies that generate; every rank takes part in making each group
+        self._alone = [dist.new_group([rank]) for rank in range(self.world_size)] if self.is_folded_to_generate else []
+        self.self_group = self._alone[self.rank] if self._alone else self.pp_group
 
     @property
     def is_first_stage(self) -> bool:
@@ -73,6 +78,12 @@ class ParallelMesh:
         return self.rank == 0
 
     def close(self) -> None:
+        """Ends the mesh's groups, whose threads megatron would leave running; the world stays."""
+        gc.collect()  # models that are done with hold the groups in circles of references, and so their threads
+        dist.barrier()  # a rank that is still in a collective must not see its peers hang up
+        for group in {*(parallel_state._global_process_group_list or ()), *self._alone}:
+            if isinstance(group, dist.ProcessGroup):
+                dist.destroy_process_group(group)
         parallel_state.destroy_model_parallel()
 
     # -- rows of a batch, split over data parallel replicas --------------------------------------------------
@@ -106,6 +117,11 @@ class ParallelMesh:
     # -- generation, where pipeline stages serve as further replicas ------------------------------------------
 
     @property
+    def is_folded_to_generate(self) -> bool:
+        """Whether a rank holds less than the whole of its tensor parallel shard, which decoding step by step needs."""
+        return self.pp > 1 or self.ep > 1
+
+    @property
     def num_replicas(self) -> int:
         """Replicas that generate: pipeline stages fold into data parallelism."""
         return self.dp * self.pp
@@ -124,30 +140,25 @@ class ParallelMesh:
 
     # -- exports, which the main rank writes -------------------------------------------------------------------
 
-    def from_stage(self, value: Any, stage: int) -> Any:
-        """A pipeline stage's `value` on every stage."""
-        box = [value]
-        if self.pp > 1:
-            source = dist.get_global_rank(self.pp_group, stage)
-            dist.broadcast_object_list(box, source, group=self.pp_group, device=self.device)
-        return box[0]
-
-    def shards_to_main(self, tensor: Tensor, stage: int) -> list[Tensor]:
-        """`tensor` of every tensor parallel rank of a stage, on the main rank; nothing on the others.
+    def shards_to_main(self, tensor: Tensor | None, shape: torch.Size, dtype: torch.dtype, source: int) -> list[Tensor]:
+        """A parameter's shard on every tensor parallel rank, on the main rank; nothing on the others.
 
         Args:
-            tensor: on ranks of other stages, an empty one of the same shape, type and device.
+            tensor: this rank's shard; None on ranks that need not have it.
+            source: the first of the tensor parallel ranks that have it.
         """
-        shards = [torch.empty_like(tensor) for _ in range(self.tp)]
-        sender = dist.get_global_rank(self.pp_group, stage)
-        if self.pp_rank == stage:
+        has_it = source <= self.rank < source + self.tp
+        num_shards = self.tp if has_it or self.is_main else 0
+        shards = [torch.empty(shape, dtype=dtype, device=self.device) for _ in range(num_shards)]
+        if has_it:
+            assert tensor is not None
             dist.all_gather(shards, tensor.contiguous(), group=self.tp_group)
-            if self.rank == sender and self.tp_rank == self.dp_rank == 0 and not self.is_main:
-                for shard in shards:
-                    dist.send(shard, 0)
-        elif self.is_main:
+        if source != 0:
             for shard in shards:
-                dist.recv(shard, sender)
+                if self.is_main:
+                    dist.recv(shard, source)
+                elif self.rank == source:
+                    dist.send(shard, 0)
         return shards if self.is_main else []
 
     # -- small things --------------------------------------------------------------------------------------

@@ -88,12 +88,14 @@ class Table:
 
 
 def parameters(gpt: GPTModel) -> Iterator[tuple[str, Tensor]]:
-    """Parameters of this rank under global names: the layer number counts from the first stage's first layer, and
-    norms that transformer-engine fuses into the projection behind them have names of their own."""
+    """Parameters of this rank under global names: layers count from the first stage's first, experts from the first
+    rank's, and norms that transformer-engine fuses into the projection behind them have names of their own."""
     for name, parameter in gpt.named_parameters():
         if match := re.match(r"decoder\.layers\.(\d+)\.(.*)", name):
-            layer = gpt.decoder.layers[int(match[1])].layer_number - 1
-            name = f"decoder.layers.{layer}.{match[2]}"
+            layer = gpt.decoder.layers[int(match[1])]
+            name = f"decoder.layers.{layer.layer_number - 1}.{match[2]}"
+            if match := re.match(r"(.*\.local_experts)\.(\d+)\.(.*)", name):
+                name = f"{match[1]}.{layer.mlp.local_expert_indices[int(match[2])]}.{match[3]}"
         name = re.sub(r"self_attention\.linear_qkv\.layer_norm_(\w+)", r"input_layernorm.\1", name)
         name = re.sub(r"mlp\.linear_fc1\.layer_norm_(\w+)", r"pre_mlp_layernorm.\1", name)
         yield name, parameter
@@ -143,15 +145,18 @@ def check_leftover(source: HFFolder, model: ModelConfig, used: set[str]) -> None
 def save_weights(gpt: GPTModel, model: ModelConfig, head: Head, mesh: ParallelMesh, writer: HFWriter | None) -> None:
     """Every HF tensor of a model spread over the mesh, to the main rank's `writer` (None on the others).
 
-    The ranks take turns by pipeline stage and parameter, so no rank holds more than a file's worth.
+    The ranks take turns by parameter, so no rank holds more than a file's worth.
     """
     table = Table(model, head)
     mine = dict(parameters(gpt))
-    for stage in range(mesh.pp):
-        listing = [(name, p.shape, p.dtype) for name, p in mine.items() if not table.is_copy(name)]
-        for name, shape, dtype in mesh.from_stage(listing, stage):
-            shard = mine[name] if mesh.pp_rank == stage else torch.empty(shape, dtype=dtype, device=mesh.device)
-            shards = mesh.shards_to_main(shard, stage)
+    listing = [(name, p.shape, p.dtype) for name, p in mine.items() if not table.is_copy(name)]
+    written: set[str] = set()
+    for source, names in enumerate(mesh.all_gather_object(listing)):
+        for name, shape, dtype in names:
+            if name in written:
+                continue
+            written.add(name)  # the first rank that has a parameter is the first of its tensor parallel group
+            shards = mesh.shards_to_main(mine.get(name), shape, dtype, source)
             if writer is not None:
                 for hf, tensor in table.export(name, shards).items():
                     writer.add(hf, tensor)

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -66,10 +67,11 @@ def transformer_config(
     """Megatron's configuration of `model` on `mesh`.
 
     Args:
-        folded: the whole depth on one rank and no sequence parallelism, for generation under pipelines.
+        folded: the whole depth and all experts on one rank and no sequence parallelism, for generation under
+            pipelines or expert parallelism.
     """
     pp = 1 if folded else mesh.pp
-    experts = {}
+    experts: dict[str, Any] = {}
     if model.num_experts is not None:
         experts = dict(
             num_moe_experts=model.num_experts,
@@ -80,6 +82,8 @@ def transformer_config(
             moe_router_load_balancing_type="none",
             moe_token_dispatcher_type="allgather",
             moe_grouped_gemm=False,
+            expert_model_parallel_size=1 if folded else mesh.ep,
+            expert_tensor_parallel_size=mesh.tp,
         )
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -130,7 +134,8 @@ def build_model(
     config = transformer_config(model, mesh, dtype, folded)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     if folded:
-        groups.pp = mesh.self_group
+        groups.pp = groups.ep = mesh.self_group
+        groups.tp_ep = groups.expt_tp = mesh.tp_group
     pp_rank = 0 if folded else mesh.pp_rank
     norm = {"rms": RMSNorm, "layer": LayerNorm}[model.norm]
     spec = _layer_spec(model, norm)
@@ -202,8 +207,15 @@ def _layer_spec(model: ModelConfig, norm: type[RMSNorm]) -> ModuleSpec:
 
 def _mark_split_parameters(gpt: GPTModel) -> None:
     """Marks what is split over tensor parallel ranks. Megatron does so while it draws initial weights, which we
-    do not ask of it; unmarked, the gradient norm would count the first rank's shard alone."""
+    do not ask of it; unmarked, the gradient norm would count the first rank's shard alone.
+
+    Experts are marked as such at EP 1 too. They have an optimizer of their own, and a checkpoint can only be loaded
+    where there are as many optimizers as where it was saved.
+    """
     for module in gpt.modules():
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear) and module.is_expert:
+            for parameter in module.parameters():
+                parameter.allreduce = False  # type: ignore[attr-defined]
         if isinstance(module, RowParallelLinear):
             split = [(module.weight, 1)]
         elif isinstance(module, ColumnParallelLinear | VocabParallelEmbedding):

@@ -1,13 +1,15 @@
 """Generation on the training weights: a KV cache in slots, refilled as sequences finish.
 
-`generate` knows tensor parallelism only. Under pipeline parallelism `rollout_model` first folds the stages: each
-rank receives the other stages' layers into a copy without a pipeline and serves as one more replica.
+`generate` knows tensor parallelism only. Under pipeline or expert parallelism `rollout_model` first folds the model:
+each rank receives the other stages' layers and the other ranks' experts into a copy, and serves as a replica that
+waits for no other.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,11 +63,11 @@ def rollout(
 
 @contextlib.contextmanager
 def rollout_model(role: RoleModel) -> Iterator[GPTModel]:
-    """The policy without a pipeline: the training model itself, or under PP > 1 a copy freed at the end.
+    """The policy whole but for TP: the training model itself, or under PP or EP a copy freed at the end.
 
     Sequence parallelism is off within: a decode step has one position to split.
     """
-    if role.mesh.pp > 1:
+    if role.mesh.is_folded_to_generate:
         yield _fold(role)
         return
     modules = [m for m in role.gpt.modules() if getattr(m, "sequence_parallel", False)]
@@ -91,31 +93,46 @@ def rollout_model(role: RoleModel) -> Iterator[GPTModel]:
 
 @torch.no_grad()
 def _fold(role: RoleModel) -> GPTModel:
-    """A copy of the whole depth (this rank's TP shard), each stage sending its layers in buckets."""
+    """A copy of the whole depth and all experts (this rank's TP shard)."""
     mesh = role.mesh
     gpt = build_model(role.model, mesh, role.head, role.dtype, folded=True).requires_grad_(False).eval()
     wanted = dict(parameters(gpt))
-    mine = dict(parameters(role.gpt))
-    for stage in range(mesh.pp):
-        source = dist.get_global_rank(mesh.pp_group, stage)
-        # under tied embeddings the last stage has a second copy, which the folded model has no place for
-        box = [[name for name in mine if name in wanted] if stage == mesh.pp_rank else None]
-        dist.broadcast_object_list(box, source, group=mesh.pp_group, device=mesh.device)
-        bucket: list[str] = []
-        names = box[0]
-        assert names is not None
-        for i, name in enumerate(names):
-            bucket.append(name)
-            if i == len(names) - 1 or sum(wanted[n].numel() for n in bucket) >= _BUCKET_NUMEL:
-                if stage == mesh.pp_rank:
-                    flat = torch.cat([mine[n].reshape(-1) for n in bucket])
-                else:
-                    flat = torch.empty(sum(wanted[n].numel() for n in bucket), dtype=role.dtype, device=mesh.device)
-                dist.broadcast(flat, source, group=mesh.pp_group)
-                for n, values in zip(bucket, flat.split([wanted[n].numel() for n in bucket]), strict=True):
-                    wanted[n].copy_(values.view_as(wanted[n]))
-                bucket = []
+    # under tied embeddings the last stage has a second copy, which the folded model has no place for
+    mine = {name: p for name, p in parameters(role.gpt) if name in wanted}
+    _exchange(mine, wanted, mesh.pp_group, mesh)
+    # every rank now has its own experts of all layers
+    if mesh.ep > 1:
+        assert role.model.num_experts is not None
+        each = role.model.num_experts // mesh.ep
+        numbers = ((name, re.search(r"\.local_experts\.(\d+)\.", name)) for name in wanted)
+        own = [name for name, found in numbers if found and int(found[1]) // each == mesh.ep_rank]
+        _exchange({name: wanted[name] for name in own}, wanted, mesh.ep_group, mesh)
     return gpt
+
+
+def _exchange(
+    mine: Mapping[str, Tensor], wanted: Mapping[str, Tensor], group: dist.ProcessGroup, mesh: ParallelMesh
+) -> None:
+    """Every rank of the group sends what it has to the others, in buckets."""
+    for rank in dist.get_process_group_ranks(group):
+        is_source = rank == mesh.rank
+        box = [list(mine) if is_source else None]
+        dist.broadcast_object_list(box, rank, group=group, device=mesh.device)
+        assert box[0] is not None
+        bucket: list[str] = []
+        for name in box[0]:
+            bucket.append(name)
+            sizes = [wanted[n].numel() for n in bucket]
+            if name != box[0][-1] and sum(sizes) < _BUCKET_NUMEL:
+                continue
+            if is_source:
+                flat = torch.cat([mine[n].reshape(-1) for n in bucket])
+            else:
+                flat = torch.empty(sum(sizes), dtype=wanted[name].dtype, device=mesh.device)
+            dist.broadcast(flat, rank, group=group)
+            for n, values in zip(bucket, flat.split(sizes), strict=True):
+                wanted[n].copy_(values.view_as(wanted[n]))
+            bucket = []
 
 
 class Decoder:
