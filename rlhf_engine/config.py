@@ -26,6 +26,7 @@ class MeshConfig:
     tp: int = 1  # tensor parallel: each layer is split over so many ranks
     pp: int = 1  # pipeline parallel: the layers are dealt to so many stages
     dp: int | None = None  # data parallel replicas; null takes what the world leaves
+    ep: int = 1  # expert parallel: so many replicas share each layer's experts out among them
     sequence_parallel: bool = False  # norms and residuals split over the sequence as well (needs tp > 1)
 
 
@@ -71,11 +72,20 @@ class ModelConfig:
     experts_per_token: int = 2
     normalize_experts: bool = True  # the weights of a token's experts add up to 1
     tie_word_embeddings: bool = True
+    score_token: int | None = None  # a reward model that reads its score at this token, put behind each dialogue
     init_std: float = 0.02
 
     @property
     def head_size(self) -> int:
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True)
+class Base:
+    """Where a role's weights begin: a folder, or random ones of a model (`path` None)."""
+
+    path: str | None
+    model: ModelConfig
 
 
 @dataclass
@@ -130,6 +140,9 @@ class SFTConfig:
 class RewardConfig:
     kind: Literal["model", "function"] = "model"  # what scores a response in PPO
     fn: str | None = None  # package.module:name for kind=function
+    # HF folder, or what tools/convert_hf made of one: what PPO scores with, or the reward phase, if there is one, goes
+    # on from; null: the reward phase starts from the SFT policy
+    path: str | None = None
     iterations: int = 100
     batch_size: int = 32  # pairs per optimizer step, over all replicas
     micro_batch_size: int = 8  # pairs
@@ -206,7 +219,7 @@ _AT_LEAST: dict[str, float] = {
         ("batch_size", "micro_batch_size", "save_every", "keep_checkpoints", "num_rows", "num_eval_rows", "max_seq_len",
          "max_prompt_len", "prompts_per_iteration", "samples_per_prompt", "epochs", "num_minibatches", "eval_prompts",
          "max_new_tokens", "slots", "num_layers", "hidden_size", "num_attention_heads", "num_key_value_heads",
-         "intermediate_size", "head_dim", "vocab_size", "max_position_embeddings", "tp", "pp", "dp"),
+         "intermediate_size", "head_dim", "vocab_size", "max_position_embeddings", "tp", "pp", "dp", "ep"),
         1,
     ),
     **dict.fromkeys(
@@ -303,22 +316,25 @@ def resolve_mesh(config: RunConfig, world_size: int) -> MeshConfig:
             f"mesh.tp={mesh.tp} x mesh.pp={mesh.pp} x mesh.dp={dp} needs {model_ranks * dp} ranks,"
             f" and {world_size} are there"
         )
+    if dp % mesh.ep:
+        raise ConfigError(f"mesh.ep={mesh.ep} does not divide the {dp} data parallel replicas")
     return dataclasses.replace(mesh, dp=dp, sequence_parallel=mesh.sequence_parallel and mesh.tp > 1)
 
 
-def check(config: RunConfig, mesh: MeshConfig, model: ModelConfig) -> None:
+def check(config: RunConfig, mesh: MeshConfig, model: ModelConfig, reward: ModelConfig) -> None:
     """Refuses a run that could not work, before anything expensive starts.
 
     Args:
         mesh: resolved (`resolve_mesh`).
-        model: the policy's, from its checkpoint where there is one.
+        model, reward: the policy's and the reward model's, from their checkpoints where there are some.
 
     Raises:
         ConfigError: names the keys and what would be right.
     """
     if not config.phases:
         raise ConfigError(f"phases is empty: choose from {', '.join(typing.get_args(Phase))}")
-    check_model(mesh, model)
+    for each in (model, reward):
+        check_model(mesh, each)
     assert mesh.dp is not None
     dp = mesh.dp
     phases = set(config.phases)
@@ -336,15 +352,17 @@ def check(config: RunConfig, mesh: MeshConfig, model: ModelConfig) -> None:
         if config.policy.path is None:
             raise ConfigError("policy.path is not set: policy.path=DIR names an HF folder")
     if phases & {"sft", "reward", "ppo"}:
-        if model.num_experts is not None and mesh.tp > 1 and not mesh.sequence_parallel:
-            raise ConfigError(f"mesh.tp={mesh.tp} trains experts with mesh.sequence_parallel=true only")
-        length, budget = model.max_position_embeddings, config.rollout.max_new_tokens
+        for each in (model, reward):
+            if each.num_experts is not None and mesh.tp > 1 and not mesh.sequence_parallel:
+                raise ConfigError(f"mesh.tp={mesh.tp} trains experts with mesh.sequence_parallel=true only")
+        context = reward.max_position_embeddings - (reward.score_token is not None)
+        length, budget = min(model.max_position_embeddings, context), config.rollout.max_new_tokens
         if config.data.max_seq_len > length:
-            raise ConfigError(f"data.max_seq_len={config.data.max_seq_len} exceeds the model's context of {length}")
+            raise ConfigError(f"data.max_seq_len={config.data.max_seq_len} exceeds the context of {length}")
         if "ppo" in phases and config.data.max_prompt_len + budget > length:
             raise ConfigError(
                 f"data.max_prompt_len={config.data.max_prompt_len} + rollout.max_new_tokens={budget}"
-                f" exceeds the model's context of {length}"
+                f" exceeds the context of {length}"
             )
     if config.rollout.top_p > 1:
         raise ConfigError(f"rollout.top_p={config.rollout.top_p} must lie in (0, 1]")
@@ -384,6 +402,8 @@ def check_model(mesh: MeshConfig, model: ModelConfig) -> None:
             f"model.num_key_value_heads={model.num_key_value_heads} does not divide"
             f" num_attention_heads={model.num_attention_heads}"
         )
+    if (model.num_experts or mesh.ep) % mesh.ep or (mesh.ep > 1 and model.num_experts is None):
+        raise ConfigError(f"mesh.ep={mesh.ep} does not divide the model's num_experts={model.num_experts or 0}")
     fewest = 2 if model.normalize_experts else 1  # the weight of one expert alone would always be 1
     if model.num_experts is not None and not fewest <= model.experts_per_token <= model.num_experts:
         raise ConfigError(
@@ -425,5 +445,7 @@ def _check_ppo(config: RunConfig, dp: int) -> None:
     for role in ppo.offload:
         if role not in (known := ["reference", "reward"]):
             raise ConfigError(f"ppo.offload={role}: {nearest(role, known)}")
+    if config.reward.kind == "function" and config.reward.path is not None:
+        raise ConfigError(f"reward.path={config.reward.path} has no use with reward.kind=function")
     if config.reward.kind == "function" and (not all((config.reward.fn or "").partition(":"))):
         raise ConfigError("reward.kind=function needs reward.fn=package.module:name")

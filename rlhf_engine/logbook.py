@@ -105,6 +105,8 @@ def show_run(plan: Plan, ctx: Context) -> None:
     )
     table.add_row("model", size)
     table.add_row("policy", config.policy.path or "random weights")
+    if config.reward.path is not None:
+        table.add_row("reward", config.reward.path)
     if ctx.dataset is not None:
         unpaired = sum(source.num_unpaired for source in plan.sources)
         dropped = f", {ctx.dataset.num_dropped} too long" if ctx.dataset.num_dropped else ""

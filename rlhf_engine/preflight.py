@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from .config import ConfigError, MeshConfig, ModelConfig, RunConfig, check, resolve_mesh
+from .config import Base, ConfigError, MeshConfig, RunConfig, check, resolve_mesh
 from .data.sources import Source, parse_weight, read_json_rows, read_sources
 from .data.tokenizer import Tokenizer
 from .hf.config import read_model_config
@@ -26,7 +26,7 @@ class Plan:
 
     config: RunConfig
     mesh: MeshConfig
-    model: ModelConfig
+    bases: dict[str, Base]  # "policy" and "reward"
     device: str
     tokenizer: Tokenizer | None  # None: one is trained on the data
     sources: list[Source]  # of the training phases; empty for a job
@@ -71,11 +71,12 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
     jobs = set(config.phases) & JOBS
     if jobs and len(config.phases) > 1:
         raise ConfigError(f"phases={config.phases}: {sorted(jobs)[0]} runs alone")
-    model = read_model_config(config.policy.path) if config.policy.path else config.model
-    if config.policy.path and not (Path(config.policy.path) / ".metadata").is_file():
-        index(config.policy.path)
-    check(config, mesh, model)
-    tokenizer = read_tokenizer(config, model)
+    policy = read_base(config.policy.path) if config.policy.path else Base(None, config.model)
+    reward = read_base(config.reward.path) if config.reward.path else policy
+    check(config, mesh, policy.model, reward.model)
+    tokenizer = read_tokenizer(config, policy)
+    if reward is not policy:
+        check_vocabulary(tokenizer, reward)
     sources: list[Source] = []
     if jobs:
         for source in config.data.sources:
@@ -88,7 +89,15 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
     check_reward(config)
     if config.reward.kind == "function" and "ppo" in config.phases:
         load_function(config.reward.fn or "")
-    return Plan(config, mesh, model, device, tokenizer, sources)
+    return Plan(config, mesh, {"policy": policy, "reward": reward}, device, tokenizer, sources)
+
+
+def read_base(path: str) -> Base:
+    """A folder that weights begin from, in HF format or converted."""
+    model = read_model_config(path)
+    if not (Path(path) / ".metadata").is_file():
+        index(path)
+    return Base(path, model)
 
 
 def check_reward(config: RunConfig) -> None:
@@ -97,11 +106,11 @@ def check_reward(config: RunConfig) -> None:
     Raises:
         ConfigError: there is no reward model.
     """
-    needs_reward = "ppo" in config.phases and "reward" not in config.phases and config.reward.kind == "model"
-    if needs_reward and not (Path(config.output_dir) / "reward" / "summary.json").is_file():
+    trained = "reward" in config.phases or (Path(config.output_dir) / "reward" / "summary.json").is_file()
+    if "ppo" in config.phases and config.reward.kind == "model" and not trained and config.reward.path is None:
         raise ConfigError(
             f"PPO needs a reward model, and no reward phase is finished in {config.output_dir}:"
-            " use phases=[reward,ppo], or reward=function reward.fn=package.module:name"
+            " use phases=[reward,ppo], reward.path=DIR, or reward=function reward.fn=package.module:name"
         )
 
 
@@ -111,22 +120,22 @@ def check_output_dir(config: RunConfig) -> None:
     Raises:
         ConfigError: names the key that differs from the config.yaml of an earlier phase.
     """
-    fixed = ("model", "tokenizer", "policy")
-    now = {name: asdict(getattr(config, name)) for name in fixed}
+    now = {name: asdict(getattr(config, name)) for name in ("model", "tokenizer", "policy")}
+    with_reward = now | {"reward": {"path": config.reward.path}}  # of which the SFT phase knows nothing
     for phase in ("sft", "reward", "ppo"):
         path = Path(config.output_dir) / phase / "config.yaml"
         if not path.is_file():
             continue
         before = yaml.safe_load(path.read_text())
-        for section in fixed:
-            for key, value in now[section].items():
+        for section, values in (now if phase == "sft" else with_reward).items():
+            for key, value in values.items():
                 if (old := before.get(section, {}).get(key, value)) != value:
                     raise ConfigError(
                         f"{section}.{key}={value}, and {path.parent} was made with {old}: use another output_dir"
                     )
 
 
-def read_tokenizer(config: RunConfig, model: ModelConfig) -> Tokenizer | None:
+def read_tokenizer(config: RunConfig, policy: Base) -> Tokenizer | None:
     """The configured tokenizer or the policy's own; None where one is to be trained on the data.
 
     Raises:
@@ -140,12 +149,32 @@ def read_tokenizer(config: RunConfig, model: ModelConfig) -> Tokenizer | None:
         )
     tokenizer = Tokenizer(path, template) if path is not None else None
     size = tokenizer.vocab_size if tokenizer is not None else config.tokenizer.vocab_size
-    if model.vocab_size is not None and size > model.vocab_size:
+    if policy.model.vocab_size is not None and size > policy.model.vocab_size:
         raise ConfigError(
             f"the tokenizer ({path or 'trained on the data'}) has {size} ids, and the model's vocabulary"
-            f" {model.vocab_size}"
+            f" {policy.model.vocab_size}"
         )
     return tokenizer
+
+
+def check_vocabulary(tokenizer: Tokenizer | None, reward: Base) -> None:
+    """A reward model reads the token ids that the policy writes.
+
+    Raises:
+        ConfigError: it would take them for other words.
+    """
+    assert reward.path is not None and reward.model.vocab_size is not None
+    if tokenizer is None:
+        raise ConfigError("reward.path needs the tokenizer that it was trained with: set policy.path or tokenizer.path")
+    if tokenizer.vocab_size > reward.model.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, and the vocabulary of reward.path={reward.path}"
+            f" {reward.model.vocab_size}"
+        )
+    if any((Path(reward.path) / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        own, text = Tokenizer(reward.path), "Which words are these? 1, 2, 3: naïve\n\nAssistant: tokens."
+        if own.encode(text) != tokenizer.encode(text):
+            raise ConfigError(f"reward.path={reward.path} has another tokenizer than the policy")
 
 
 def check_job_row(row: dict, where: str, job: str, tokenizer: Tokenizer | None) -> None:

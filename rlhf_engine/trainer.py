@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -94,7 +95,7 @@ def train(ctx: Context, algorithm: Algorithm) -> None:
     if algorithm.changes_at_end:
         save(ctx, folder)
     if config.export_hf:
-        export(ctx, folder)
+        export(ctx, folder, specs)
     if mesh.is_main:
         finish(ctx, folder, algorithm, evaluation, logbook)
     mesh.barrier()
@@ -143,13 +144,14 @@ def latest_checkpoint(ctx: Context, phase: str) -> Path | None:
     return ctx.mesh.from_main(checkpoint.latest(folder) if ctx.mesh.is_main else None)
 
 
-def export(ctx: Context, folder: Path) -> None:
+def export(ctx: Context, folder: Path, specs: Mapping[str, RoleSpec]) -> None:
     """The phase's trained models in HF format: the critic in `hf_critic`, what else there is in `hf`."""
     config = ctx.config
-    path = Path(config.policy.path) if config.policy.path else None
     tokenizer = Path(config.tokenizer.path or config.policy.path or Path(config.output_dir) / "tokenizer")
     for name, role in ctx.roles.items():
         if role.is_trained:
+            base = ctx.bases[specs[name].base].path
+            path = Path(base) if base else None
             hf = head_config(role.model, role.head, path)
             if path is None:
                 hf |= {"eos_token_id": ctx.tokenizer.end_id}
@@ -165,15 +167,15 @@ def build_context(plan: Plan, mesh: ParallelMesh) -> Context:
     config = plan.config
     sources = plan.sources
     tokenizer = plan.tokenizer or trained_tokenizer(config, mesh, sources)
-    model = plan.model
-    if model.vocab_size is None:
-        model = replace(model, vocab_size=tokenizer.vocab_size)
-    assert model.vocab_size is not None
+    bases = {
+        name: replace(base, model=replace(base.model, vocab_size=base.model.vocab_size or tokenizer.vocab_size))
+        for name, base in plan.bases.items()
+    }
     dataset = Dataset(sources, tokenizer, config.data, config.seed) if sources else None
     reward_fn = None
     if config.reward.kind == "function" and "ppo" in config.phases:
         reward_fn = load_function(config.reward.fn or "")
-    return Context(config, model, mesh, tokenizer, dataset, gold_rule(config.data), reward_fn)  # type: ignore[arg-type]
+    return Context(config, bases, mesh, tokenizer, dataset, gold_rule(config.data), reward_fn)  # type: ignore[arg-type]
 
 
 def trained_tokenizer(config: RunConfig, mesh: ParallelMesh, sources: list[data_sources.Source]) -> Tokenizer:
@@ -195,9 +197,10 @@ def trained_tokenizer(config: RunConfig, mesh: ParallelMesh, sources: list[data_
 def build_role(ctx: Context, name: str, spec: RoleSpec) -> RoleModel:
     """A role with its weights in place: from the first finished phase, else the base policy's."""
     config = ctx.config
+    base = ctx.bases[spec.base]
     role = RoleModel(
         name,
-        ctx.model,
+        base.model,
         ctx.mesh,
         spec.head,
         _dtype(config, ctx.mesh),
@@ -210,7 +213,7 @@ def build_role(ctx: Context, name: str, spec: RoleSpec) -> RoleModel:
             checkpoint.load_weights(found, source, role)
             break
     else:
-        load_base(role, ctx.config.policy.path, ctx.config.seed)
+        load_base(role, base.path, config.seed)
     role.start()
     return role
 

@@ -120,6 +120,23 @@ def test_inspect(convert, imported, source, capsys):
     assert "HF, " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("command", "left"), [("import", ["out.incomplete"]), ("export", [])])
+def test_ctrl_c(imported, source, tmp_path, command, left):
+    """One line; an import keeps what it can go on from, an export nothing."""
+    words = ["import", "--hf", str(source)] if command == "import" else ["export", "--megatron", str(imported)]
+    code = (
+        "import runpy, sys, rlhf_engine.hf.convert as convert\n"
+        "def interrupt(*args):\n    raise KeyboardInterrupt\n"
+        "convert.write_assets = convert.HFWriter.close = interrupt\n"
+        f"sys.argv = ['convert.py', *{words!r}, '--out', {str(tmp_path / 'out')!r}]\n"
+        f"runpy.run_path({str(TOOL)!r}, run_name='__main__')"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 130 and "Traceback" not in result.stderr, result.stderr
+    assert result.stderr.splitlines()[-1].startswith("interrupted")
+    assert [path.name for path in tmp_path.iterdir()] == left
+
+
 def test_an_import_that_was_killed_goes_on(convert, source, tmp_path):
     """Killed after its first shard, the second run keeps that file and the result is whole."""
     out = tmp_path / "out"

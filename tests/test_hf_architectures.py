@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from pathlib import Path
 
 import cases
@@ -45,11 +46,13 @@ MODELS = {
     "mixtral": ("MixtralForCausalLM", dict(head_dim=10, num_local_experts=5, num_experts_per_tok=2)),
     "mixtral-window": ("MixtralForCausalLM", dict(num_local_experts=4, num_experts_per_tok=3, sliding_window=6)),
     "qwen3-moe": ("Qwen3MoeForCausalLM", EXPERTS | dict(norm_topk_prob=True)),
-    "qwen3-moe-plain-weights": ("Qwen3MoeForCausalLM", EXPERTS | dict(norm_topk_prob=False, tie_word_embeddings=True)),
+    "qwen3-moe-plain-weights": ("Qwen3MoeForCausalLM", EXPERTS | dict(num_experts=6, tie_word_embeddings=True)),
     "gpt2": ("GPT2LMHeadModel", {}),
     "gpt2-untied": ("GPT2LMHeadModel", dict(tie_word_embeddings=False, n_inner=70, activation_function="gelu")),
     "qwen3-tied-bias": ("Qwen3ForCausalLM", dict(head_dim=10, tie_word_embeddings=True, attention_bias=True)),
 }
+
+EXPERT_PARALLEL = ("mixtral-window", "qwen3-moe-plain-weights")
 
 
 def make(folder: Path, name: str, options: dict, shard: str = "50GB") -> Path:
@@ -115,11 +118,19 @@ def folders(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def moe_layouts() -> list:
+    """With experts over expert parallel ranks: (tp, pp, dp, sequence_parallel, ep)."""
+    layouts = [(1, 1, 2, False, 2), (2, 1, 2, False, 2), (1, 2, 2, False, 2)]
+    return [pytest.param(name, layout, id=f"{layout}-{name}") for name in EXPERT_PARALLEL for layout in layouts]
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [pytest.param(n, layout, id=f"{layout}-{n}") for layout in LAYOUTS for n in MODELS] + moe_layouts(),
+)
 def test_logits_and_round_trip(worlds, folders, tmp_path, name, layout):
     folder = folders(name)
-    found = worlds(layout[0] * layout[1]).run(cases.hf_round_trip, str(folder), layout, rows(), str(tmp_path / "out"))
+    found = worlds(math.prod(layout[:3])).run(cases.hf_round_trip, str(folder), layout, rows(), str(tmp_path / "out"))
     wanted = expected(folder)
     assert wanted.std() > 0.3
     for logits in found:
@@ -131,16 +142,19 @@ def test_logits_and_round_trip(worlds, folders, tmp_path, name, layout):
     assert not any(info.values()), info
 
 
+CACHED = ("llama-tied-llama3", "gpt2", "mistral", "qwen3-moe", "qwen2-untied-window", "qwen3-tied-bias")
+
+
 @pytest.mark.parametrize(
-    "name", ["llama-tied-llama3", "gpt2", "mistral", "qwen3-moe", "qwen2-untied-window", "qwen3-tied-bias"]
+    ("name", "layout"),
+    [pytest.param(n, layout, id=f"{layout}-{n}") for layout in LAYOUTS[:3] for n in CACHED] + moe_layouts(),
 )
-@pytest.mark.parametrize("layout", [(1, 1, 1), (2, 1, 1), (1, 2, 1)], ids=str)
 def test_generation_is_that_of_transformers(worlds, folders, name, layout):
     """Greedy tokens over our KV cache against the whole sequence forwarded anew for each."""
     folder = folders(name)
     model = reference(folder)
     prompts = [row[: 2 + 3 * i] for i, row in enumerate(rows())]
-    found = worlds(layout[0] * layout[1]).run(cases.hf_greedy, str(folder), layout, prompts, 9)[0]
+    found = worlds(math.prod(layout[:3])).run(cases.hf_greedy, str(folder), layout, prompts, 9)[0]
     for prompt, tokens in zip(prompts, found, strict=True):
         sequence = torch.tensor([prompt])
         for token in tokens:
@@ -275,6 +289,11 @@ def test_stories(worlds, shared, tmp_path, layout):
     assert found == [story[0, 5:].tolist()]
 
 
+def test_names_of_transformer_engine(worlds):
+    """Its layers fuse norms into the projections behind them; the rows know those parameters too."""
+    assert worlds(1).run(cases.te_names) == [[]]
+
+
 # -- training: gradients of what is new here do not depend on the mesh either -------------------------------------
 
 TRAINED = {
@@ -292,7 +311,12 @@ TRAINED = {
 def test_first_step_does_not_depend_on_the_mesh(worlds, tmp_path, name):
     settings = [*SMALL, f"output_dir={tmp_path}", "phases=[sft]", f"model.architecture={name}", *TRAINED[name]]
     wanted = worlds(1).run(cases.first_iteration, settings, (1, 1, 1), "sft")[0]["figures"]
-    for layout in [(2, 1, 1, True), (1, 2, 1), (1, 1, 2)] + [(2, 1, 1)] * (name != "mixtral"):
-        found = worlds(2).run(cases.first_iteration, settings, layout, "sft")[0]["figures"]
+    layouts: list[tuple] = [(2, 1, 1, True), (1, 2, 1), (1, 1, 2)]
+    if name == "mixtral":
+        layouts += [(1, 1, 2, False, 2), (2, 1, 2, True, 2), (1, 2, 2, False, 2)]
+    else:
+        layouts.append((2, 1, 1))  # megatron trains experts over tensor parallel ranks with sequence parallelism only
+    for layout in layouts:
+        found = worlds(math.prod(layout[:3])).run(cases.first_iteration, settings, layout, "sft")[0]["figures"]
         for key in ("policy/loss", "policy/grad_norm"):
             assert found[key] == pytest.approx(wanted[key], rel=1e-5), (layout, key)

@@ -109,6 +109,16 @@ def test_resumes_on_another_mesh(phases, whole, tmp_path, layout, distributed):
     assert_close(figures(folder / "ppo")[:4], figures(whole / "ppo")[:4], 1e-4)
 
 
+def test_experts_resume_on_another_mesh(tmp_path):
+    """From experts shared out over two replicas to all of them on one rank."""
+    settings = [*SMALL, "phases=[sft]", "model.architecture=mixtral", "model.num_experts=4"]
+    launch(*settings, "mesh.dp=1", f"output_dir={tmp_path / 'whole'}")
+    launch(*settings, "mesh.dp=2", "mesh.ep=2", "sft.iterations=1", f"output_dir={tmp_path / 'run'}")
+    result = launch(*settings, "mesh.dp=1", f"output_dir={tmp_path / 'run'}")
+    assert "sft: resuming at iteration 1 of 3" in result.stdout
+    assert_close(figures(tmp_path / "run" / "sft"), figures(tmp_path / "whole" / "sft"), 1e-4)
+
+
 def test_a_finished_phase_is_run_again_when_asked(phases, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(phases, folder)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
-from ..config import ModelConfig, OptimizerConfig, RunConfig
+from ..config import Base, ModelConfig, OptimizerConfig, RunConfig
 from ..data.dataset import Dataset
 from ..data.sources import GoldFn
 from ..data.tokenizer import Tokenizer
@@ -62,13 +62,14 @@ class TrainState:
 @dataclass(frozen=True)
 class RoleSpec:
     """How a role is made. `weights` names (phase, role) checkpoints, and that of the first finished phase is taken;
-    without any the role starts from the run's base policy."""
+    without any the role starts from the `base` of that name."""
 
     head: Head
     weights: tuple[tuple[str, str], ...] = ()
     optimizer: OptimizerConfig | None = None
     total_steps: int = 1
     offload: bool = False
+    base: Literal["policy", "reward"] = "policy"
 
 
 @dataclass
@@ -76,7 +77,7 @@ class Context:
     """The surroundings of a stage body."""
 
     config: RunConfig
-    model: ModelConfig
+    bases: Mapping[str, Base]
     mesh: ParallelMesh
     tokenizer: Tokenizer
     dataset: Dataset
@@ -85,6 +86,11 @@ class Context:
     roles: dict[str, RoleModel] = field(default_factory=dict)
     state: TrainState = field(default_factory=TrainState)
     metrics: Metrics = field(default_factory=Metrics)
+
+    @property
+    def model(self) -> ModelConfig:
+        """The policy's."""
+        return self.bases["policy"].model
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf_kernels import token_log_probs
@@ -58,6 +59,16 @@ def policy_log_probs(
 def token_values(output: Tensor, batch: Batch) -> Tensor:
     """A critic's values `(B, T)`, each at the token that its output precedes, from `(B, T, 1)`."""
     return to_next_token(output.squeeze(-1))
+
+
+def score_batch(role: RoleModel, tokens: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+    """What `last_scores` reads, from right-padded rows `(B, T)`: with the model's score token behind each, if any."""
+    if (score_token := role.model.score_token) is not None:
+        if int(lengths.max()) == tokens.shape[1]:
+            tokens = F.pad(tokens, (0, role.mesh.tp))  # sequence parallelism splits the length
+        tokens = tokens.scatter(1, lengths.unsqueeze(1), score_token)
+        lengths = lengths + 1
+    return {"tokens": tokens, "lengths": lengths}
 
 
 def last_scores(output: Tensor, batch: Batch) -> Tensor:

@@ -28,6 +28,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ from ..rollout.generate import rollout as generate
 from ..rollout.sampling import sample_keys
 from ..schedule import Stage
 from .context import Context, Evaluation, RoleSpec
-from .heads import last_scores, policy_log_probs, token_values
+from .heads import last_scores, policy_log_probs, score_batch, token_values
 from .samples import NUM_CARDS, sample_dialogues
 
 # -- the stages ----------------------------------------------------------------------------------------------
@@ -87,7 +88,7 @@ def ref_log_probs(ctx: Context, reference: RoleModel, x):
 
 def score(ctx: Context, reward: RoleModel, x):
     """The reward model's score of each response."""
-    batch = {"tokens": x.tokens, "lengths": x.lengths}
+    batch = score_batch(reward, x.tokens, x.lengths)
     scores = reward.infer(batch, last_scores, ctx.config.ppo.micro_batch_size)
     return {"scores": scores}
 
@@ -298,13 +299,14 @@ class PPO:
         policy = (("sft", "policy"),)
         by_function = self.run.reward.kind == "function"
         critic = policy if by_function else (("reward", "reward"),)
+        base: Literal["policy", "reward"] = "policy" if by_function else "reward"
         roles = {
             "policy": RoleSpec("lm", policy, config.optimizer, policy_steps),
             "reference": RoleSpec("lm", policy, offload="reference" in config.offload),
-            "critic": RoleSpec("scalar", critic, config.critic_optimizer, steps),
+            "critic": RoleSpec("scalar", critic, config.critic_optimizer, steps, base=base),
         }
         if not by_function:
-            roles["reward"] = RoleSpec("scalar", (("reward", "reward"),), offload="reward" in config.offload)
+            roles["reward"] = RoleSpec("scalar", critic, offload="reward" in config.offload, base=base)
         return roles
 
     def batch(self, ctx: Context) -> Experience:

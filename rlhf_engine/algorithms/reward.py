@@ -24,7 +24,7 @@ from ..models.layers import ScalarHead
 from ..models.role import Batch, RoleModel
 from ..schedule import Stage
 from .context import Context, Evaluation, RoleSpec
-from .heads import last_scores
+from .heads import last_scores, score_batch
 from .samples import sample_dialogues
 
 
@@ -37,7 +37,7 @@ def preference_loss(output: Tensor, batch: Batch):
 
 
 def train_reward(ctx: Context, reward: RoleModel, x) -> None:
-    batch = {"tokens": x.tokens, "lengths": x.lengths}
+    batch = score_batch(reward, x.tokens, x.lengths)
     reward.train_step(batch, preference_loss, 2 * ctx.config.reward.micro_batch_size, ctx.metrics)
 
 
@@ -61,8 +61,9 @@ class Reward:
 
     def roles(self) -> dict[str, RoleSpec]:
         sft = (("sft", "policy"),)
+        start = () if self.config.path else sft
         return {
-            "reward": RoleSpec("scalar", sft, self.config.optimizer, self.iterations),
+            "reward": RoleSpec("scalar", start, self.config.optimizer, self.iterations, base="reward"),
             "policy": RoleSpec("lm", sft, offload=True),  # says what the scores are centred on
         }
 
@@ -77,7 +78,7 @@ class Reward:
         reward = ctx.roles["reward"]
         x = pair_rows(ctx.dataset.held_out, ctx.mesh.tp)
         assert x.tokens is not None and x.lengths is not None
-        batch = {"tokens": x.tokens, "lengths": x.lengths}
+        batch = score_batch(reward, x.tokens, x.lengths)
         scores = reward.infer(batch, last_scores, 2 * self.config.micro_batch_size)
         chosen, rejected = scores.view(-1, 2).unbind(1)
         evaluation = Evaluation(
@@ -98,7 +99,7 @@ class Reward:
         tokens, lengths = pad_rows(
             [e.prompt + r.tokens for e, r in zip(examples, found.responses, strict=True)], ctx.mesh.tp
         )
-        batch = {"tokens": tokens, "lengths": lengths}
+        batch = score_batch(reward, tokens, lengths)
         offset = float(reward.infer(batch, last_scores, 2 * self.config.micro_batch_size).mean())
         if ctx.mesh.is_last_stage:
             head = cast(ScalarHead, reward.gpt.output_layer)

@@ -172,8 +172,8 @@ def whole_folder(target: Path, manifest: dict[str, Any] | None = None) -> Iterat
     """A temporary folder beside `target` that takes its name once it is whole; an error leaves nothing behind.
 
     Args:
-        manifest: what is being made. A process that was killed leaves its folder, and one with the same manifest
-            goes on in it; without a manifest it is emptied first.
+        manifest: what is being made. A process that was killed or interrupted leaves its folder, and one with the
+            same manifest goes on in it; without a manifest it is emptied first, and nothing is left to go on with.
     """
     temporary = target.with_name(target.name + ".incomplete")
     listing = temporary / "manifest.json"
@@ -184,8 +184,9 @@ def whole_folder(target: Path, manifest: dict[str, Any] | None = None) -> Iterat
         listing.write_text(json.dumps(manifest))
     try:
         yield temporary
-    except Exception:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except BaseException as error:
+        if manifest is None or isinstance(error, Exception):
+            shutil.rmtree(temporary, ignore_errors=True)
         raise
     listing.unlink(missing_ok=True)
     replaced = target.with_name(target.name + ".replaced")

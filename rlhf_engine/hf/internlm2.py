@@ -13,10 +13,9 @@ INTERNLM2 = Architecture(
     lm="InternLM2ForCausalLM",
     scalar="InternLM2ForRewardModel",
     score="v_head.weight",
-    keys=KEYS | {"bias": "qkv_bias proj_bias"},
+    keys=KEYS | {"bias": "qkv_bias proj_bias", "reward_token_id": "score_token"},
     defaults=DEFAULTS | {"bias": True},
     constants={"hidden_act": "silu"},
-    irrelevant=frozenset({"reward_token_id"}),
     rows=(
         Vocabulary("embedding.word_embeddings.weight", "model.tok_embeddings.weight"),
         *norm(f"{LAYER}input_layernorm", f"{HF}attention_norm"),

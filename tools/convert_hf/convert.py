@@ -87,12 +87,12 @@ def inspect_folder(args: argparse.Namespace) -> int:
     path = args.folder / "config.json"
     if path.is_file():
         config = read_json(path)
-        model, (architecture, head) = parse(config, str(path)), family(config, str(path))
+        model, head = parse(config, str(path)), family(config, str(path))[1]
         from rlhf_engine.hf.convert import count_parameters, one_rank
 
         with one_rank() as mesh:
             table.add_row("parameters", f"{count_parameters(model, head, mesh):,}")
-        table.add_row("architecture", f"{architecture.name}, {'LM head' if head == 'lm' else 'scalar head'}")
+        table.add_row("head", {"lm": "language model", "scalar": "one score"}[head])
         for key, value in vars(model).items():
             if key != "init_std" and value is not None:
                 table.add_row(key, str(value))
@@ -153,6 +153,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:
         print(f"error: {error.filename or 'writing'}: {error.strerror or error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on with an import, and starts an export anew", file=sys.stderr)
+        return 130
     return 2
 
 
