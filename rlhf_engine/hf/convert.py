@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
@@ -93,7 +94,10 @@ def count_parameters(model: ModelConfig, head: Head, mesh: ParallelMesh) -> int:
 
 
 class _Importer(DefaultSavePlanner):
-    """A save planner whose tensors are read when their turn to be written comes."""
+    """A save planner whose tensors are read shortly before their turn to be written comes.
+
+    A thread reads the next one while the writer writes; both let go of the interpreter for most of that.
+    """
 
     def __init__(self, source: HFFolder, model: ModelConfig, head: Head, tp: int, pp: int, mesh: ParallelMesh):
         super().__init__()
@@ -101,8 +105,9 @@ class _Importer(DefaultSavePlanner):
         self.table = Table(model, head)
         self.parameters = layout(model, head, IMPORTED, mesh)
         self.resolvers: dict[MetadataIndex, tuple[str, torch.Size, int, int, int, torch.dtype]] = {}
-        self.newest: tuple[tuple[str, int], Tensor] | None = None
         self.progress: Progress = lambda num_bytes: None
+        self.reader = ThreadPoolExecutor(1)
+        self.coming: Iterator[Future[Tensor]] = iter(())
 
     def plans(self, dtype: torch.dtype | None) -> list[SavePlan]:
         """What each rank of a TP x PP mesh would write. Every HF tensor is looked at, and none is read."""
@@ -153,18 +158,50 @@ class _Importer(DefaultSavePlanner):
         first = first_stage_layers(total, self.pp) or total // self.pp
         return 0 if layer < first else 1 + (layer - first) * (self.pp - 1) // (total - first)
 
+    def read_ahead(self, plan: SavePlan) -> None:
+        """To be called before the items of `plan` are written, in their order."""
+        self.coming = self._futures(plan)
+
+    def _futures(self, plan: SavePlan) -> Iterator[Future[Tensor]]:
+        before: Future[Tensor] | None = None
+        for item in plan.items:
+            now = self.reader.submit(self._read, item)
+            if before is not None:
+                yield before
+            before = now
+        if before is not None:
+            yield before
+
     def resolve_data(self, write_item: WriteItem) -> Tensor:  # type: ignore[override]
-        index = MetadataIndex(write_item.index.fqn, write_item.index.offset)
-        name, shape, rank, i, num_places, dtype = self.resolvers[index]
-        if self.newest is None or self.newest[0] != (name, rank):
-            self.newest = None  # the one before is freed first
-            shard = self.table.load(name, shape, self.source, rank, self.tp)
-            assert shard is not None
-            self.newest = ((name, rank), shard)
-        assert write_item.tensor_data is not None
-        part = self.newest[1].chunk(num_places)[i].to(dtype)
-        self.progress(part.nbytes)
-        return part.reshape(write_item.tensor_data.chunk.sizes).contiguous()
+        data = next(self.coming).result()
+        self.progress(data.nbytes)
+        return data
+
+    def _read(self, item: WriteItem) -> Tensor:
+        name, shape, rank, i, num_places, dtype = self.resolvers[MetadataIndex(item.index.fqn, item.index.offset)]
+        if num_places > 1:  # of a gated MLP: each half is an HF tensor of its own
+            row, numbers = self.table.row(name)
+            windows = row.windows(numbers, torch.empty(shape, device="meta"), self.model, rank, self.tp)
+            part = self.source.read(windows[i])
+        else:
+            whole = self.table.load(name, shape, self.source, rank, self.tp)
+            assert whole is not None
+            part = whole
+        assert item.tensor_data is not None
+        part = part.to(dtype).reshape(item.tensor_data.chunk.sizes).contiguous()
+        # a tensor is saved with all of its storage, which here may be a whole file that is mapped to memory
+        start = part.storage_offset() * part.itemsize
+        storage: Any = part.untyped_storage()[start : start + part.nbytes]
+        return part.new_empty(0).set_(storage, 0, part.shape, part.stride())
+
+
+class _Unbuffered(FileSystem):
+    """Python's buffer in front of a file takes twice the time for tensors, which it passes on anyway."""
+
+    @contextlib.contextmanager
+    def create_stream(self, path, mode):
+        with open(path, mode, buffering=0) as stream:
+            yield stream
 
 
 def import_folder(
@@ -190,6 +227,7 @@ def import_folder(
         planner.progress = start(sum(sizes))
         torch.serialization.set_crc32_options(False)  # nothing reads the sums, and they take longer than the writing
         writer = FileSystemWriter(folder, sync_files=False, per_thread_copy_ahead=0)
+        writer.fs = _Unbuffered()
         results = []
         for rank, plan in enumerate(writer.prepare_global_plan(plans)):
             done = folder / f"rank_{rank}.json"
@@ -197,6 +235,7 @@ def import_folder(
                 results.append(_read_results(done))
                 planner.progress(sizes[rank])
                 continue
+            planner.read_ahead(plan)
             results.append(writer.write_data(plan, planner).wait())
             _write_results(done, results[-1])
         writer.finish(metadata, results)

@@ -90,7 +90,9 @@ class Vocabulary(Row):
     dim: int | None = 0
 
     def join(self, parts: Sequence[Tensor], shape: Sequence[int], model: ModelConfig) -> Tensor:
-        padded = parts[0].new_zeros(shape)
+        if len(parts[0]) == shape[0]:
+            return parts[0]
+        padded = parts[0].new_zeros(tuple(shape))
         padded[: len(parts[0])] = parts[0]
         return padded
 
