@@ -111,6 +111,15 @@ def test_another_dtype(convert, source, tmp_path):
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_a_bfloat16_folder_stays_as_it_is(convert, source, tmp_path):
+    folder = tmp_path / "bf16"
+    transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(folder)
+    assert convert("import", "--hf", folder, "--out", tmp_path / "mg", "--tp", 2, "--pp", 3) == 0
+    assert convert("verify", "--hf", folder, "--megatron", tmp_path / "mg") == 0
+    assert convert("export", "--megatron", tmp_path / "mg", "--out", tmp_path / "out") == 0
+    assert_same_weights(tmp_path / "out", folder)
+
+
 def test_inspect(convert, imported, source, capsys):
     assert convert("inspect", imported) == 0
     out = capsys.readouterr().out
