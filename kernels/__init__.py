@@ -1,5 +1,11 @@
-"""The engine's numerical operations. Depends on torch alone; every function accepts CPU and CUDA tensors."""
+"""The engine's numerical operations, for CPU and CUDA tensors. Depends on torch, and on triton where it is installed.
 
+On CUDA the operations run in Triton, elsewhere in plain torch (`reference.py`); `RLHF_KERNELS=reference` or `triton`
+forces one.
+"""
+
+from .linear_log_prob import linear_log_probs
+from .log_prob import token_log_probs
 from .reference import (
     Advantages,
     PolicyLoss,
@@ -10,7 +16,6 @@ from .reference import (
     kl_estimate,
     last_token,
     pairwise_loss,
-    token_log_probs,
     whiten,
 )
 
@@ -23,6 +28,7 @@ __all__ = [
     "kl_advantages",
     "kl_estimate",
     "last_token",
+    "linear_log_probs",
     "pairwise_loss",
     "token_log_probs",
     "whiten",
