@@ -4,20 +4,11 @@ On CUDA the operations run in Triton, elsewhere in plain torch (`reference.py`);
 forces one.
 """
 
+from .advantage import kl_advantages
 from .linear_log_prob import linear_log_probs
 from .log_prob import token_log_probs
-from .reference import (
-    Advantages,
-    PolicyLoss,
-    ValueLoss,
-    clipped_policy_loss,
-    clipped_value_loss,
-    kl_advantages,
-    kl_estimate,
-    last_token,
-    pairwise_loss,
-    whiten,
-)
+from .losses import clipped_policy_loss, clipped_value_loss
+from .reference import Advantages, PolicyLoss, ValueLoss, kl_estimate, last_token, pairwise_loss, whiten
 
 __all__ = [
     "Advantages",

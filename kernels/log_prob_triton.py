@@ -162,7 +162,7 @@ def gradient_kernel(
         tl.store(target, tl.zeros((BLOCK,), out.dtype.element_ty), mask=columns < width)
     else:
         source = logits + row.to(tl.int64) * row_stride + columns
-        local = tl.load(tokens + n)
+        local = tl.load(tokens + n).to(tl.int32)
         maximum = tl.load(saved + n)
         log_total = tl.load(saved + num_rows + n)
         at_token = tl.load(grad_log_prob + n) * inverse_temperature

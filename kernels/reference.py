@@ -215,11 +215,12 @@ def last_token(mask: Tensor) -> Tensor:
 
 
 class Advantages(NamedTuple):
-    """What `kl_advantages` returns, each `(B, T)` in float32 and 0 outside the mask."""
+    """What `kl_advantages` returns; float32, the per-token fields 0 outside the mask."""
 
-    rewards: Tensor
-    advantages: Tensor
-    returns: Tensor
+    advantages: Tensor  # (B, T)
+    returns: Tensor  # (B, T)
+    rewards: Tensor  # (B,), each row's sum
+    moments: Tensor  # (3,): count, mean and variance of the advantages
 
 
 def kl_advantages(
@@ -227,40 +228,40 @@ def kl_advantages(
     ref_log_probs: Tensor,
     values: Tensor,
     scores: Tensor,
-    response_mask: Tensor,
+    mask: Tensor,
     *,
     kl_coef: float,
-    gamma: float = 1.0,
-    gae_lambda: float = 0.95,
+    gamma: float,
+    gae_lambda: float,
 ) -> Advantages:
-    """KL-shaped rewards, generalised advantages and returns of a batch of responses.
+    """See advantage.py; here `scores` is `(B, S)` and `mask` bool.
 
-    r_t = -kl_coef (log p_t - log p_ref,t) + score at the last response token;
-    delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lambda A_{t+1};  returns_t = A_t + V_t,
-    with V = A = 0 after the last response token. A response is contiguous in its row.
-
-    Args:
-        log_probs, ref_log_probs, values: `(B, T)`.
-        scores: `(B,)`, one scalar a response.
-        response_mask: `(B, T)`, 1 on response tokens.
-        kl_coef: nats to reward.
-        gamma, gae_lambda: discount and the GAE mixture.
+    The recurrence runs over tokens, as many rows at a time as there are: one fused multiply-add a token.
     """
-    mask = response_mask.float()
-    rewards = -kl_coef * _masked(kl_estimate(log_probs.float(), ref_log_probs.float()), mask)
-    rows = torch.arange(len(scores), device=scores.device)
-    has_response = response_mask.any(1)
-    rewards[rows, last_token(response_mask)] += scores.float() * has_response
+    goes_on = F.pad(mask[:, 1:], (0, 1)) & mask
+    ends = mask & ~goes_on
+    log_ratio = (ref_log_probs.float() - log_probs.float()).clamp_(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    delta = _masked(log_ratio.mul_(kl_coef), mask)
+    if scores.shape[1] > 1:
+        scores = scores.gather(1, (ends.cumsum(1) - ends.long()).clamp_(max=scores.shape[1] - 1))
+    delta += _masked(scores.float(), ends)
+    rewards = delta.sum(1)
     values = _masked(values.float(), mask)
-    advantages = torch.zeros_like(values)
-    next_value = torch.zeros_like(values[:, 0])
-    next_advantage = torch.zeros_like(next_value)
-    for t in range(values.shape[1] - 1, -1, -1):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        next_advantage = (delta + gamma * gae_lambda * next_advantage) * mask[:, t]
-        next_value = values[:, t]
-        advantages[:, t] = next_advantage
-    return Advantages(rewards, advantages, advantages + values)
+    delta -= values
+    delta += gamma * _masked(F.pad(values[:, 1:], (0, 1)), goes_on)
+    columns = delta.T.contiguous()
+    factors = goes_on.T.to(delta.dtype, memory_format=torch.contiguous_format).mul_(gamma * gae_lambda)
+    for t in range(len(columns) - 2, -1, -1):
+        columns[t].addcmul_(factors[t], columns[t + 1])
+    advantages = columns.T.contiguous()
+    return Advantages(advantages, advantages + values, rewards, _moments(advantages, mask))
+
+
+def _moments(x: Tensor, mask: Tensor) -> Tensor:
+    """Count, mean and variance of `x` within the mask, `(3,)`; the variance from the mean and not from squares."""
+    count = mask.sum().to(x.dtype)
+    mean = _masked(x, mask).sum() / count.clamp_min(1)
+    return torch.stack([count, mean, _masked(x - mean, mask).square_().sum() / count.clamp_min(1)])
 
 
 def _masked(x: Tensor, mask: Tensor) -> Tensor:
@@ -268,12 +269,14 @@ def _masked(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask.bool(), x, 0.0)
 
 
-def whiten(x: Tensor, mask: Tensor, *, eps: float = 1e-8) -> Tensor:
-    """Mean removed and unit variance over the masked entries of `x` `(B, T)`; 0 elsewhere."""
-    x = _masked(_wide(x), mask)
-    count = mask.sum().clamp_min(1)
-    centred = _masked(x - x.sum() / count, mask)
-    return centred * torch.rsqrt(centred.square().sum() / count + eps)
+def whiten(x: Tensor, mask: Tensor, *, eps: float = 1e-8, moments: Tensor | None = None) -> Tensor:
+    """Mean removed and unit variance over the masked entries of `x` `(B, T)`; 0 elsewhere.
+
+    `moments` are those of `kl_advantages`; without them they are taken from `x`.
+    """
+    x = _wide(x)
+    _, mean, variance = _moments(x, mask) if moments is None else moments
+    return _masked((x - mean) * torch.rsqrt(variance + eps), mask)
 
 
 class PolicyLoss(NamedTuple):
@@ -286,15 +289,21 @@ class PolicyLoss(NamedTuple):
 
 
 def clipped_policy_loss(
-    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, *, clip_ratio: float = 0.2
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_ratio: float,
+    moments: Tensor | None,
+    eps: float,
 ) -> PolicyLoss:
-    """PPO's clipped surrogate, eq. 7 with the sign turned: sum of -min(r A, clip(r, 1-c, 1+c) A).
-
-    All tensors `(B, T)`; gradient flows to `log_probs` alone. `approx_kl` is the k3 sum of old against new. The
-    log-ratio is clamped to +-20, beyond which a token has no gradient.
-    """
+    """See losses.py."""
+    advantages = advantages.detach()
+    if moments is not None:
+        advantages = whiten(advantages, mask, eps=eps, moments=moments)
     log_ratio = _masked(log_probs - old_log_probs.detach(), mask).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    ratio, advantages = log_ratio.exp(), _masked(advantages.detach(), mask)
+    ratio, advantages = log_ratio.exp(), _masked(advantages, mask)
     plain, clipped = ratio * advantages, ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * advantages
     with torch.no_grad():
         clip_fraction = (clipped < plain).to(plain.dtype).sum()
@@ -312,9 +321,9 @@ class ValueLoss(NamedTuple):
 
 
 def clipped_value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip_value: float = 0.2
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip_value: float
 ) -> ValueLoss:
-    """Sum of 0.5 max((V - R)^2, (clip(V, V_old +- c) - R)^2); all `(B, T)`, gradient to `values` alone."""
+    """See losses.py."""
     old_values, returns = old_values.detach(), returns.detach()
     change = values - old_values
     # not old + change throughout: rounding would count values as clipped that are not
