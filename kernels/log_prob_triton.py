@@ -33,7 +33,7 @@ FULL = 1024
 @triton.jit
 def _ban(x, columns, banned, NUM_BANNED: tl.constexpr):
     for k in tl.static_range(NUM_BANNED):
-        x = tl.where(columns == tl.load(banned + k), -float("inf"), x)
+        x = tl.where(columns == tl.load(banned + k).to(tl.int32), -float("inf"), x)
     return x
 
 
@@ -194,7 +194,11 @@ def gradient_kernel(
 
 def stats_config(itemsize: int) -> dict[str, int]:
     vector = VECTOR_BYTES // itemsize
-    return {"VECTOR": vector, "LANES": LAUNCH["stats"]["BLOCK_BYTES"] // VECTOR_BYTES, "num_warps": LAUNCH["stats"]["num_warps"]}
+    return {
+        "VECTOR": vector,
+        "LANES": LAUNCH["stats"]["BLOCK_BYTES"] // VECTOR_BYTES,
+        "num_warps": LAUNCH["stats"]["num_warps"],
+    }
 
 
 def gradient_config(itemsize: int) -> dict[str, int]:

@@ -121,9 +121,7 @@ def merge_stats(parts: Tensor, temperature: float) -> Tensor:
     # of a part without columns: exp of it is 0, and 0 times it is 0
     shift = ((maxima - _finite(maximum)) / temperature).clamp_min(_LOWEST)
     scale = shift.exp()
-    return torch.stack(
-        [maximum, (scale * totals).sum(0), (scale * (weighted + shift * totals)).sum(0), targets.sum(0)]
-    )
+    return torch.stack([maximum, (scale * totals).sum(0), (scale * (weighted + shift * totals)).sum(0), targets.sum(0)])
 
 
 def combine_stats(parts: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -324,12 +322,12 @@ def clipped_value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip_value: float
 ) -> ValueLoss:
     """See losses.py."""
-    old_values, returns = old_values.detach(), returns.detach()
+    # what is masked must not meet NaNs either, whose gradient is one whatever it is multiplied with
+    values, old_values, returns = (_masked(x, mask) for x in (values, old_values.detach(), returns.detach()))
     change = values - old_values
     # not old + change throughout: rounding would count values as clipped that are not
     clipped = torch.where(change.abs() <= clip_value, values, old_values + change.clamp(-clip_value, clip_value))
-    plain_error = _masked((values - returns).square(), mask)
-    clipped_error = _masked((clipped - returns).square(), mask)
+    plain_error, clipped_error = (values - returns).square(), _masked((clipped - returns).square(), mask)
     with torch.no_grad():
         clip_fraction = (clipped_error > plain_error).to(plain_error.dtype).sum()
         error = plain_error.sum()

@@ -23,7 +23,9 @@ from rlhf_kernels.dispatch import use_triton
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 RESULT = {torch.float64: 1e-12, torch.float32: 5e-6}
-GRADIENT = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+GRADIENT = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+if os.environ.get("TRITON_INTERPRET") == "1":
+    GRADIENT[torch.bfloat16] *= 2  # the interpreter cuts digits off where a GPU rounds
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 pytestmark = pytest.mark.parametrize("device", DEVICES, scope="module")
 
@@ -55,7 +57,7 @@ def oracle(logits, tokens, temperature=1.0):
     """Log-prob and entropy of float64 logits `(N, V)`."""
     log_p = torch.log_softmax(logits / temperature, -1)
     p = log_p.exp()
-    entropy = -torch.where(p > 0, p * log_p, 0.0).sum(-1)
+    entropy = -(p * log_p).sum(-1)
     return log_p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), entropy
 
 
@@ -69,19 +71,16 @@ def compare(logits, tokens, *, num_valid=None, temperature=1.0, rows=None, forbi
     exact = logits.detach().double().requires_grad_()
     chosen = exact.reshape(-1, exact.shape[-1])[..., :num_valid]
     chosen = chosen if rows is None else chosen[rows]
-    if forbidden is not None:
-        chosen = chosen.masked_fill(forbidden, -torch.inf)
+    # a number for -inf, of which autograd's formulas make a NaN; its exponential is 0 as well
+    chosen = chosen.masked_fill((chosen == -torch.inf) | (False if forbidden is None else forbidden), -1e30)
     expected = [x.view(tokens.shape) for x in oracle(chosen, tokens.reshape(-1), temperature)]
     for x, y in zip(results, expected, strict=True):
         assert x.dtype in RESULT and close(x, y, RESULT[x.dtype]), (x, y)
     incoming = [random(*tokens.shape, seed=i, device=logits.device) for i in range(2)]
     pairs = [i for i in range(2) if uses[i]]
     torch.autograd.backward([results[i] for i in pairs], [incoming[i].to(results[0].dtype) for i in pairs])
-    # log_softmax of -inf has no float64 gradient: p is 0 there, and so is ours
     torch.autograd.backward([expected[i] for i in pairs], [incoming[i].double() for i in pairs])
-    wanted = exact.grad.nan_to_num(nan=0.0)
-    assert leaf.grad.dtype is logits.dtype
-    assert close(leaf.grad, wanted, GRADIENT[logits.dtype] / (2 if temperature >= 1 else 1) * 2)
+    assert leaf.grad.dtype is logits.dtype and close(leaf.grad, exact.grad, GRADIENT[logits.dtype])
     return leaf.grad
 
 
@@ -227,7 +226,13 @@ def test_refusals(arguments, message, device):
 
 # -- linear_log_probs ----------------------------------------------------------------------------------------------
 
-LINEAR = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-8}
+# logits are rounded to their type, and their gradient too
+LINEAR = {
+    torch.float64: 1e-11,
+    torch.float32: 2e-5,
+    torch.float16: 2.0**-8,
+    torch.bfloat16: 4 * GRADIENT[torch.bfloat16],
+}
 
 
 def linear_case(dtype, device, vocab=700, hidden=24):
@@ -269,7 +274,9 @@ def test_linear_with_frozen_inputs(frozen, device):
     x, weight, rows, tokens = linear_case(torch.float64, device)
     kernels.linear_log_probs(x, weight, tokens, rows=rows)[0].sum().backward()
     expected = x.grad, weight.grad
-    leaves = [t.detach().requires_grad_(frozen not in (name, "both")) for t, name in ((x, "hidden"), (weight, "weight"))]
+    leaves = [
+        t.detach().requires_grad_(frozen not in (name, "both")) for t, name in ((x, "hidden"), (weight, "weight"))
+    ]
     log_probs, entropy = kernels.linear_log_probs(*leaves, tokens, rows=rows)
     assert log_probs.requires_grad == entropy.requires_grad == (frozen != "both")
     if frozen == "both":
@@ -310,15 +317,15 @@ class _Largest(TorchDispatchMode):
 
 
 def test_linear_never_holds_the_logits(device):
-    tokens = random_tokens(5000, 300, device=device)
-    x = random(300, 8, device=device).requires_grad_()
+    tokens = random_tokens(5000, 60, device=device)
+    x = random(60, 8, device=device).requires_grad_()
     weight = random(5000, 8, seed=1, device=device).requires_grad_()
     with _Largest() as largest:
-        kernels.linear_log_probs(x, weight, tokens, chunk_bytes=1 << 19, keep_bytes=1 << 19)[0].sum().backward()
-    assert 1 << 17 < largest.num_bytes < 1 << 21  # the logits would take 6 MB; two buffers of a cache's size remain
+        kernels.linear_log_probs(x, weight, tokens, chunk_bytes=1 << 17, keep_bytes=1 << 17)[0].sum().backward()
+    assert largest.num_bytes < 1 << 19  # the logits take 1.2 MB
     with _Largest() as largest:
         kernels.token_log_probs(x @ weight.T, tokens)[0].sum().backward()
-    assert largest.num_bytes >= 6_000_000
+    assert largest.num_bytes >= 1_200_000
 
 
 def test_linear_wants_a_group_for_sequence_parallelism(device):
@@ -478,7 +485,9 @@ def test_advantages_keep_a_nan_within_the_mask(device):
     b = token_batch(3, 8, device)
     b["log_probs"][1, 3] = torch.nan
     settings = {"kl_coef": 0.3, "gamma": 1.0, "gae_lambda": 0.9}
-    got = kernels.kl_advantages(b["log_probs"], b["ref"], b["values"], torch.zeros(3, device=device), b["mask"], **settings)
+    got = kernels.kl_advantages(
+        b["log_probs"], b["ref"], b["values"], torch.zeros(3, device=device), b["mask"], **settings
+    )
     assert got.advantages[1, :4].isnan().all() and got.advantages[1, 4:].isfinite().all()
 
 
