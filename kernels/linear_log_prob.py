@@ -4,8 +4,8 @@ The vocabulary is cut into slices. Forward multiplies the selected rows with one
 and reduces each slice of logits to four numbers a row, which combine as those of ranks do (log_prob.py). Backward
 knows the log-sum-exp, so it needs no order either: it recomputes a slice, turns it into its gradient in place, and
 is done with it. Slices of the vocabulary, and not chunks of rows, because then each row of the weight's gradient
-comes from one matrix product over all tokens, accumulated inside it and rounded once; only the hidden gradient, smaller by
-far, is summed over slices, in float32.
+comes from one matrix product over all tokens, accumulated inside it and rounded once; only the hidden gradient,
+smaller by far, is summed over slices, in float32.
 
 The idea of never holding the logits: Wijmans et al. 2024, "Cut Your Losses", arXiv:2411.09009.
 """

@@ -31,9 +31,11 @@ FULL = 1024
 
 
 @triton.jit
-def _ban(x, columns, banned, NUM_BANNED: tl.constexpr):
-    for k in tl.static_range(NUM_BANNED):
-        x = tl.where(columns == tl.load(banned + k).to(tl.int32), -float("inf"), x)
+def _ban(x, columns, is_early, banned, NUM_BANNED: tl.constexpr):
+    if NUM_BANNED:  # noqa: SIM102 (decided when the kernel is compiled, the other one when it runs)
+        if is_early:
+            for k in tl.static_range(NUM_BANNED):
+                x = tl.where(columns == tl.load(banned + k).to(tl.int32), -float("inf"), x)
     return x
 
 
@@ -78,15 +80,11 @@ def stats_kernel(
     whole = first + (last - first) // BLOCK * BLOCK
     for start in range(first, whole, BLOCK):
         x = tl.load(base + start + lane).to(tl.float32)
-        if NUM_BANNED:
-            if is_early:
-                x = _ban(x, start + lane, banned, NUM_BANNED)
+        x = _ban(x, start + lane, is_early, banned, NUM_BANNED)
         maximum, total, weighted = _update(x, maximum, total, weighted, scale)
     if whole < last:
         x = tl.load(base + whole + lane, mask=whole + lane < last, other=-float("inf")).to(tl.float32)
-        if NUM_BANNED:
-            if is_early:
-                x = _ban(x, whole + lane, banned, NUM_BANNED)
+        x = _ban(x, whole + lane, is_early, banned, NUM_BANNED)
         maximum, total, weighted = _update(x, maximum, total, weighted, scale)
     row_maximum = tl.max(maximum, 0)
     shift = tl.maximum((maximum - tl.where(row_maximum == -float("inf"), 0.0, row_maximum)) * scale, LOWEST)
@@ -174,16 +172,12 @@ def gradient_kernel(
         is_early = (tl.load(early + n) != 0) if NUM_BANNED else False
         if start + BLOCK <= num_columns:
             x = tl.load(source).to(tl.float32)
-            if NUM_BANNED:
-                if is_early:
-                    x = _ban(x, columns, banned, NUM_BANNED)
+            x = _ban(x, columns, is_early, banned, NUM_BANNED)
             grad = _gradient(x, columns, local, maximum, log_total, slope, factor, at_token, inverse_temperature)
             tl.store(target, grad.to(out.dtype.element_ty))
         else:  # the last columns, and the padding after them
             x = tl.load(source, mask=columns < num_columns, other=-float("inf")).to(tl.float32)
-            if NUM_BANNED:
-                if is_early:
-                    x = _ban(x, columns, banned, NUM_BANNED)
+            x = _ban(x, columns, is_early, banned, NUM_BANNED)
             grad = _gradient(x, columns, local, maximum, log_total, slope, factor, at_token, inverse_temperature)
             grad = tl.where(columns < num_columns, grad, 0.0)
             tl.store(target, grad.to(out.dtype.element_ty), mask=columns < width)

@@ -46,7 +46,7 @@ def random_tokens(high, *shape, device="cpu"):
 
 
 def close(actual, expected, tolerance):
-    """Off by at most `tolerance` of the largest expected magnitude, which counts as 1 at least; equal where infinite."""
+    """Off by at most `tolerance` of the largest expected magnitude (at least 1); equal where infinite."""
     actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
     finite = expected[expected.isfinite()].abs()
     allowed = tolerance * max(1.0, float(finite.max()) if len(finite) else 0.0)

@@ -27,7 +27,7 @@ MAX_REGISTERS, MAX_SHARED = 65536, 48 * 1024  # of a multiprocessor; of a progra
 @pytest.mark.skipif(triton.__version__ < "3.7", reason="older interpreters fail on numpy 2.4")
 def test_under_the_interpreter():
     environment = os.environ | {"TRITON_INTERPRET": "1", "RLHF_KERNELS": "triton"}
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", "-k", "not ranks"]
+    command = [sys.executable, "-m", "pytest", "-m", "not gpu", "-k", "not ranks"]
     command += [str(HERE / "test_kernels.py"), str(HERE / "test_ppo_arithmetic.py")]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
