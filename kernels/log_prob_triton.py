@@ -136,9 +136,9 @@ def combine_kernel(
 
 
 @triton.jit
-def _gradient(x, columns, local, maximum, log_total, slope, factor, at_token, inverse_temperature):
-    log_p = (x - maximum) * inverse_temperature - log_total
-    grad = tl.exp2(log_p * LOG2_E) * (slope * tl.maximum(log_p, LOWEST) + factor)
+def _gradient(x, columns, local, maximum, scale, slope, factor, at_token):
+    y = (x - maximum) * scale
+    grad = tl.exp2(y) * (slope * tl.maximum(y, LOWEST) + factor)
     return tl.where(columns == local, grad + at_token, grad)
 
 
@@ -164,21 +164,26 @@ def gradient_kernel(
         maximum = tl.load(saved + n)
         log_total = tl.load(saved + num_rows + n)
         at_token = tl.load(grad_log_prob + n) * inverse_temperature
+        # see reference.py; here y is in units of log 2
+        inverse_total = tl.exp2(-log_total * LOG2_E)
         factor = -at_token
         slope = 0.0
         if HAS_ENTROPY:
             slope = -tl.load(grad_entropy + n) * inverse_temperature
-            factor += slope * tl.load(saved + 2 * num_rows + n)
+            factor += slope * (tl.load(saved + 2 * num_rows + n) - log_total)
+        slope *= inverse_total * LN_2
+        factor *= inverse_total
+        scale = inverse_temperature * LOG2_E
         is_early = (tl.load(early + n) != 0) if NUM_BANNED else False
         if start + BLOCK <= num_columns:
             x = tl.load(source).to(tl.float32)
             x = _ban(x, columns, is_early, banned, NUM_BANNED)
-            grad = _gradient(x, columns, local, maximum, log_total, slope, factor, at_token, inverse_temperature)
+            grad = _gradient(x, columns, local, maximum, scale, slope, factor, at_token)
             tl.store(target, grad.to(out.dtype.element_ty))
         else:  # the last columns, and the padding after them
             x = tl.load(source, mask=columns < num_columns, other=-float("inf")).to(tl.float32)
             x = _ban(x, columns, is_early, banned, NUM_BANNED)
-            grad = _gradient(x, columns, local, maximum, log_total, slope, factor, at_token, inverse_temperature)
+            grad = _gradient(x, columns, local, maximum, scale, slope, factor, at_token)
             grad = tl.where(columns < num_columns, grad, 0.0)
             tl.store(target, grad.to(out.dtype.element_ty), mask=columns < width)
 

@@ -156,32 +156,36 @@ def token_gradient(
     """
     maximum, log_total, entropy = saved
     grad_log_prob, grad_entropy = grads
-    slope = None if grad_entropy is None else (-grad_entropy / temperature).unsqueeze(1)
+    # with y = (x - maximum) / T, so that log p = y - log_total, it is e^y (slope y + factor), + at_token at the token
     at_token = torch.zeros_like(maximum) if grad_log_prob is None else grad_log_prob / temperature
-    factor = -at_token.unsqueeze(1)
-    if slope is not None:
-        factor = torch.addcmul(factor, slope, entropy.unsqueeze(1))
+    inverse_total = (-log_total).exp_()
+    slope, factor = None, -at_token
+    if grad_entropy is not None:
+        slope = -grad_entropy / temperature
+        factor = factor + slope * (entropy - log_total)
+        slope = (slope * inverse_total).unsqueeze(1)
+    factor = (factor * inverse_total).unsqueeze(1)
     chunks = _Chunks(logits[:, :num_valid], len(tokens), rows, banned)
     here = (tokens >= 0) & (tokens < num_valid)
     index = tokens.clamp(0, max(num_valid - 1, 0)).unsqueeze(1)
     at_token = torch.where(here, at_token, 0.0).unsqueeze(1)
     for span in chunks.spans if num_valid else ():
-        log_p, p = chunks.buffers(span)
-        torch.sub(chunks.load(span), maximum[span].unsqueeze(1), out=log_p)
+        y, exp = chunks.buffers(span)
+        torch.sub(chunks.load(span), maximum[span].unsqueeze(1), out=y)
         if temperature != 1:
-            log_p.div_(temperature)
-        torch.exp(log_p.sub_(log_total[span].unsqueeze(1)), out=p)
+            y.div_(temperature)
+        torch.exp(y, out=exp)
         # straight into the result where that needs no conversion
-        grad = out[span, :num_valid] if rows is None and out.dtype is p.dtype else p
+        grad = out[span, :num_valid] if rows is None and out.dtype is exp.dtype else exp
         if slope is None:
-            torch.mul(p, factor[span], out=grad)
+            torch.mul(exp, factor[span], out=grad)
         else:
-            log_p.clamp_min_(_LOWEST).mul_(slope[span]).add_(factor[span])
-            torch.mul(p, log_p, out=grad)
+            y.clamp_min_(_LOWEST).mul_(slope[span]).add_(factor[span])
+            torch.mul(exp, y, out=grad)
         grad.scatter_add_(1, index[span], at_token[span])
         if rows is not None:
             out[rows[span], :num_valid] = grad.to(out.dtype)
-        elif grad is p:
+        elif grad is exp:
             out[span, :num_valid] = grad
     out[:, num_valid:] = 0
     if rows is not None:
