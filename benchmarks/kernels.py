@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,9 +37,10 @@ HERE = Path(__file__).resolve().parent / "results"
 Run = Callable[[bool], None]  # with backward or without
 
 FIELDS = (
-    "date op candidate shape dtype forward_ms both_ms forward_extra_mib both_extra_mib gradient_mib floor_mb both_floor_mb "
-    "of_copy both_of_copy copy_gb_s hardware threads torch triton megatron liger trl"
-).split()
+    "date", "op", "candidate", "shape", "dtype", "forward_ms", "both_ms", "forward_extra_mib", "both_extra_mib",
+    "gradient_mib", "floor_mb", "both_floor_mb", "of_copy", "both_of_copy", "copy_gb_s", "hardware", "threads", "torch",
+    "triton", "megatron", "liger", "trl",
+)  # fmt: skip
 
 
 def device() -> str:
@@ -252,9 +254,9 @@ def seconds(run: Callable[[], None]) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def times(op: Op, repeats: int) -> dict[str, tuple[float, float] | str]:
+def times(op: Op, repeats: int) -> dict[str, Any]:
     """Median milliseconds of forward and of both, or why there are none."""
-    found: dict[str, tuple[float, float] | str] = {}
+    found: dict[str, Any] = {}
     runs: dict[str, Run] = {}
     for name, make in op.cases.items():
         try:
@@ -269,7 +271,7 @@ def times(op: Op, repeats: int) -> dict[str, tuple[float, float] | str]:
         for (name, both), samples in taken.items():
             samples.append(seconds(lambda name=name, both=both: runs[name](both)))
     for name in runs:
-        found[name] = tuple(1e3 * statistics.median(taken[name, both]) for both in (False, True))  # type: ignore[assignment]
+        found[name] = tuple(1e3 * statistics.median(taken[name, both]) for both in (False, True))
     return found
 
 
@@ -377,19 +379,18 @@ def main() -> None:
                 print(f"{op.name} {name}: not measured, {result}")
                 continue
             extra = [memory(op, name, both) for both in (False, True)]
-            reached = [mb / 1e6 / (ms * 1e-3) / 1e3 / bandwidth for mb, ms in zip(op.floor, result, strict=True)]
+            reached = [n / 1e9 / (ms / 1e3) / bandwidth for n, ms in zip(op.floor, result, strict=True)]
             shape = "x".join(map(str, op.shape))
             print(
                 f"{op.name:20} {shape:16} {name:20} forward {result[0]:9.2f} ms {extra[0]:8.1f} MiB, "
                 f"both {result[1]:9.2f} ms {extra[1]:8.1f} MiB, {reached[1]:.2f} of copy", flush=True,
             )  # fmt: skip
-            row = common | {
-                "op": op.name, "candidate": name, "shape": shape, "dtype": op.words[1], "forward_ms": f"{result[0]:.3f}",
-                "both_ms": f"{result[1]:.3f}", "forward_extra_mib": f"{extra[0]:.1f}", "both_extra_mib": f"{extra[1]:.1f}",
-                "gradient_mib": f"{op.gradient / 2**20:.1f}", "floor_mb": f"{op.floor[0] / 1e6:.1f}",
-                "both_floor_mb": f"{op.floor[1] / 1e6:.1f}", "of_copy": f"{reached[0]:.3f}",
-                "both_of_copy": f"{reached[1]:.3f}",
-            }  # fmt: skip
+            row = common | {"op": op.name, "candidate": name, "shape": shape, "dtype": op.words[1]}
+            row |= dict(zip(("forward_ms", "both_ms"), (f"{ms:.3f}" for ms in result), strict=True))
+            row |= dict(zip(("forward_extra_mib", "both_extra_mib"), (f"{mib:.1f}" for mib in extra), strict=True))
+            row |= dict(zip(("floor_mb", "both_floor_mb"), (f"{n / 1e6:.1f}" for n in op.floor), strict=True))
+            row |= dict(zip(("of_copy", "both_of_copy"), (f"{x:.3f}" for x in reached), strict=True))
+            row["gradient_mib"] = f"{op.gradient / 2**20:.1f}"
             rows.append(row)
     HERE.mkdir(exist_ok=True)
     with (HERE / "kernels.csv").open("a", newline="") as file:

@@ -71,7 +71,7 @@ class _LinearLogProbs(torch.autograd.Function):
         vocabulary, temperature = options.vocabulary, options.vocabulary.temperature
         head = _Head(hidden, weight, rows, options)
         run = implementation(hidden)
-        room = options.keep_bytes if any(ctx.needs_input_grad[:2]) else 0
+        room = options.keep_bytes
         kept: list[Tensor | None] = []
         parts = []
         for columns in head.slices:
@@ -171,7 +171,7 @@ def linear_log_probs(
     Beyond inputs and their gradients it holds one slice of logits (`chunk_bytes`), the logits kept for backward
     (`keep_bytes`), the selected hidden states and their gradient. Logits have the type of `hidden`, as those of a
     linear layer do. With `group` it stands where Megatron's ColumnParallelLinear stood: the hidden gradient is
-    summed over the group, the weight's gradient is this rank's own.
+    summed over the group, the weight's gradient is this rank's own, and is returned, never added to a `main_grad`.
 
     Args:
         hidden: `(..., H)`. With `sequence_parallel`, this rank's part of the leading dimension.
@@ -197,13 +197,12 @@ def linear_log_probs(
         banned = banned[0].reshape(-1), banned[1]
     flat = tokens.reshape(-1)
     check_tokens(flat, rows, num_rows, vocabulary, banned)
-    device = hidden.device.type
-    options = _Options(
-        vocabulary,
-        sequence_parallel,
-        chunk_bytes if chunk_bytes is not None else CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]),
-        keep_bytes if keep_bytes is not None else KEEP_BYTES.get(device, KEEP_BYTES["cuda"]),
-    )
+    kind = "cpu" if hidden.device.type == "cpu" else "cuda"
+    chunk_bytes = CHUNK_BYTES[kind] if chunk_bytes is None else chunk_bytes
+    keep_bytes = KEEP_BYTES[kind] if keep_bytes is None else keep_bytes
+    if not torch.is_grad_enabled() or not (hidden.requires_grad or weight.requires_grad):
+        keep_bytes = 0
+    options = _Options(vocabulary, sequence_parallel, chunk_bytes, keep_bytes)
     x = hidden.reshape(-1, hidden.shape[-1])
     log_probs, entropy = _LinearLogProbs.apply(x, weight, flat, rows, banned, options)
     return log_probs.view(tokens.shape), entropy.view(tokens.shape)

@@ -316,6 +316,20 @@ class _Largest(TorchDispatchMode):
         return result
 
 
+class _Count(TorchDispatchMode):
+    """The distinct storages that matrix products write to; they are kept alive, so that none is used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.products: dict[int, torch.Tensor] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function.overloadpacket is torch.ops.aten.mm:
+            self.products[result.untyped_storage().data_ptr()] = result
+        return result
+
+
 def test_linear_never_holds_the_logits(device):
     tokens = random_tokens(5000, 60, device=device)
     x = random(60, 8, device=device).requires_grad_()
@@ -326,6 +340,19 @@ def test_linear_never_holds_the_logits(device):
     with _Largest() as largest:
         kernels.token_log_probs(x @ weight.T, tokens)[0].sum().backward()
     assert largest.num_bytes >= 1_200_000
+
+
+def test_linear_keeps_nothing_where_no_gradient_is_wanted(device):
+    tokens, x = random_tokens(4096, 64, device=device), random(64, 4, device=device)
+    weight = random(4096, 4, seed=1, device=device).requires_grad_()
+    held = {}
+    for wants_grad in (False, True):
+        with torch.set_grad_enabled(wants_grad), _Count() as count:
+            results = kernels.linear_log_probs(x, weight, tokens, chunk_bytes=1 << 17, keep_bytes=1 << 20)
+        held[wants_grad] = len(count.products)
+        assert results[0].requires_grad == wants_grad
+    # 8 slices into one buffer, or each into memory of its own
+    assert held == {False: 1, True: 8}
 
 
 def test_linear_wants_a_group_for_sequence_parallelism(device):
