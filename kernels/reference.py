@@ -90,26 +90,28 @@ def token_stats(
         maximum.fill_(-torch.inf)
         return packed.unsqueeze(0)
     here = (tokens >= 0) & (tokens < logits.shape[1])
-    index = tokens.clamp(0, logits.shape[1] - 1).unsqueeze(1)
-    for span in chunks.spans:
+    places = torch.arange(len(tokens), device=logits.device) if rows is None else rows
+    target.copy_(torch.where(here, logits[places, tokens.clamp(0, logits.shape[1] - 1)].to(chunks.dtype), 0.0))
+
+    def reduce(span: slice, replace_nan: bool) -> None:
         x = chunks.load(span)
-        shifted, exp = chunks.buffers(span)
-        torch.amax(x, 1, out=maximum[span])
-        target[span] = torch.where(here[span], x.gather(1, index[span]).squeeze(1), 0.0)
-        torch.sub(x, _finite(maximum[span]).unsqueeze(1), out=shifted)
+        y, exp = chunks.buffers(span)
+        highest = torch.amax(x, 1, out=maximum[span])
+        # of nothing but -inf the maximum is that too, and -inf - -inf no number
+        torch.sub(x, highest.clamp_min(torch.finfo(x.dtype).min).unsqueeze(1), out=y)
         if temperature != 1:
-            shifted.div_(temperature)
-        torch.exp(shifted, out=exp)
+            y.div_(temperature)
+        torch.exp(y, out=exp)
         torch.sum(exp, 1, out=total[span])
-        torch.sum(shifted.mul_(exp), 1, out=weighted[span])
-        if bool(weighted[span].isnan().any()):  # 0 * -inf, of a column without probability
-            torch.sum(shifted.nan_to_num_(nan=0.0), 1, out=weighted[span])
+        y.mul_(exp)
+        torch.sum(y.nan_to_num_(nan=0.0) if replace_nan else y, 1, out=weighted[span])
+
+    for span in chunks.spans:
+        reduce(span, False)
+    if bool(weighted.isnan().any()):  # 0 * -inf, of columns without probability: few calls have any
+        for span in chunks.spans:
+            reduce(span, True)
     return packed.unsqueeze(0)
-
-
-def _finite(maximum: Tensor) -> Tensor:
-    """0 for the maximum of nothing, where -inf would turn its -inf into a NaN."""
-    return torch.where(maximum == -torch.inf, 0.0, maximum)
 
 
 def merge_stats(parts: Tensor, temperature: float) -> Tensor:
@@ -118,8 +120,8 @@ def merge_stats(parts: Tensor, temperature: float) -> Tensor:
         return parts[0]
     maxima, totals, weighted, targets = parts.unbind(1)
     maximum = maxima.amax(0)
-    # of a part without columns: exp of it is 0, and 0 times it is 0
-    shift = ((maxima - _finite(maximum)) / temperature).clamp_min(_LOWEST)
+    # clamped for parts without a finite logit: exp of it is 0, and 0 times it is 0
+    shift = ((maxima - maximum.clamp_min(torch.finfo(parts.dtype).min)) / temperature).clamp_min(_LOWEST)
     scale = shift.exp()
     return torch.stack([maximum, (scale * totals).sum(0), (scale * (weighted + shift * totals)).sum(0), targets.sum(0)])
 
