@@ -23,7 +23,7 @@ from .log_prob import Banned, Vocabulary, check_tokens, gather_stats, implementa
 # Bytes of one slice of logits, and of logits that forward keeps so that backward need not recompute them.
 # A slice must keep a matrix product efficient: narrower ones read the hidden states more often.
 CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
-KEEP_BYTES = {"cpu": 48 << 20, "cuda": 256 << 20}
+KEEP_BYTES = {"cpu": 48 << 20, "cuda": 1 << 30}
 MIN_COLUMNS = 64
 
 
@@ -181,7 +181,7 @@ def linear_log_probs(
         vocab_start, vocab_size, temperature, group, banned: as for `token_log_probs`.
         sequence_parallel: hidden states are gathered over `group`, and their gradient is reduce-scattered.
         chunk_bytes: of a slice of logits; None for 16 MiB on a CPU and 256 MiB on a GPU.
-        keep_bytes: of logits kept from forward, which saves their second product; None for 48 MiB and 256 MiB.
+        keep_bytes: of logits kept from forward, which saves their second product; None for 48 MiB and 1 GiB.
 
     Returns:
         `log_probs` and `entropy`, shaped as `tokens`, in float32 (float64 for float64), differentiable.
