@@ -1,6 +1,7 @@
 # make run    install into .venv and run SFT, reward model and PPO on the embedded data
 # make test   install and run the tests
 # make check  style, types, layers
+# make bench-kernels   the kernels beside plain torch and public ones: benchmarks/results/kernels.csv and kernels.png
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 RUN ?= +exp=hh_rlhf
@@ -10,7 +11,7 @@ VENV := .venv$(shell $(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: install run test check format clean
+.PHONY: install run test check bench-kernels format clean
 
 install: $(STAMP)
 
@@ -32,6 +33,10 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_layers.py
+
+bench-kernels: install
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[bench]"
+	$(BIN)/python -W ignore benchmarks/kernels.py $(BENCH)
 
 format: install
 	$(BIN)/ruff check --fix .

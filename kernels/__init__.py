@@ -1,18 +1,14 @@
-"""The engine's numerical operations. Depends on torch alone; every function accepts CPU and CUDA tensors."""
+"""The engine's numerical operations, for CPU and CUDA tensors. Depends on torch, and on triton where it is installed.
 
-from .reference import (
-    Advantages,
-    PolicyLoss,
-    ValueLoss,
-    clipped_policy_loss,
-    clipped_value_loss,
-    kl_advantages,
-    kl_estimate,
-    last_token,
-    pairwise_loss,
-    token_log_probs,
-    whiten,
-)
+On CUDA the operations run in Triton, elsewhere in plain torch (`reference.py`); `RLHF_KERNELS=reference` or `triton`
+forces one.
+"""
+
+from .advantage import kl_advantages
+from .linear_log_prob import linear_log_probs
+from .log_prob import token_log_probs
+from .losses import clipped_policy_loss, clipped_value_loss
+from .reference import Advantages, PolicyLoss, ValueLoss, kl_estimate, last_token, pairwise_loss, whiten
 
 __all__ = [
     "Advantages",
@@ -23,6 +19,7 @@ __all__ = [
     "kl_advantages",
     "kl_estimate",
     "last_token",
+    "linear_log_probs",
     "pairwise_loss",
     "token_log_probs",
     "whiten",

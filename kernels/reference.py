@@ -10,17 +10,24 @@ KL-shaped rewards (Ziegler et al. 2019, arXiv:1909.08593, eq. 2), KL estimators 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 KLEstimator = Literal["k1", "k2", "k3"]
+Banned = tuple[Tensor, Tensor]
 
 # A log-ratio beyond this says that two policies share no support; its exponential would only overflow.
 LOG_RATIO_LIMIT = 20.0
+
+# Two buffers of this size and a chunk of logits fit the second-level cache of current cores.
+CHUNK_BYTES = 1 << 19
+
+# Stands for log 0 where it is multiplied by a probability of 0; its exponential is 0 in float64 too.
+_LOWEST = -1e5
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -28,92 +35,165 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype is torch.float64 else x.float()
 
 
-class _TokenLogProbs(torch.autograd.Function):
-    """Log-prob of one token and entropy of its distribution, over a vocabulary split between ranks.
-
-    Every rank reduces its own columns to three scalars a row (maximum, sum of exponentials, sum of
-    exponential x logit) plus the target's logit; one all-reduce of the maximum and one of the packed sums make
-    them global. The log-sum-exp is saved instead of the softmax, which backward recomputes.
-    """
-
-    @staticmethod
-    def forward(ctx, logits, tokens, vocab_start, num_valid, temperature, group):
-        x = _wide(logits) / temperature
-        if num_valid < x.shape[-1]:
-            x[..., num_valid:] = -torch.inf
-        maximum = x.amax(-1) if x.shape[-1] else x.new_full(x.shape[:-1], -torch.inf)
-        if group is not None:
-            dist.all_reduce(maximum, dist.ReduceOp.MAX, group=group)
-        shifted = x - maximum.unsqueeze(-1)
-        exp = shifted.exp()
-        local = tokens - vocab_start
-        here = (local >= 0) & (local < num_valid)
-        index = local.clamp(0, max(x.shape[-1] - 1, 0)).unsqueeze(-1)
-        target = torch.where(here, shifted.gather(-1, index).squeeze(-1), 0.0)
-        # 0 * -inf is not a number, and a banned column contributes nothing to the entropy
-        weighted = torch.where(exp > 0, exp * shifted, 0.0)
-        packed = torch.stack([exp.sum(-1), weighted.sum(-1), target])
-        if group is not None:
-            dist.all_reduce(packed, group=group)
-        total, weighted_sum, target = packed.unbind(0)
-        log_total = total.log()
-        entropy = log_total - weighted_sum / total
-        # two numbers and not their sum, which would round at the size of the logits
-        ctx.save_for_backward(logits, tokens, maximum, log_total, entropy)
-        ctx.args = (vocab_start, num_valid, temperature)
-        return target - log_total, entropy
-
-    @staticmethod
-    def backward(ctx, grad_log_prob, grad_entropy):
-        logits, tokens, maximum, log_total, entropy = ctx.saved_tensors
-        vocab_start, num_valid, temperature = ctx.args
-        log_p = _wide(logits) / temperature - maximum.unsqueeze(-1) - log_total.unsqueeze(-1)
-        if num_valid < log_p.shape[-1]:
-            log_p[..., num_valid:] = -torch.inf
-        p = log_p.exp()
-        # d log p(token) / d x = 1[token] - p ;  d H / d x = -p (log p + H)
-        finite_log_p = torch.where(p > 0, log_p, 0.0)
-        grad = -p * (grad_log_prob.unsqueeze(-1) + grad_entropy.unsqueeze(-1) * (finite_log_p + entropy.unsqueeze(-1)))
-        local = tokens - vocab_start
-        here = (local >= 0) & (local < num_valid)
-        index = local.clamp(0, max(log_p.shape[-1] - 1, 0)).unsqueeze(-1)
-        grad.scatter_add_(-1, index, torch.where(here, grad_log_prob, 0.0).unsqueeze(-1))
-        return (grad / temperature).to(logits.dtype), None, None, None, None, None
+# -- distributions over a vocabulary: the parts that log_prob.py puts together -----------------------------------
 
 
-def token_log_probs(
-    logits: Tensor,
-    tokens: Tensor,
-    *,
-    vocab_start: int = 0,
-    vocab_size: int | None = None,
-    temperature: float = 1.0,
-    group: dist.ProcessGroup | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Log-probability of each token, and the entropy (nats) of the distribution that it was drawn from.
+def _spans(num_rows: int, width: int, dtype: torch.dtype) -> Iterator[slice]:
+    """Rows in chunks that stay in the cache of a core from one elementwise operation to the next."""
+    step = max(1, CHUNK_BYTES * torch.get_num_threads() // max(1, width * dtype.itemsize))
+    return (slice(i, min(i + step, num_rows)) for i in range(0, num_rows, step))
+
+
+class _Chunks:
+    """Chunks of the selected rows in float32 or wider, and the two buffers that all of them share."""
+
+    def __init__(self, logits: Tensor, num_rows: int, rows: Tensor | None, banned: Banned | None):
+        self.logits, self.rows, self.banned = logits, rows, banned
+        self.dtype = torch.float64 if logits.dtype is torch.float64 else torch.float32
+        self.spans = list(_spans(num_rows, logits.shape[1], self.dtype))
+        longest = self.spans[0].stop if self.spans else 0
+        self._buffers = torch.empty(2, longest, logits.shape[1], dtype=self.dtype, device=logits.device)
+        if banned is not None:
+            here = (banned[1] >= 0) & (banned[1] < logits.shape[1])
+            self.columns = banned[1][here]
+
+    def buffers(self, span: slice) -> tuple[Tensor, Tensor]:
+        return self._buffers[0, : span.stop - span.start], self._buffers[1, : span.stop - span.start]
+
+    def load(self, span: slice) -> Tensor:
+        """The rows of `span`: the logits themselves where they can be used as they are, else the first buffer."""
+        x = self.logits[span] if self.rows is None else self.logits[self.rows[span]]
+        if x.dtype is self.dtype and self.banned is None:
+            return x
+        x = self.buffers(span)[0].copy_(x)
+        if self.banned is not None and len(self.columns):
+            early = self.banned[0][span].nonzero()
+            x[early, self.columns] = -torch.inf
+        return x
+
+
+def token_stats(
+    logits: Tensor, tokens: Tensor, rows: Tensor | None, banned: Banned | None, temperature: float
+) -> Tensor:
+    """What a distribution needs of these columns, one part `(1, 4, N)`; log_prob.py says of what.
 
     Args:
-        logits: `(..., V)`, this rank's columns of the vocabulary.
-        tokens: `(...)`, global token ids.
-        vocab_start: global id of the first local column.
-        vocab_size: true size of the whole vocabulary; later columns are padding and have no probability.
-        temperature: divides the logits.
-        group: the ranks among which the vocabulary is split; None where it is whole.
-
-    Returns:
-        `log_probs` and `entropy`, both `(...)` in float32 (float64 for float64 logits) and differentiable.
-
-    Raises:
-        ValueError: a token lies outside the vocabulary.
+        logits: `(R, V)`.
+        tokens: `(N,)` as indices of these columns; others are held elsewhere and count 0.
+        rows: `(N,)`, the rows to read, or None for all of them.
+        banned: (bool `(N,)`, column indices `(K,)`).
     """
-    num_columns = logits.shape[-1]
-    size = vocab_size if vocab_size is not None else vocab_start + num_columns
-    num_valid = max(0, min(num_columns, size - vocab_start))
-    low, high = (vocab_start, vocab_start + num_valid) if group is None else (0, size)
-    outside = (tokens < low) | (tokens >= high)
-    if bool(outside.any()):
-        raise ValueError(f"token id {int(tokens[outside][0])} lies outside the vocabulary [{low}, {high})")
-    return _TokenLogProbs.apply(logits, tokens, vocab_start, num_valid, temperature, group)
+    chunks = _Chunks(logits, len(tokens), rows, banned)
+    packed = torch.zeros(4, len(tokens), dtype=chunks.dtype, device=logits.device)
+    maximum, total, weighted, target = packed
+    if not logits.shape[1]:
+        maximum.fill_(-torch.inf)
+        return packed.unsqueeze(0)
+    here = (tokens >= 0) & (tokens < logits.shape[1])
+    places = torch.arange(len(tokens), device=logits.device) if rows is None else rows
+    target.copy_(torch.where(here, logits[places, tokens.clamp(0, logits.shape[1] - 1)].to(chunks.dtype), 0.0))
+
+    def reduce(span: slice, replace_nan: bool) -> None:
+        x = chunks.load(span)
+        y, exp = chunks.buffers(span)
+        highest = torch.amax(x, 1, out=maximum[span])
+        # of nothing but -inf the maximum is that too, and -inf - -inf no number
+        torch.sub(x, highest.clamp_min(torch.finfo(x.dtype).min).unsqueeze(1), out=y)
+        if temperature != 1:
+            y.div_(temperature)
+        torch.exp(y, out=exp)
+        torch.sum(exp, 1, out=total[span])
+        y.mul_(exp)
+        torch.sum(y.nan_to_num_(nan=0.0) if replace_nan else y, 1, out=weighted[span])
+
+    for span in chunks.spans:
+        reduce(span, False)
+    if bool(weighted.isnan().any()):  # 0 * -inf, of columns without probability: few calls have any
+        for span in chunks.spans:
+            reduce(span, True)
+    return packed.unsqueeze(0)
+
+
+def merge_stats(parts: Tensor, temperature: float) -> Tensor:
+    """Parts `(P, 4, N)` of distinct columns as one `(4, N)`."""
+    if len(parts) == 1:
+        return parts[0]
+    maxima, totals, weighted, targets = parts.unbind(1)
+    maximum = maxima.amax(0)
+    # clamped for parts without a finite logit: exp of it is 0, and 0 times it is 0
+    shift = ((maxima - maximum.clamp_min(torch.finfo(parts.dtype).min)) / temperature).clamp_min(_LOWEST)
+    scale = shift.exp()
+    return torch.stack([maximum, (scale * totals).sum(0), (scale * (weighted + shift * totals)).sum(0), targets.sum(0)])
+
+
+def combine_stats(parts: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-prob, entropy, and the log-sum-exp as `maximum` (of the logits) and `log_total`, from `(P, 4, N)`.
+
+    Two numbers and not their sum, which would round at the size of the logits.
+    """
+    maximum, total, weighted, target = merge_stats(parts, temperature)
+    log_total = total.log()
+    return (target - maximum) / temperature - log_total, log_total - weighted / total, maximum, log_total
+
+
+def token_gradient(
+    logits: Tensor,
+    num_valid: int,
+    tokens: Tensor,
+    rows: Tensor | None,
+    banned: Banned | None,
+    temperature: float,
+    saved: tuple[Tensor, Tensor, Tensor],
+    grads: tuple[Tensor | None, Tensor | None],
+    out: Tensor,
+) -> None:
+    """Writes the gradient of logits `(R, V)` to `out`, of the same shape and type or the logits themselves.
+
+    d log p(token) / d x = (1[token] - p) / T;  d H / d x = -p (log p + H) / T.
+
+    Args:
+        num_valid: columns beyond it are padding, whose gradient is 0.
+        saved: maximum, log_total and entropy of each row, of the whole vocabulary.
+        grads: incoming gradients of log-prob and entropy, `(N,)`, None for none.
+    """
+    maximum, log_total, entropy = saved
+    grad_log_prob, grad_entropy = grads
+    # with y = (x - maximum) / T, so that log p = y - log_total, it is e^y (slope y + factor), + at_token at the token
+    at_token = torch.zeros_like(maximum) if grad_log_prob is None else grad_log_prob / temperature
+    inverse_total = (-log_total).exp_()
+    slope, factor = None, -at_token
+    if grad_entropy is not None:
+        slope = -grad_entropy / temperature
+        factor = factor + slope * (entropy - log_total)
+        slope = (slope * inverse_total).unsqueeze(1)
+    factor = (factor * inverse_total).unsqueeze(1)
+    chunks = _Chunks(logits[:, :num_valid], len(tokens), rows, banned)
+    here = (tokens >= 0) & (tokens < num_valid)
+    index = tokens.clamp(0, max(num_valid - 1, 0)).unsqueeze(1)
+    at_token = torch.where(here, at_token, 0.0).unsqueeze(1)
+    for span in chunks.spans if num_valid else ():
+        y, exp = chunks.buffers(span)
+        torch.sub(chunks.load(span), maximum[span].unsqueeze(1), out=y)
+        if temperature != 1:
+            y.div_(temperature)
+        torch.exp(y, out=exp)
+        # straight into the result where that needs no conversion
+        grad = out[span, :num_valid] if rows is None and out.dtype is exp.dtype else exp
+        if slope is None:
+            torch.mul(exp, factor[span], out=grad)
+        else:
+            y.clamp_min_(_LOWEST).mul_(slope[span]).add_(factor[span])
+            torch.mul(exp, y, out=grad)
+        grad.scatter_add_(1, index[span], at_token[span])
+        if rows is not None:
+            out[rows[span], :num_valid] = grad.to(out.dtype)
+        elif grad is exp:
+            out[span, :num_valid] = grad
+    out[:, num_valid:] = 0
+    if rows is not None:
+        others = torch.ones(len(out), dtype=torch.bool, device=out.device)
+        others[rows] = False
+        out[others] = 0
 
 
 def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, kind: KLEstimator = "k1") -> Tensor:
@@ -139,11 +219,12 @@ def last_token(mask: Tensor) -> Tensor:
 
 
 class Advantages(NamedTuple):
-    """What `kl_advantages` returns, each `(B, T)` in float32 and 0 outside the mask."""
+    """What `kl_advantages` returns; float32, the per-token fields 0 outside the mask."""
 
-    rewards: Tensor
-    advantages: Tensor
-    returns: Tensor
+    advantages: Tensor  # (B, T)
+    returns: Tensor  # (B, T)
+    rewards: Tensor  # (B,), each row's sum
+    moments: Tensor  # (3,): count, mean and variance of the advantages
 
 
 def kl_advantages(
@@ -151,40 +232,40 @@ def kl_advantages(
     ref_log_probs: Tensor,
     values: Tensor,
     scores: Tensor,
-    response_mask: Tensor,
+    mask: Tensor,
     *,
     kl_coef: float,
-    gamma: float = 1.0,
-    gae_lambda: float = 0.95,
+    gamma: float,
+    gae_lambda: float,
 ) -> Advantages:
-    """KL-shaped rewards, generalised advantages and returns of a batch of responses.
+    """See advantage.py; here `scores` is `(B, S)` and `mask` bool.
 
-    r_t = -kl_coef (log p_t - log p_ref,t) + score at the last response token;
-    delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lambda A_{t+1};  returns_t = A_t + V_t,
-    with V = A = 0 after the last response token. A response is contiguous in its row.
-
-    Args:
-        log_probs, ref_log_probs, values: `(B, T)`.
-        scores: `(B,)`, one scalar a response.
-        response_mask: `(B, T)`, 1 on response tokens.
-        kl_coef: nats to reward.
-        gamma, gae_lambda: discount and the GAE mixture.
+    The recurrence runs over tokens, as many rows at a time as there are: one fused multiply-add a token.
     """
-    mask = response_mask.float()
-    rewards = -kl_coef * _masked(kl_estimate(log_probs.float(), ref_log_probs.float()), mask)
-    rows = torch.arange(len(scores), device=scores.device)
-    has_response = response_mask.any(1)
-    rewards[rows, last_token(response_mask)] += scores.float() * has_response
+    goes_on = F.pad(mask[:, 1:], (0, 1)) & mask
+    ends = mask & ~goes_on
+    log_ratio = (ref_log_probs.float() - log_probs.float()).clamp_(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    delta = _masked(log_ratio.mul_(kl_coef), mask)
+    if scores.shape[1] > 1:
+        scores = scores.gather(1, (ends.cumsum(1) - ends.long()).clamp_(max=scores.shape[1] - 1))
+    delta += _masked(scores.float(), ends)
+    rewards = delta.sum(1)
     values = _masked(values.float(), mask)
-    advantages = torch.zeros_like(values)
-    next_value = torch.zeros_like(values[:, 0])
-    next_advantage = torch.zeros_like(next_value)
-    for t in range(values.shape[1] - 1, -1, -1):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        next_advantage = (delta + gamma * gae_lambda * next_advantage) * mask[:, t]
-        next_value = values[:, t]
-        advantages[:, t] = next_advantage
-    return Advantages(rewards, advantages, advantages + values)
+    delta -= values
+    delta += gamma * _masked(F.pad(values[:, 1:], (0, 1)), goes_on)
+    columns = delta.T.contiguous()
+    factors = goes_on.T.to(delta.dtype, memory_format=torch.contiguous_format).mul_(gamma * gae_lambda)
+    for t in range(len(columns) - 2, -1, -1):
+        columns[t].addcmul_(factors[t], columns[t + 1])
+    advantages = columns.T.contiguous()
+    return Advantages(advantages, advantages + values, rewards, _moments(advantages, mask))
+
+
+def _moments(x: Tensor, mask: Tensor) -> Tensor:
+    """Count, mean and variance of `x` within the mask, `(3,)`; the variance from the mean and not from squares."""
+    count = mask.sum().to(x.dtype)
+    mean = _masked(x, mask).sum() / count.clamp_min(1)
+    return torch.stack([count, mean, _masked(x - mean, mask).square_().sum() / count.clamp_min(1)])
 
 
 def _masked(x: Tensor, mask: Tensor) -> Tensor:
@@ -192,12 +273,14 @@ def _masked(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask.bool(), x, 0.0)
 
 
-def whiten(x: Tensor, mask: Tensor, *, eps: float = 1e-8) -> Tensor:
-    """Mean removed and unit variance over the masked entries of `x` `(B, T)`; 0 elsewhere."""
-    x = _masked(_wide(x), mask)
-    count = mask.sum().clamp_min(1)
-    centred = _masked(x - x.sum() / count, mask)
-    return centred * torch.rsqrt(centred.square().sum() / count + eps)
+def whiten(x: Tensor, mask: Tensor, *, eps: float = 1e-8, moments: Tensor | None = None) -> Tensor:
+    """Mean removed and unit variance over the masked entries of `x` `(B, T)`; 0 elsewhere.
+
+    `moments` are those of `kl_advantages`; without them they are taken from `x`.
+    """
+    x = _wide(x)
+    _, mean, variance = _moments(x, mask) if moments is None else moments
+    return _masked((x - mean) * torch.rsqrt(variance + eps), mask)
 
 
 class PolicyLoss(NamedTuple):
@@ -210,15 +293,21 @@ class PolicyLoss(NamedTuple):
 
 
 def clipped_policy_loss(
-    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, *, clip_ratio: float = 0.2
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_ratio: float,
+    moments: Tensor | None,
+    eps: float,
 ) -> PolicyLoss:
-    """PPO's clipped surrogate, eq. 7 with the sign turned: sum of -min(r A, clip(r, 1-c, 1+c) A).
-
-    All tensors `(B, T)`; gradient flows to `log_probs` alone. `approx_kl` is the k3 sum of old against new. The
-    log-ratio is clamped to +-20, beyond which a token has no gradient.
-    """
+    """See losses.py."""
+    advantages = advantages.detach()
+    if moments is not None:
+        advantages = whiten(advantages, mask, eps=eps, moments=moments)
     log_ratio = _masked(log_probs - old_log_probs.detach(), mask).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    ratio, advantages = log_ratio.exp(), _masked(advantages.detach(), mask)
+    ratio, advantages = log_ratio.exp(), _masked(advantages, mask)
     plain, clipped = ratio * advantages, ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * advantages
     with torch.no_grad():
         clip_fraction = (clipped < plain).to(plain.dtype).sum()
@@ -236,15 +325,15 @@ class ValueLoss(NamedTuple):
 
 
 def clipped_value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip_value: float = 0.2
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip_value: float
 ) -> ValueLoss:
-    """Sum of 0.5 max((V - R)^2, (clip(V, V_old +- c) - R)^2); all `(B, T)`, gradient to `values` alone."""
-    old_values, returns = old_values.detach(), returns.detach()
+    """See losses.py."""
+    # what is masked must not meet NaNs either, whose gradient is one whatever it is multiplied with
+    values, old_values, returns = (_masked(x, mask) for x in (values, old_values.detach(), returns.detach()))
     change = values - old_values
     # not old + change throughout: rounding would count values as clipped that are not
     clipped = torch.where(change.abs() <= clip_value, values, old_values + change.clamp(-clip_value, clip_value))
-    plain_error = _masked((values - returns).square(), mask)
-    clipped_error = _masked((clipped - returns).square(), mask)
+    plain_error, clipped_error = (values - returns).square(), _masked((clipped - returns).square(), mask)
     with torch.no_grad():
         clip_fraction = (clipped_error > plain_error).to(plain_error.dtype).sum()
         error = plain_error.sum()

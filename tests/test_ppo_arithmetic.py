@@ -91,7 +91,10 @@ def advantages_oracle(b, gamma, gae_lambda):
         for t in response:
             advantages[row, t] = sum((gamma * gae_lambda) ** (s - t) * delta[s] for s in response if s >= t)
             returns[row, t] = advantages[row, t] + b.values[row, t]
-    return rewards, advantages, returns
+    counted = [advantages[i] for i in masked_tokens(b)]
+    mean = math.fsum(counted) / max(1, len(counted))
+    variance = math.fsum((x - mean) ** 2 for x in counted) / max(1, len(counted))
+    return advantages, returns, rewards.sum(1), np.array([len(counted), mean, variance])
 
 
 def whiten_oracle(b):
@@ -230,6 +233,7 @@ def test_an_input_shifted_by_one_token_is_noticed(case, name):
     batch = ragged_batch(0)
     expected, x = oracle(batch, *arguments), getattr(batch, name)
     setattr(batch, name, np.roll(x, 1, axis=min(1, x.ndim - 1)))
+    batch.mask[:, 0] &= name != "mask"  # rolled around it would be two responses, which are refused
     actual = run(as_tensors(batch, torch.float32), *arguments)
     assert not all(agree(a, e, 1e-3) for a, e in zip(actual, expected, strict=True))
 

@@ -123,7 +123,7 @@ def advantage(ctx: Context, _, x):
         gamma=config.gamma,
         gae_lambda=config.gae_lambda,
     )
-    metrics.mean("reward/mean", result.rewards.sum(1))
+    metrics.mean("reward/mean", result.rewards)
     metrics.mean("critic/value", x.values, mask)
     metrics.record("critic/explained_variance", _explained_variance(x.values[mask], result.returns[mask]))
     if config.kl_controller == "adaptive":

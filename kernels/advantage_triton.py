@@ -1,0 +1,126 @@
+"""Triton kernels under advantage.py: one program a row, from its end, and one that joins the rows' moments."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .reference import LOG_RATIO_LIMIT, Advantages
+
+LAUNCH = {"rows": {"BLOCK": 1024, "num_warps": 4}, "moments": {"BLOCK": 1024, "num_warps": 4}}
+
+
+@triton.jit
+def _after(later_factor, later, factor, value):
+    """A_t = value + factor A_{t+1}, applied after what is known of the later tokens."""
+    return factor * later_factor, value + factor * later
+
+
+@triton.jit
+def rows_kernel(
+    log_probs, ref_log_probs, values, scores, mask, advantages, returns, rewards, moments, num_rows, num_tokens,
+    num_scores, kl_coef, gamma, decay, LIMIT: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`decay` is gamma lambda. `moments` `(3, B)`: count, mean and sum of squared deviations of each row."""
+    row = tl.program_id(0)
+    offset = row.to(tl.int64) * num_tokens
+    num_blocks = tl.cdiv(num_tokens, BLOCK)
+    t0 = tl.arange(0, BLOCK)
+    before = 0  # responses that end in the blocks to come
+    if PACKED:
+        for i in range(num_blocks):
+            t = i * BLOCK + t0
+            here = tl.load(mask + offset + t, mask=t < num_tokens, other=0) != 0
+            then = tl.load(mask + offset + t + 1, mask=t + 1 < num_tokens, other=0) != 0
+            before += tl.sum((here & (then == 0)).to(tl.int32), 0)
+    advantage = 0.0  # of the token after the block
+    reward_sum = 0.0
+    count = 0.0
+    mean = 0.0
+    deviation = 0.0
+    for i in range(num_blocks):
+        start = (num_blocks - 1 - i) * BLOCK
+        t = start + t0
+        inside = t < num_tokens
+        here = tl.load(mask + offset + t, mask=inside, other=0) != 0
+        goes_on = here & (tl.load(mask + offset + t + 1, mask=t + 1 < num_tokens, other=0) != 0)
+        value = tl.where(here, tl.load(values + offset + t, mask=inside, other=0.0), 0.0)
+        next_value = tl.load(values + offset + t + 1, mask=t + 1 < num_tokens, other=0.0)
+        log_ratio = tl.load(ref_log_probs + offset + t, mask=inside, other=0.0) - tl.load(
+            log_probs + offset + t, mask=inside, other=0.0
+        )
+        # comparisons and not minimum and maximum, which would hide a NaN
+        log_ratio = tl.where(log_ratio > LIMIT, LIMIT, tl.where(log_ratio < -LIMIT, -LIMIT, log_ratio))
+        ends = here & (goes_on == 0)
+        if PACKED:
+            from_here = tl.cumsum(ends.to(tl.int32), 0, reverse=True)
+            score = tl.load(scores + row.to(tl.int64) * num_scores + before - from_here, mask=ends, other=0.0)
+            before -= tl.sum(ends.to(tl.int32), 0)
+        else:
+            score = tl.load(scores + row)
+        reward = tl.where(here, kl_coef * log_ratio, 0.0) + tl.where(ends, score, 0.0)
+        reward_sum += tl.sum(reward, 0)
+        delta = tl.where(here, reward - value, 0.0) + tl.where(goes_on, gamma * next_value, 0.0)
+        factor, x = tl.associative_scan((tl.where(goes_on, decay, 0.0), delta), 0, _after, reverse=True)
+        x = tl.where(here, x + factor * advantage, 0.0)
+        advantage = tl.sum(tl.where(t0 == 0, x, 0.0), 0)
+        tl.store(advantages + offset + t, x, mask=inside)
+        tl.store(returns + offset + t, x + value, mask=inside)
+        # Chan, Golub and LeVeque 1979: deviations are taken from the block's own mean, then from the joint one
+        block_count = tl.sum(here.to(tl.float32), 0)
+        block_mean = tl.sum(x, 0) / tl.maximum(block_count, 1.0)
+        from_mean = tl.where(here, x - block_mean, 0.0)
+        joint = tl.maximum(count + block_count, 1.0)
+        step = block_mean - mean
+        deviation += tl.sum(from_mean * from_mean, 0) + step * step * (count * block_count / joint)
+        mean += step * (block_count / joint)
+        count += block_count
+    tl.store(rewards + row, reward_sum)
+    tl.store(moments + row, count)
+    tl.store(moments + num_rows + row, mean)
+    tl.store(moments + 2 * num_rows + row, deviation)
+
+
+@triton.jit
+def moments_kernel(rows, out, num_rows, BLOCK: tl.constexpr):
+    """`(3, B)` of the rows as count, mean and variance of all."""
+    count = tl.zeros((BLOCK,), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, num_rows, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        row_count = tl.load(rows + i, mask=i < num_rows, other=0.0)
+        count += row_count
+        total += row_count * tl.load(rows + num_rows + i, mask=i < num_rows, other=0.0)
+    num = tl.maximum(tl.sum(count, 0), 1.0)
+    mean = tl.sum(total, 0) / num
+    deviation = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, num_rows, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        step = tl.load(rows + num_rows + i, mask=i < num_rows, other=0.0) - mean
+        deviation += tl.load(rows + 2 * num_rows + i, mask=i < num_rows, other=0.0)
+        deviation += tl.load(rows + i, mask=i < num_rows, other=0.0) * step * step
+    tl.store(out, tl.sum(count, 0))
+    tl.store(out + 1, mean)
+    tl.store(out + 2, tl.sum(deviation, 0) / num)
+
+
+def kl_advantages(
+    log_probs: Tensor, ref_log_probs: Tensor, values: Tensor, scores: Tensor, mask: Tensor, *, kl_coef: float,
+    gamma: float, gae_lambda: float,
+) -> Advantages:  # fmt: skip
+    """See reference.py."""
+    num_rows, num_tokens = mask.shape
+    inputs = [x.float().contiguous() for x in (log_probs, ref_log_probs, values, scores)]
+    advantages, returns = torch.empty(2, num_rows, num_tokens, device=values.device).unbind()
+    rewards = torch.empty(num_rows, device=values.device)
+    rows, moments = torch.empty(3, num_rows, device=values.device), torch.zeros(3, device=values.device)
+    if num_rows:
+        rows_kernel[(num_rows,)](
+            *inputs, mask.contiguous().view(torch.uint8), advantages, returns, rewards, rows, num_rows, num_tokens,
+            scores.shape[1], kl_coef, gamma, gamma * gae_lambda, LIMIT=LOG_RATIO_LIMIT, PACKED=scores.shape[1] > 1,
+            **LAUNCH["rows"],
+        )  # fmt: skip
+        moments_kernel[(1,)](rows, moments, num_rows, **LAUNCH["moments"])
+    return Advantages(advantages, returns, rewards, moments)

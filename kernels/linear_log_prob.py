@@ -1,0 +1,208 @@
+"""Language-model head, log-probability and entropy without the logits.
+
+The vocabulary is cut into slices. Forward multiplies the selected rows with one slice of the weight after another
+and reduces each slice of logits to four numbers a row, which combine as those of ranks do (log_prob.py). Backward
+knows the log-sum-exp, so it needs no order either: it recomputes a slice, turns it into its gradient in place, and
+is done with it. Slices of the vocabulary, and not chunks of rows, because then each row of the weight's gradient
+comes from one matrix product over all tokens, accumulated inside it and rounded once; only the hidden gradient,
+smaller by far, is summed over slices, in float32.
+
+The idea of never holding the logits: Wijmans et al. 2024, "Cut Your Losses", arXiv:2411.09009.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .log_prob import Banned, Vocabulary, check_tokens, gather_stats, implementation, make_vocabulary
+
+# Bytes of one slice of logits, and of logits that forward keeps so that backward need not recompute them.
+# A slice must keep a matrix product efficient: narrower ones read the hidden states more often.
+CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
+KEEP_BYTES = {"cpu": 48 << 20, "cuda": 1 << 30}
+MIN_COLUMNS = 64
+
+
+def _slices(num_rows: int, num_columns: int, itemsize: int, chunk_bytes: int) -> list[slice]:
+    """Slices of equal width, but for the last, in multiples of `MIN_COLUMNS`."""
+    most = max(MIN_COLUMNS, chunk_bytes // max(1, num_rows * itemsize) // MIN_COLUMNS * MIN_COLUMNS)
+    count = max(1, -(-num_columns // most))
+    width = -(-num_columns // count // MIN_COLUMNS) * MIN_COLUMNS
+    return [slice(i, min(i + width, num_columns)) for i in range(0, num_columns, max(1, width))]
+
+
+class _Head:
+    """The selected hidden states and the slices of the weight that they are multiplied with."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, rows: Tensor | None, options: _Options):
+        self.weight = weight
+        if options.sequence_parallel:
+            hidden = _gather(hidden, options.vocabulary.group)
+        self.num_rows = len(hidden)
+        self.x = hidden if rows is None else hidden[rows]
+        self.slices = _slices(len(self.x), options.vocabulary.num_valid, hidden.element_size(), options.chunk_bytes)
+        self._buffer: Tensor | None = None
+
+    def logits(self, columns: slice, keep: bool = False) -> Tensor:
+        """`(N, slice)`; the next call overwrites it unless it is to be kept."""
+        weight = self.weight[columns].T
+        if keep:
+            return self.x @ weight
+        if self._buffer is None:
+            self._buffer = self.x.new_empty(len(self.x) * self.slices[0].stop)
+        out = self._buffer[: len(self.x) * weight.shape[1]].view(len(self.x), weight.shape[1])
+        return torch.mm(self.x, weight, out=out)
+
+
+class _Options(NamedTuple):
+    vocabulary: Vocabulary
+    sequence_parallel: bool
+    chunk_bytes: int
+    keep_bytes: int
+
+
+class _LinearLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, tokens, rows, banned, options):
+        vocabulary, temperature = options.vocabulary, options.vocabulary.temperature
+        head = _Head(hidden, weight, rows, options)
+        run = implementation(hidden)
+        room = options.keep_bytes
+        kept: list[Tensor | None] = []
+        parts = []
+        for columns in head.slices:
+            num_bytes = len(tokens) * (columns.stop - columns.start) * hidden.element_size()
+            is_kept = num_bytes <= room
+            room -= num_bytes if is_kept else 0
+            logits = head.logits(columns, is_kept)
+            kept.append(logits if is_kept else None)
+            start = vocabulary.start + columns.start
+            parts.append(run.token_stats(logits, tokens - start, None, _from(banned, start), temperature))
+        if not parts:  # all of this rank's columns are padding
+            parts.append(run.token_stats(head.x[:, :0], tokens, None, None, temperature))
+        stats = gather_stats(torch.cat(parts), vocabulary, run)
+        log_probs, entropy, maximum, log_total = run.combine_stats(stats, temperature)
+        ctx.save_for_backward(hidden, weight, tokens, rows, maximum, log_total, entropy, *(banned or ()))
+        ctx.options, ctx.kept = options, kept
+        ctx.set_materialize_grads(False)
+        return log_probs, entropy
+
+    @staticmethod
+    def backward(ctx, *grads):
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        nothing = (None,) * 6
+        if all(grad is None for grad in grads):
+            return nothing
+        hidden, weight, tokens, rows, maximum, log_total, entropy, *banned = ctx.saved_tensors
+        options, vocabulary = ctx.options, ctx.options.vocabulary
+        head = _Head(hidden, weight, rows, options)
+        run = implementation(hidden)
+        kept, ctx.kept = ctx.kept or [None] * len(head.slices), None  # they become gradients: good for once
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        grad_x = torch.zeros_like(head.x, dtype=wide) if needs_hidden else None
+        grad_weight = torch.empty_like(weight) if needs_weight else None
+        for i, columns in enumerate(head.slices):
+            logits, kept[i] = head.logits(columns) if kept[i] is None else kept[i], None
+            start = vocabulary.start + columns.start
+            run.token_gradient(
+                logits, logits.shape[1], tokens - start, None, _from(tuple(banned) or None, start),
+                vocabulary.temperature, (maximum, log_total, entropy), grads, out=logits,
+            )  # fmt: skip
+            if grad_weight is not None:
+                torch.mm(logits.T, head.x, out=grad_weight[columns])
+            if grad_x is not None and wide is hidden.dtype:
+                grad_x.addmm_(logits, weight[columns])
+            elif grad_x is not None:
+                grad_x += logits @ weight[columns]
+            del logits
+        if grad_weight is not None:
+            grad_weight[vocabulary.num_valid :] = 0
+        grad_hidden = None if grad_x is None else _scatter(grad_x.to(hidden.dtype), rows, head.num_rows, options)
+        return grad_hidden, grad_weight, *nothing[2:]
+
+
+def _from(banned: Banned | None, start: int) -> Banned | None:
+    """Banned ids as indices of the columns from `start` on."""
+    return None if banned is None else (banned[0], banned[1] - start)
+
+
+def _gather(hidden: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """`(R / ranks, H)` of each rank as `(R, H)`."""
+    whole = hidden.new_empty(len(hidden) * dist.get_world_size(group), hidden.shape[1])
+    dist.all_gather_into_tensor(whole, hidden.contiguous(), group=group)
+    return whole
+
+
+def _scatter(grad: Tensor, rows: Tensor | None, num_rows: int, options: _Options) -> Tensor:
+    """The gradient `(N, H)` of selected rows, summed over the ranks, as that of the hidden states given."""
+    group = options.vocabulary.group
+    if group is not None and not options.sequence_parallel:
+        dist.all_reduce(grad, group=group)  # of the selected rows alone
+    if rows is not None:
+        grad = grad.new_zeros(num_rows, grad.shape[1]).index_copy_(0, rows, grad)
+    if not options.sequence_parallel:
+        return grad
+    mine = grad.new_empty(num_rows // dist.get_world_size(group), grad.shape[1])
+    dist.reduce_scatter_tensor(mine, grad, group=group)
+    return mine
+
+
+def linear_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    *,
+    rows: Tensor | None = None,
+    vocab_start: int = 0,
+    vocab_size: int | None = None,
+    temperature: float = 1.0,
+    group: dist.ProcessGroup | None = None,
+    sequence_parallel: bool = False,
+    banned: Banned | None = None,
+    chunk_bytes: int | None = None,
+    keep_bytes: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`token_log_probs(hidden @ weight.T, tokens)` in memory that does not grow with tokens x vocabulary.
+
+    Beyond inputs and their gradients it holds one slice of logits (`chunk_bytes`), the logits kept for backward
+    (`keep_bytes`), the selected hidden states and their gradient. Logits have the type of `hidden`, as those of a
+    linear layer do. With `group` it stands where Megatron's ColumnParallelLinear stood: the hidden gradient is
+    summed over the group, the weight's gradient is this rank's own, and is returned, never added to a `main_grad`.
+
+    Args:
+        hidden: `(..., H)`. With `sequence_parallel`, this rank's part of the leading dimension.
+        weight: `(V, H)`, this rank's rows, of the same type.
+        tokens: `(...)` as the gathered hidden states, or `(N,)` with `rows`.
+        rows: `(N,)` int64, increasing, into the flattened (and gathered) hidden states. Only these are multiplied.
+        vocab_start, vocab_size, temperature, group, banned: as for `token_log_probs`.
+        sequence_parallel: hidden states are gathered over `group`, and their gradient is reduce-scattered.
+        chunk_bytes: of a slice of logits; None for 16 MiB on a CPU and 256 MiB on a GPU.
+        keep_bytes: of logits kept from forward, which saves their second product; None for 48 MiB and 1 GiB.
+
+    Returns:
+        `log_probs` and `entropy`, shaped as `tokens`, in float32 (float64 for float64), differentiable.
+
+    Raises:
+        ValueError: as for `token_log_probs`, or `sequence_parallel` without a group.
+    """
+    if sequence_parallel and group is None:
+        raise ValueError("sequence_parallel=True needs the group that the sequence is split over")
+    vocabulary = make_vocabulary(vocab_start, weight.shape[0], vocab_size, temperature, group)
+    num_rows = hidden.numel() // hidden.shape[-1] * (dist.get_world_size(group) if sequence_parallel else 1)
+    if banned is not None:
+        banned = banned[0].reshape(-1), banned[1]
+    flat = tokens.reshape(-1)
+    check_tokens(flat, rows, num_rows, vocabulary, banned)
+    kind = "cpu" if hidden.device.type == "cpu" else "cuda"
+    chunk_bytes = CHUNK_BYTES[kind] if chunk_bytes is None else chunk_bytes
+    keep_bytes = KEEP_BYTES[kind] if keep_bytes is None else keep_bytes
+    if not torch.is_grad_enabled() or not (hidden.requires_grad or weight.requires_grad):
+        keep_bytes = 0
+    options = _Options(vocabulary, sequence_parallel, chunk_bytes, keep_bytes)
+    x = hidden.reshape(-1, hidden.shape[-1])
+    log_probs, entropy = _LinearLogProbs.apply(x, weight, flat, rows, banned, options)
+    return log_probs.view(tokens.shape), entropy.view(tokens.shape)
