@@ -35,7 +35,8 @@ class Experience:
     values: Tensor | None = None  # (B, T) float32, the critic before this iteration's updates
     scores: Tensor | None = None  # (B,) float32, one per response
     # what the updates aim at
-    advantages: Tensor | None = None  # (B, T) float32
+    advantages: Tensor | None = None  # (B, T) float32, not whitened yet
+    advantage_moments: Tensor | None = None  # (B, 3) float32, count, mean and variance of the whole batch's
     returns: Tensor | None = None  # (B, T) float32
 
 

@@ -40,8 +40,8 @@ def score(ctx: Context, policy: RoleModel) -> None:
     ]
     _check_lengths(ctx, tokens, "tokens", ctx.model.max_position_embeddings)
 
-    def fn(logits: Tensor, batch: Batch) -> Tensor:
-        return torch.stack(policy_log_probs(policy, logits, batch, batch["mask"]), 1)
+    def fn(hidden: Tensor, batch: Batch) -> Tensor:
+        return torch.stack(policy_log_probs(policy, hidden, batch, batch["mask"]), 1)
 
     with _Output(ctx) as output:
         # rows of like length together: less padding, and the order of the file at the end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
@@ -61,21 +62,26 @@ def generate(overrides: list[str], layout: tuple, prompts: list[list[int]], ids:
 
 def logits(overrides: list[str], layout: tuple, rows: list[list[int]]) -> torch.Tensor:
     """The whole vocabulary's logits `(B, T, V)` for right-padded rows."""
-    import torch.distributed as dist
-
     from rlhf_engine.experience import pad_rows
     from rlhf_engine.trainer import base_policy
 
     ctx = context(overrides, layout)
     policy, mesh = base_policy(ctx), ctx.mesh
-
-    def fn(output, batch):
-        parts = [torch.empty_like(output) for _ in range(mesh.tp)]
-        dist.all_gather(parts, output.contiguous(), group=mesh.tp_group)
-        return torch.cat(parts, -1)[..., : ctx.model.vocab_size]
-
     tokens, _ = pad_rows(rows, mesh.tp)
-    return policy.infer({"tokens": tokens}, fn, 2)
+    return policy.infer({"tokens": tokens}, functools.partial(whole_logits, policy), 2)
+
+
+def whole_logits(role, hidden, batch) -> torch.Tensor:
+    """The whole vocabulary's logits from hidden states, as an `InferFn`."""
+    import torch.distributed as dist
+
+    from rlhf_engine.models.role import head_weight
+
+    assert not role.mesh.config.sequence_parallel
+    output = torch.nn.functional.linear(hidden, head_weight(role.gpt))
+    parts = [torch.empty_like(output) for _ in range(role.mesh.tp)]
+    dist.all_gather(parts, output.contiguous(), group=role.mesh.tp_group)
+    return torch.cat(parts, -1)[..., : role.model.vocab_size]
 
 
 def sampled_frequencies(overrides: list[str], layout: tuple, scores: list[float], draws: int) -> list[int]:
@@ -105,20 +111,10 @@ def hf_role(folder: str, layout: tuple, head: str = "lm"):
 
 def hf_round_trip(folder: str, layout: tuple, rows: list[list[int]], out: str, head: str = "lm") -> torch.Tensor:
     """Outputs for the rows, `(B, T, V)` or `(B, T, 1)`; the model's weights are written to `out` in HF format."""
-    import torch.distributed as dist
-
     from rlhf_engine.hf.export import export_role, head_config
 
     role = hf_role(folder, layout, head)
-    mesh = role.mesh
-
-    def fn(output, batch):
-        if head == "scalar":
-            return output
-        parts = [torch.empty_like(output) for _ in range(mesh.tp)]
-        dist.all_gather(parts, output.contiguous(), group=mesh.tp_group)
-        return torch.cat(parts, -1)[..., : role.model.vocab_size]
-
+    fn = functools.partial(whole_logits, role) if head == "lm" else lambda output, batch: output
     export_role(role, Path(out), head_config(role.model, head, Path(folder)), [Path(folder)])
     return role.infer({"tokens": torch.tensor(rows)}, fn, 2)
 

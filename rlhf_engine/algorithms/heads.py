@@ -8,24 +8,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf_kernels import token_log_probs
+from rlhf_kernels import linear_log_probs
 
 from ..experience import to_next_token
-from ..models.role import Batch, RoleModel
+from ..models.role import Batch, RoleModel, head_weight
 
 
 def policy_log_probs(
     role: RoleModel,
-    logits: Tensor,
+    hidden: Tensor,
     batch: Batch,
     mask: Tensor,
     temperature: float = 1.0,
     ban: tuple[Sequence[int], int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-prob and entropy of the tokens that `mask` selects; 0 elsewhere.
+    """Log-prob and entropy of the tokens that `mask` selects; 0 elsewhere. Nothing is computed for the others.
 
     Args:
-        logits: `(B, T, V / tp)`.
+        hidden: `(B, T, H)`, under sequence parallelism this rank's part of T.
         mask: `(B, T)` bool, over `batch["tokens"]`. Position 0 has no log-prob.
         ban: (tokens, count): the tokens had no probability among the first `count` that the mask selects in a row,
             as the sampler's minimum length demands.
@@ -33,27 +33,29 @@ def policy_log_probs(
     Returns:
         `(B, T)` each, float32.
     """
-    mesh = role.mesh
-    mask = mask.clone()
-    mask[:, 0] = False
-    chosen = logits[:, :-1][mask[:, 1:]]  # output t - 1 speaks of token t
-    tokens = batch["tokens"][mask]
-    start = mesh.tp_rank * logits.shape[-1]
+    mesh, weight = role.mesh, head_weight(role.gpt)
+    # positions before rows, `(T, B)`: ranks that split the sequence hold neighbouring parts of that order
+    chosen = mask.T.clone()
+    chosen[0] = False
+    tokens = batch["tokens"].T[chosen]
+    banned = None
     if ban is not None and ban[1]:
-        early = ((mask.cumsum(1) - 1) < ban[1])[mask]
-        columns = torch.arange(start, start + logits.shape[-1], device=logits.device)
-        banned = torch.isin(columns, torch.tensor(ban[0], device=logits.device))
-        chosen = chosen.masked_fill(early.unsqueeze(1) & banned, -torch.inf)
-    log_probs, entropy = token_log_probs(
-        chosen,
+        early = (chosen.cumsum(0) <= ban[1])[chosen]
+        banned = early, torch.tensor(ban[0], device=mask.device)
+    log_probs, entropy = linear_log_probs(
+        hidden.transpose(0, 1),
+        weight,
         tokens,
-        vocab_start=start,
+        rows=chosen[1:].flatten().nonzero().squeeze(1),  # output t - 1 speaks of token t
+        vocab_start=mesh.tp_rank * len(weight),
         vocab_size=role.model.vocab_size,
         temperature=temperature,
         group=mesh.tp_group if mesh.tp > 1 else None,
+        sequence_parallel=mesh.config.sequence_parallel,
+        banned=banned,
     )
-    zeros = log_probs.new_zeros(mask.shape)
-    return zeros.masked_scatter(mask, log_probs), zeros.masked_scatter(mask, entropy)
+    zeros = log_probs.new_zeros(chosen.shape)
+    return zeros.masked_scatter(chosen, log_probs).T, zeros.masked_scatter(chosen, entropy).T
 
 
 def token_values(output: Tensor, batch: Batch) -> Tensor:

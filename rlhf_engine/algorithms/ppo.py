@@ -8,7 +8,7 @@
 | ref_log_probs | reference | infer   | tokens, response_mask                          | ref_log_probs               |
 | score         | reward    | infer   | tokens, lengths                                | scores                      |
 | values        | critic    | infer   | tokens, response_mask                          | values                      |
-| advantage     | -         | local   | log_probs, ref_log_probs, values, scores, ...  | advantages, returns         |
+| advantage     | -         | local   | log_probs, ref_log_probs, values, scores, ...  | advantages, ..., returns    |
 | train_critic  | critic    | train   | tokens, response_mask, values, returns         | -                           |
 | train_policy  | policy    | train   | tokens, response_mask, log_probs, advantages   | -                           |
 | gold          | -         | local   | prompts, tokens, lengths                       | -                           |
@@ -33,7 +33,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rlhf_kernels import clipped_policy_loss, clipped_value_loss, kl_advantages, kl_estimate, whiten
+from rlhf_kernels import Advantages, clipped_policy_loss, clipped_value_loss, kl_advantages, kl_estimate
 
 from ..config import RunConfig
 from ..experience import Experience, pad_rows, spans
@@ -105,7 +105,10 @@ def values(ctx: Context, critic: RoleModel, x):
 
 
 def advantage(ctx: Context, _, x):
-    """KL-shaped rewards, generalised advantages, returns; adapts the KL coefficient."""
+    """KL-shaped rewards, generalised advantages, returns; adapts the KL coefficient.
+
+    The policy's loss whitens the advantages by the moments of the whole batch.
+    """
     config, state, metrics = ctx.config.ppo, ctx.state, ctx.metrics
     mask = x.response_mask
     kl = (kl_estimate(x.log_probs, x.ref_log_probs) * mask).sum(1)
@@ -113,16 +116,14 @@ def advantage(ctx: Context, _, x):
     metrics.record("score/std", x.scores.std(correction=0))
     metrics.mean("kl/mean", kl)
     metrics.record("kl/coef", state.kl_coef)
-    result = kl_advantages(
-        x.log_probs,
-        x.ref_log_probs,
-        x.values,
-        _shape_scores(ctx, x.scores, x.finished),
-        mask,
+    scores = _shape_scores(ctx, x.scores, x.finished)
+    found = kl_advantages(
+        *(field.to(ctx.mesh.device) for field in (x.log_probs, x.ref_log_probs, x.values, scores, mask)),
         kl_coef=state.kl_coef,
         gamma=config.gamma,
         gae_lambda=config.gae_lambda,
     )
+    result = Advantages(*(field.cpu() for field in found))
     metrics.mean("reward/mean", result.rewards)
     metrics.mean("critic/value", x.values, mask)
     metrics.record("critic/explained_variance", _explained_variance(x.values[mask], result.returns[mask]))
@@ -130,8 +131,13 @@ def advantage(ctx: Context, _, x):
         # Ziegler et al. 2019, section 2.2
         error = max(-0.2, min(0.2, float(kl.mean()) / config.kl_target - 1))
         state.kl_coef *= 1 + error * len(kl) / config.kl_horizon
-    advantages = whiten(result.advantages, mask) if config.whiten_advantages else result.advantages
-    return {"advantages": advantages, "returns": result.returns}
+    moments = result.moments if config.whiten_advantages else torch.tensor([1.0, 0.0, 1.0])
+    # a row for each sample, as every field has
+    return {
+        "advantages": result.advantages,
+        "returns": result.returns,
+        "advantage_moments": moments.repeat(len(mask), 1),
+    }
 
 
 def train_critic(ctx: Context, critic: RoleModel, x) -> None:
@@ -158,11 +164,16 @@ def train_policy(ctx: Context, policy: RoleModel, x) -> None:
     if ctx.state.iteration < config.critic_warmup_iterations:
         return
 
-    def loss(logits: Tensor, batch: Batch, is_first: bool):
+    def loss(hidden: Tensor, batch: Batch, is_first: bool):
         mask = batch["response_mask"]
-        log_probs, entropy = _response_log_probs(ctx, policy, logits, batch)
+        log_probs, entropy = _response_log_probs(ctx, policy, hidden, batch)
         result = clipped_policy_loss(
-            log_probs, batch["log_probs"], batch["advantages"], mask, clip_ratio=config.clip_ratio
+            log_probs,
+            batch["log_probs"],
+            batch["advantages"],
+            mask,
+            clip_ratio=config.clip_ratio,
+            moments=batch["advantage_moments"][0],
         )
         statistics = {
             "clip_fraction": result.clip_fraction,
@@ -173,7 +184,8 @@ def train_policy(ctx: Context, policy: RoleModel, x) -> None:
             statistics["ratio_first"] = result.ratio
         return result.loss - config.entropy_coef * entropy.sum(), mask.sum(), statistics
 
-    for i, batch in minibatches(ctx, x, "tokens", "response_mask", "log_probs", "advantages"):
+    fields = ("tokens", "response_mask", "log_probs", "advantages", "advantage_moments")
+    for i, batch in minibatches(ctx, x, *fields):
         policy.train_step(batch, functools.partial(loss, is_first=i == 0), config.micro_batch_size, ctx.metrics)
 
 
@@ -201,18 +213,18 @@ def minibatches(ctx: Context, x, *fields: str) -> Iterator[tuple[int, dict[str, 
             yield epoch * config.num_minibatches + i, {name: getattr(x, name)[rows] for name in fields}
 
 
-def _response_log_probs(ctx: Context, role: RoleModel, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+def _response_log_probs(ctx: Context, role: RoleModel, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """Log-probs and entropy of the response tokens under the sampler's distribution."""
     sampling = ctx.config.rollout
     ban = (ctx.tokenizer.end_ids, sampling.min_new_tokens)
-    return policy_log_probs(role, logits, batch, batch["response_mask"], sampling.temperature, ban)
+    return policy_log_probs(role, hidden, batch, batch["response_mask"], sampling.temperature, ban)
 
 
 def _infer_log_probs(ctx: Context, role: RoleModel, x) -> Tensor:
     """Log-probs and entropy stacked, `(B, 2, T)`."""
 
-    def fn(logits: Tensor, batch: Batch) -> Tensor:
-        return torch.stack(_response_log_probs(ctx, role, logits, batch), 1)
+    def fn(hidden: Tensor, batch: Batch) -> Tensor:
+        return torch.stack(_response_log_probs(ctx, role, hidden, batch), 1)
 
     batch = {"tokens": x.tokens, "response_mask": x.response_mask}
     return role.infer(batch, fn, ctx.config.ppo.micro_batch_size)
@@ -266,6 +278,7 @@ def stage_table(config: RunConfig) -> tuple[Stage, ...]:
         else Stage("score", "infer", score, "reward", ("tokens", "lengths"), ("scores",))
     )
     measured = ("log_probs", "ref_log_probs", "values", "scores", "finished", "response_mask")
+    whitened = ("advantages", "advantage_moments")
     written = ("tokens", "lengths", "response_mask", "finished", "sampler_log_probs")
     return (
         Stage("rollout", "rollout", rollout, "policy", ("prompts", "sample_ids"), written),
@@ -273,9 +286,9 @@ def stage_table(config: RunConfig) -> tuple[Stage, ...]:
         Stage("ref_log_probs", "infer", ref_log_probs, "reference", sequence, ("ref_log_probs",)),
         score_stage,
         Stage("values", "infer", values, "critic", sequence, ("values",)),
-        Stage("advantage", "local", advantage, None, measured, ("advantages", "returns")),
+        Stage("advantage", "local", advantage, None, measured, ("returns", *whitened)),
         Stage("train_critic", "train", train_critic, "critic", (*sequence, "values", "returns")),
-        Stage("train_policy", "train", train_policy, "policy", (*sequence, "log_probs", "advantages")),
+        Stage("train_policy", "train", train_policy, "policy", (*sequence, "log_probs", *whitened)),
         Stage("gold", "local", gold, None, ("prompts", "tokens", "lengths")),
     )
 

@@ -23,9 +23,9 @@ from .samples import sample_dialogues
 def cross_entropy(role: RoleModel):
     """Loss of a micro-batch: summed over the tokens of `loss_mask`, counted by them."""
 
-    def loss(logits: Tensor, batch: Batch):
+    def loss(hidden: Tensor, batch: Batch):
         mask = batch["loss_mask"]
-        log_probs, _ = policy_log_probs(role, logits, batch, mask)
+        log_probs, _ = policy_log_probs(role, hidden, batch, mask)
         return -log_probs.sum(), mask[:, 1:].sum(), {}
 
     return loss
@@ -70,8 +70,8 @@ class SFT:
         x = supervised(ctx.dataset.held_out, ctx.mesh.tp)
         assert x.tokens is not None and x.loss_mask is not None
 
-        def log_probs(logits: Tensor, batch: Batch) -> Tensor:
-            return policy_log_probs(policy, logits, batch, batch["loss_mask"])[0]
+        def log_probs(hidden: Tensor, batch: Batch) -> Tensor:
+            return policy_log_probs(policy, hidden, batch, batch["loss_mask"])[0]
 
         batch = {"tokens": x.tokens, "loss_mask": x.loss_mask}
         result = policy.infer(batch, log_probs, self.config.micro_batch_size)

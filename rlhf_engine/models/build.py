@@ -33,6 +33,7 @@ from .layers import (
     ColumnWithoutBias,
     CoreAttention,
     LayerNorm,
+    LMHead,
     RMSNorm,
     RowWithoutBias,
     ScalarHead,
@@ -127,7 +128,8 @@ def build_model(
     """This rank's part of the model, its weights allocated and not filled.
 
     Args:
-        head: "lm" gives logits `(B, S, V / tp)`, "scalar" gives `(B, S, 1)` in float32.
+        head: "lm" gives hidden states `(B, S, H)` (under sequence parallelism this rank's part of S), "scalar" gives
+            `(B, S, 1)` in float32.
         folded: see `transformer_config`.
     """
     assert model.vocab_size is not None
@@ -161,9 +163,11 @@ def build_model(
     for block in gpt.decoder.layers:
         if block.layer_number > model.first_sliding_layer:
             block.self_attention.core_attention.window = model.sliding_window
+    if head == "lm" and gpt.post_process:
+        gpt.output_layer.__class__ = LMHead  # megatron builds the layer itself, and only its forward is another
     if head == "scalar" and gpt.post_process:
         gpt.output_layer = ScalarHead(config, mesh.tp_group)
-    _mark_split_parameters(gpt)
+    _mark_parameters(gpt)
     return gpt
 
 
@@ -205,7 +209,7 @@ def _layer_spec(model: ModelConfig, norm: type[RMSNorm]) -> ModuleSpec:
     return spec
 
 
-def _mark_split_parameters(gpt: GPTModel) -> None:
+def _mark_parameters(gpt: GPTModel) -> None:
     """Marks what is split over tensor parallel ranks. Megatron does so while it draws initial weights, which we
     do not ask of it; unmarked, the gradient norm would count the first rank's shard alone.
 

@@ -1,4 +1,4 @@
-"""What we put into megatron's layers: norms, attention on torch's SDPA with a KV cache, and a scalar head.
+"""What we put into megatron's layers: norms, attention on torch's SDPA with a KV cache, and the two heads.
 
 Neither transformer-engine nor apex is needed, and the same code runs on CPU and CUDA. Legend for shapes:
 S sequence, B batch, N query heads and G key-value heads of this rank, D head size, H hidden size, L cache length.
@@ -143,6 +143,17 @@ class CoreAttention(MegatronModule):
             mask = mask & (torch.arange(view.length, device=query.device) >= oldest)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return out.reshape(1, batch, num_heads * head_dim)
+
+
+class LMHead(tensor_parallel.ColumnParallelLinear):
+    """Holds the weight of the LM head and passes hidden states on.
+
+    `rlhf_kernels.linear_log_probs` makes log-probs of the two without ever holding the logits, and the sampler makes
+    logits of the one position that it needs.
+    """
+
+    def forward(self, hidden: Tensor, weight=None, runtime_gather_output=None) -> tuple[Tensor, None]:
+        return hidden, None
 
 
 class ScalarHead(MegatronModule):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from megatron.core.distributed import finalize_model_grads
+from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -28,12 +29,19 @@ InferFn = Callable[[Tensor, Batch], Tensor]  # model output, micro-batch -> (row
 LossFn = Callable[[Tensor, Batch], tuple[Tensor, Tensor, Mapping[str, Tensor]]]
 
 
+def head_weight(gpt: GPTModel) -> Tensor:
+    """`(V / tp, H)`, the LM head's, on the last pipeline stage."""
+    if gpt.share_embeddings_and_output_weights:
+        return gpt.shared_embedding_or_output_weight()
+    return gpt.output_layer.weight
+
+
 class RoleModel:
     """A model split over the mesh.
 
     Args:
         name: of the role; prefixes its metrics and its entries in a checkpoint.
-        head: "lm" (output: vocabulary-parallel logits `(B, T, V / tp)`) or "scalar" (`(B, T, 1)`).
+        head: "lm" (output: hidden states `(B, T, H)`, see `build_model`) or "scalar" (`(B, T, 1)`).
         optimizer: None for a frozen role.
         total_steps: optimizer steps of the whole phase, for the learning-rate schedule.
         offload: keep the weights of a frozen role on the CPU between its stages.

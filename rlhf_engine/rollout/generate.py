@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from ..hf.weights import parameters
 from ..mesh import ParallelMesh
 from ..models.build import build_model
 from ..models.layers import CacheView, CoreAttention, LayerCache
-from ..models.role import RoleModel
+from ..models.role import RoleModel, head_weight
 from .sampling import Sampler
 
 _BUCKET_NUMEL = 1 << 26  # parameters sent at once when stages fold
@@ -184,9 +185,7 @@ class Decoder:
         hidden = self.gpt.embedding(input_ids=tokens, position_ids=positions)  # (S, B, H)
         hidden = self.gpt.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary)
         hidden = hidden[last, torch.arange(len(last), device=last.device)].unsqueeze(0)
-        tied = self.gpt.share_embeddings_and_output_weights
-        weight = self.gpt.shared_embedding_or_output_weight() if tied else None
-        return self.gpt.output_layer(hidden, weight=weight)[0].squeeze(0)
+        return F.linear(hidden.squeeze(0), head_weight(self.gpt))
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copies the first `length` positions of one slot to another."""
