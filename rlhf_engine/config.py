@@ -192,6 +192,12 @@ class RolloutConfig:
 
 
 @dataclass
+class ScheduleConfig:
+    infer_stream: bool = True  # under pp > 1 neighbouring forward stages share one pipeline
+    train_stream: bool = True  # and so do the critic's and the policy's updates
+
+
+@dataclass
 class RunConfig:
     phases: list[Phase] = field(default_factory=lambda: ["sft", "reward", "ppo"])
     rerun: bool = False  # run finished phases again
@@ -211,6 +217,7 @@ class RunConfig:
     reward: RewardConfig = field(default_factory=RewardConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
 
 # The least value of a number, by the last part of its key; the others may have any.

@@ -16,7 +16,8 @@ from .algorithms.heads import policy_log_probs
 from .config import ConfigError
 from .data.sources import parse_weight, read_json_rows
 from .experience import pad_rows, spans
-from .models.role import Batch, RoleModel
+from .models.role import RoleModel
+from .models.stream import Batch
 from .rollout.generate import rollout
 from .rollout.sampling import sample_keys
 

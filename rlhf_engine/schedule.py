@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
+from .config import ScheduleConfig
 from .experience import FIELDS, Experience
 
 if TYPE_CHECKING:
     from .algorithms.context import Context
-    from .models.role import RoleModel
+    from .metrics import Metrics
+    from .models.stream import Work
 
+Fields = Mapping[str, Tensor]
+# What the body of an infer or a train stage is: it yields work for its role and gets an infer's result back.
+Works = Generator["Work", Tensor, Fields | None]
 # ctx, the stage's role, the fields that it reads -> the fields that it writes
-Body = Callable[["Context", Any, SimpleNamespace], Mapping[str, Tensor] | None]
+Body = Callable[["Context", Any, SimpleNamespace], Fields | Works | None]
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,8 @@ class Stage:
     """One row of an algorithm's table.
 
     Kinds: "rollout" generates, "infer" runs a role forward, "train" updates it, "local" computes on the
-    Experience alone and has no role.
+    Experience alone and has no role. Bodies of "infer" and "train" yield `Work` for their role and leave its running
+    to the schedule, which may do that of several stages at once.
     """
 
     name: str
@@ -72,24 +78,87 @@ class Schedule:
                 raise ScheduleError(f"stage {stage.name} reads {', '.join(sorted(missing))} before a stage writes it")
             written |= set(stage.writes)
 
-    def run(self, ctx: Context, experience: Experience) -> Experience:
-        """One iteration. `time/<stage>` of each stage goes to the metrics, in seconds."""
+    def groups(self, config: ScheduleConfig, pp: int, offloaded: Collection[str]) -> list[list[Stage]]:
+        """Stages that run together, in their order.
+
+        Neighbouring `infer` stages, and neighbouring `train` stages, share one pipeline unless one of them reads what
+        another writes. Without a pipeline there is nothing to gain, and roles kept off the device (`offloaded`) are
+        not brought there together.
+        """
+        found: list[list[Stage]] = []
         for stage in self.stages:
-            role: RoleModel | None = ctx.roles[stage.role] if stage.role is not None else None
+            streams = {"infer": config.infer_stream, "train": config.train_stream}.get(stage.kind, False)
+            last = found[-1] if found else []
+            together = (
+                streams
+                and pp > 1
+                and last
+                and all(other.kind == stage.kind and other.role not in offloaded for other in last)
+                and stage.role not in offloaded
+                and not any(set(stage.reads) & set(other.writes) for other in last)
+                # two steps of one role in a stream would both start from the same weights
+                and not (stage.kind == "train" and any(other.role == stage.role for other in last))
+            )
+            if together:
+                last.append(stage)
+            else:
+                found.append([stage])
+        return found
+
+    def run(self, ctx: Context, experience: Experience) -> Experience:
+        """One iteration. `time/<stage>`, or `time/<stage>+<stage>` of those that ran together, goes to the metrics."""
+        offloaded = [name for name, role in ctx.roles.items() if role.is_offloaded]
+        for group in self.groups(ctx.config.schedule, ctx.mesh.pp, offloaded):
             started = time.perf_counter()
-            view = SimpleNamespace(**{name: getattr(experience, name) for name in stage.reads})
+            name = "+".join(stage.name for stage in group)
             try:
-                with role.on_device() if role is not None else contextlib.nullcontext():
-                    result = stage.body(ctx, role, view) or {}
+                results = self._run_group(ctx, group, experience)
             except Exception as error:
-                error.add_note(f"in stage {stage.name} of iteration {ctx.state.iteration}, on rank {ctx.mesh.rank}")
+                error.add_note(f"in stage {name} of iteration {ctx.state.iteration}, on rank {ctx.mesh.rank}")
                 raise
-            if set(result) != set(stage.writes):
-                raise ScheduleError(
-                    f"stage {stage.name} writes {', '.join(stage.writes) or 'nothing'},"
-                    f" and its body gave {', '.join(sorted(result)) or 'nothing'}"
-                )
-            for name, value in result.items():
-                setattr(experience, name, value)
-            ctx.metrics.record(f"time/{stage.name}", time.perf_counter() - started)
+            for stage, result in zip(group, results, strict=True):
+                if set(result) != set(stage.writes):
+                    raise ScheduleError(
+                        f"stage {stage.name} writes {', '.join(stage.writes) or 'nothing'},"
+                        f" and its body gave {', '.join(sorted(result)) or 'nothing'}"
+                    )
+                for field, value in result.items():
+                    setattr(experience, field, value)
+            ctx.metrics.record(f"time/{name}", time.perf_counter() - started)
         return experience
+
+    def _run_group(self, ctx: Context, group: Sequence[Stage], experience: Experience) -> list[Fields]:
+        """What the bodies of stages that run together give, which is not yet looked at."""
+        roles = [ctx.roles[stage.role] if stage.role is not None else None for stage in group]
+        with contextlib.ExitStack() as stack:
+            for role in roles:
+                stack.enter_context(role.on_device() if role is not None else contextlib.nullcontext())
+            results: list[Any] = []
+            for stage, role in zip(group, roles, strict=True):
+                view = SimpleNamespace(**{name: getattr(experience, name) for name in stage.reads})
+                results.append(stage.body(ctx, role, view))
+            if group[0].kind in ("infer", "train"):
+                results = together(results, group[0].kind, ctx.metrics)
+        return [result or {} for result in results]
+
+
+def together(bodies: Sequence[Works], kind: str, metrics: Metrics) -> list[Fields | None]:
+    """Runs bodies that yield `Work` in step with each other, and gives what each returns."""
+    from .models import stream
+
+    results: list[Fields | None] = [None] * len(bodies)
+    answers: dict[int, Any] = dict.fromkeys(range(len(bodies)))
+    while answers:
+        works = {}
+        for i, answer in answers.items():
+            try:
+                works[i] = bodies[i].send(answer)
+            except StopIteration as stop:
+                results[i] = stop.value
+        if kind == "infer":
+            answers = dict(zip(works, stream.infer(list(works.values())) if works else (), strict=True))
+        else:
+            if works:
+                stream.train_step(list(works.values()), metrics)
+            answers = dict.fromkeys(works)
+    return results

@@ -13,7 +13,7 @@ from rlhf_engine.experience import Experience
 from rlhf_engine.metrics import Metrics
 from rlhf_engine.schedule import Schedule, ScheduleError, Stage
 
-CTX = SimpleNamespace(roles={}, metrics=Metrics())
+CTX = SimpleNamespace(roles={}, metrics=Metrics(), config=RunConfig(), mesh=SimpleNamespace(pp=1, rank=0))
 ROLES = ("policy", "reference", "reward", "critic")
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from rlhf_kernels import linear_log_probs
 
 from ..experience import to_next_token
-from ..models.role import Batch, RoleModel, head_weight
+from ..models.role import RoleModel, head_weight
+from ..models.stream import Batch
 
 
 def policy_log_probs(

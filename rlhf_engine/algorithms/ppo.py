@@ -27,7 +27,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -37,10 +37,11 @@ from rlhf_kernels import Advantages, clipped_policy_loss, clipped_value_loss, kl
 
 from ..config import RunConfig
 from ..experience import Experience, pad_rows, spans
-from ..models.role import Batch, RoleModel
+from ..models.role import RoleModel
+from ..models.stream import Batch, Work, infer
 from ..rollout.generate import rollout as generate
 from ..rollout.sampling import sample_keys
-from ..schedule import Stage
+from ..schedule import Stage, Works
 from .context import Context, Evaluation, RoleSpec
 from .heads import last_scores, policy_log_probs, score_batch, token_values
 from .samples import NUM_CARDS, sample_dialogues
@@ -72,24 +73,25 @@ def rollout(ctx: Context, policy: RoleModel, x):
     }
 
 
-def log_probs(ctx: Context, policy: RoleModel, x):
+def log_probs(ctx: Context, policy: RoleModel, x) -> Works:
     """The policy's own view of its rollout, by the forward that training uses."""
-    both = _infer_log_probs(ctx, policy, x)
+    both = yield _log_probs(ctx, policy, x)
     log_probs, entropy = both.unbind(1)
     ctx.metrics.record("rollout/log_prob_gap", (log_probs - x.sampler_log_probs).abs().max())
     ctx.metrics.mean("policy/entropy", entropy, x.response_mask)
     return {"log_probs": log_probs}
 
 
-def ref_log_probs(ctx: Context, reference: RoleModel, x):
+def ref_log_probs(ctx: Context, reference: RoleModel, x) -> Works:
     """The frozen reference's view of it."""
-    return {"ref_log_probs": _infer_log_probs(ctx, reference, x)[:, 0]}
+    both = yield _log_probs(ctx, reference, x)
+    return {"ref_log_probs": both[:, 0]}
 
 
-def score(ctx: Context, reward: RoleModel, x):
+def score(ctx: Context, reward: RoleModel, x) -> Works:
     """The reward model's score of each response."""
     batch = score_batch(reward, x.tokens, x.lengths)
-    scores = reward.infer(batch, last_scores, ctx.config.ppo.micro_batch_size)
+    scores = yield Work(reward, batch, last_scores, ctx.config.ppo.micro_batch_size)
     return {"scores": scores}
 
 
@@ -98,9 +100,9 @@ def score_by_function(ctx: Context, _, x):
     return {"scores": ctx.mesh.from_main(_call_reward(ctx, x) if ctx.mesh.is_main else None)}
 
 
-def values(ctx: Context, critic: RoleModel, x):
+def values(ctx: Context, critic: RoleModel, x) -> Works:
     """The critic's expectation before each response token."""
-    values = critic.infer({"tokens": x.tokens}, token_values, ctx.config.ppo.micro_batch_size)
+    values = yield Work(critic, {"tokens": x.tokens}, token_values, ctx.config.ppo.micro_batch_size)
     return {"values": values * x.response_mask}
 
 
@@ -140,7 +142,7 @@ def advantage(ctx: Context, _, x):
     }
 
 
-def train_critic(ctx: Context, critic: RoleModel, x) -> None:
+def train_critic(ctx: Context, critic: RoleModel, x) -> Works:
     """Clipped value regression over minibatches."""
 
     def loss(output: Tensor, batch: Batch):
@@ -155,14 +157,15 @@ def train_critic(ctx: Context, critic: RoleModel, x) -> None:
         return result.loss, mask.sum(), {"clip_fraction": result.clip_fraction, "error": result.error}
 
     for _, batch in minibatches(ctx, x, "tokens", "response_mask", "values", "returns"):
-        critic.train_step(batch, loss, ctx.config.ppo.micro_batch_size, ctx.metrics)
+        yield Work(critic, batch, loss, ctx.config.ppo.micro_batch_size)
+    return None
 
 
-def train_policy(ctx: Context, policy: RoleModel, x) -> None:
+def train_policy(ctx: Context, policy: RoleModel, x) -> Works:
     """Clipped policy gradient over minibatches."""
     config = ctx.config.ppo
     if ctx.state.iteration < config.critic_warmup_iterations:
-        return
+        return None
 
     def loss(hidden: Tensor, batch: Batch, is_first: bool):
         mask = batch["response_mask"]
@@ -186,7 +189,8 @@ def train_policy(ctx: Context, policy: RoleModel, x) -> None:
 
     fields = ("tokens", "response_mask", "log_probs", "advantages", "advantage_moments")
     for i, batch in minibatches(ctx, x, *fields):
-        policy.train_step(batch, functools.partial(loss, is_first=i == 0), config.micro_batch_size, ctx.metrics)
+        yield Work(policy, batch, functools.partial(loss, is_first=i == 0), config.micro_batch_size)
+    return None
 
 
 def gold(ctx: Context, _, x) -> None:
@@ -220,14 +224,14 @@ def _response_log_probs(ctx: Context, role: RoleModel, hidden: Tensor, batch: Ba
     return policy_log_probs(role, hidden, batch, batch["response_mask"], sampling.temperature, ban)
 
 
-def _infer_log_probs(ctx: Context, role: RoleModel, x) -> Tensor:
+def _log_probs(ctx: Context, role: RoleModel, x) -> Work:
     """Log-probs and entropy stacked, `(B, 2, T)`."""
 
     def fn(hidden: Tensor, batch: Batch) -> Tensor:
         return torch.stack(_response_log_probs(ctx, role, hidden, batch), 1)
 
     batch = {"tokens": x.tokens, "response_mask": x.response_mask}
-    return role.infer(batch, fn, ctx.config.ppo.micro_batch_size)
+    return Work(role, batch, fn, ctx.config.ppo.micro_batch_size)
 
 
 def _call_reward(ctx: Context, x) -> Tensor:
@@ -342,14 +346,9 @@ class PPO:
         cards = after.cards()
         for i, card in enumerate(cards):
             card["before"] = before.texts[i].strip()
-        score_fn: Callable | None = None
-        if "reward" in ctx.roles:
-            score_fn = functools.partial(score, ctx, ctx.roles["reward"])
-        elif ctx.reward_fn is not None:
-            score_fn = functools.partial(score_by_function, ctx, None)
-        if score_fn is not None:
+        if "reward" in ctx.roles or ctx.reward_fn is not None:
             for when, responses in (("before", before.responses), ("after", after.responses)):
-                scores = score_fn(self._experience(ctx, examples, responses))["scores"]
+                scores = self._scores(ctx, self._experience(ctx, examples, responses))
                 figures[f"eval/score_{when}"] = float(scores.mean())
                 for i in range(min(NUM_CARDS, len(cards))):
                     cards[i][f"score_{when}"] = float(scores[i])
@@ -369,8 +368,16 @@ class PPO:
         mask = spans(torch.tensor([len(p) for p in prompts]), lengths, tokens.shape[1])
         return Experience(prompts=prompts, tokens=tokens, lengths=lengths, response_mask=mask)
 
+    def _scores(self, ctx: Context, x: Experience) -> Tensor:
+        if (reward := ctx.roles.get("reward")) is None:
+            return score_by_function(ctx, None, x)["scores"]
+        assert x.tokens is not None and x.lengths is not None
+        batch = score_batch(reward, x.tokens, x.lengths)
+        return reward.infer(batch, last_scores, self.config.micro_batch_size)
+
     def _kl(self, ctx: Context, x: Experience) -> Tensor:
         """Sum over each response of k1 between policy and reference, `(B,)`."""
-        policy, reference = (_infer_log_probs(ctx, ctx.roles[name], x)[:, 0] for name in ("policy", "reference"))
+        works = [_log_probs(ctx, ctx.roles[name], x) for name in ("policy", "reference")]
+        policy, reference = (infer([work])[0][:, 0] for work in works)
         assert x.response_mask is not None
         return (kl_estimate(policy, reference) * x.response_mask).sum(1)

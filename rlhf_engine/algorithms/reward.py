@@ -21,8 +21,9 @@ from ..config import RunConfig
 from ..data.dataset import Example
 from ..experience import Experience, pad_rows
 from ..models.layers import ScalarHead
-from ..models.role import Batch, RoleModel
-from ..schedule import Stage
+from ..models.role import RoleModel
+from ..models.stream import Batch, Work
+from ..schedule import Stage, Works
 from .context import Context, Evaluation, RoleSpec
 from .heads import last_scores, score_batch
 from .samples import sample_dialogues
@@ -36,9 +37,10 @@ def preference_loss(output: Tensor, batch: Batch):
     return pairwise_loss(chosen, rejected).sum(), torch.tensor(len(chosen)), statistics
 
 
-def train_reward(ctx: Context, reward: RoleModel, x) -> None:
+def train_reward(ctx: Context, reward: RoleModel, x) -> Works:
     batch = score_batch(reward, x.tokens, x.lengths)
-    reward.train_step(batch, preference_loss, 2 * ctx.config.reward.micro_batch_size, ctx.metrics)
+    yield Work(reward, batch, preference_loss, 2 * ctx.config.reward.micro_batch_size)
+    return None
 
 
 def pair_rows(examples: list[Example], multiple: int) -> Experience:

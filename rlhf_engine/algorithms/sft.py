@@ -13,8 +13,9 @@ from torch import Tensor
 from ..config import RunConfig
 from ..data.dataset import Example
 from ..experience import Experience, pad_rows
-from ..models.role import Batch, RoleModel
-from ..schedule import Stage
+from ..models.role import RoleModel
+from ..models.stream import Batch, Work
+from ..schedule import Stage, Works
 from .context import Context, Evaluation, RoleSpec
 from .heads import policy_log_probs
 from .samples import sample_dialogues
@@ -31,10 +32,11 @@ def cross_entropy(role: RoleModel):
     return loss
 
 
-def train_policy(ctx: Context, policy: RoleModel, x) -> None:
+def train_policy(ctx: Context, policy: RoleModel, x) -> Works:
     batch = {"tokens": x.tokens, "loss_mask": x.loss_mask}
-    policy.train_step(batch, cross_entropy(policy), ctx.config.sft.micro_batch_size, ctx.metrics)
+    yield Work(policy, batch, cross_entropy(policy), ctx.config.sft.micro_batch_size)
     ctx.metrics.record("train/tokens", x.lengths.sum())
+    return None
 
 
 def supervised(examples: list[Example], multiple: int) -> Experience:
