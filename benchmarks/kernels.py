@@ -358,6 +358,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int)
     parser.add_argument("--vocab", type=int)
     parser.add_argument("--hidden", type=int, nargs="+", default=[256, 1024])
+    parser.add_argument("--ops", nargs="+", default=[], help="of these alone")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--alone", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -373,7 +374,7 @@ def main() -> None:
         "megatron": version("megatron-core"), "liger": version("liger-kernel"), "trl": version("trl"),
     }  # fmt: skip
     rows = []
-    for op in ops(args):
+    for op in (op for op in ops(args) if not args.ops or op.name in args.ops):
         for name, result in times(op, args.repeats).items():
             if isinstance(result, str):
                 print(f"{op.name} {name}: not measured, {result}")
@@ -398,11 +399,13 @@ def main() -> None:
         if not file.tell():
             writer.writeheader()
         writer.writerows(rows)
-    plot(rows)
+    with (HERE / "kernels.csv").open(newline="") as file:
+        here = [row for row in csv.DictReader(file) if row["hardware"] == hardware()]
+    plot(list({(row["op"], row["shape"], row["dtype"], row["candidate"]): row for row in here}.values()))
 
 
 def plot(rows: list[dict]) -> None:
-    """Time and memory of forward with backward, each op's as a multiple of plain torch's."""
+    """Time and memory of forward with backward."""
     try:
         import matplotlib
     except ImportError:

@@ -2,11 +2,40 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from . import reference
 from .dispatch import use_triton
 from .reference import PolicyLoss, ValueLoss
+
+
+def _implementation(x: Tensor) -> Any:
+    """The module whose policy_sums and value_sums run for `x`."""
+    if not use_triton(x):
+        return reference
+    from . import losses_triton
+
+    return losses_triton
+
+
+class _Summed(torch.autograd.Function):
+    """Sums of which the first is a loss. Forward has each token's gradient at hand, and backward scales it."""
+
+    @staticmethod
+    def forward(ctx, x, sums, *arguments):
+        (loss, *statistics), grad = sums(x, *arguments)
+        ctx.save_for_backward(grad)
+        ctx.dtype, ctx.nothing = x.dtype, (None,) * (1 + len(arguments))
+        ctx.mark_non_differentiable(*statistics)
+        return loss, *statistics
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
+        (grad,) = ctx.saved_tensors
+        return (grad * grad_loss).to(ctx.dtype), *ctx.nothing
 
 
 def clipped_policy_loss(
@@ -32,14 +61,8 @@ def clipped_policy_loss(
     Returns:
         Sums over the masked tokens, scalars; divide by their count. `approx_kl` is the k3 sum of old against new.
     """
-    mask = mask.bool()
-    if not use_triton(log_probs):
-        return reference.clipped_policy_loss(
-            log_probs, old_log_probs, advantages, mask, clip_ratio=clip_ratio, moments=moments, eps=eps
-        )
-    from .losses_triton import policy_sums
-
-    return PolicyLoss(*policy_sums(log_probs, old_log_probs, advantages, mask, moments, clip_ratio, eps))
+    arguments = (old_log_probs.detach(), advantages.detach(), mask.bool(), moments, clip_ratio, eps)
+    return PolicyLoss(*_Summed.apply(log_probs, _implementation(log_probs).policy_sums, *arguments))
 
 
 def clipped_value_loss(
@@ -52,9 +75,5 @@ def clipped_value_loss(
     Returns:
         Sums over the masked tokens, scalars; divide by their count. `error` is that of (V - R)^2.
     """
-    mask = mask.bool()
-    if not use_triton(values):
-        return reference.clipped_value_loss(values, old_values, returns, mask, clip_value=clip_value)
-    from .losses_triton import value_sums
-
-    return ValueLoss(*value_sums(values, old_values, returns, mask, clip_value))
+    arguments = (old_values.detach(), returns.detach(), mask.bool(), clip_value)
+    return ValueLoss(*_Summed.apply(values, _implementation(values).value_sums, *arguments))

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reference import LOG_RATIO_LIMIT
+from .reference import LOG_RATIO_LIMIT, PolicyLoss, ValueLoss
 
 LAUNCH = {"policy": {"BLOCK": 1024, "num_warps": 4}, "value": {"BLOCK": 1024, "num_warps": 4}}
 
@@ -27,7 +27,7 @@ def _k3(x):
 @triton.jit
 def policy_kernel(
     log_probs, old_log_probs, advantages, mask, moments, grad, sums, num_tokens, clip_ratio, eps,
-    LIMIT: tl.constexpr, WHITEN: tl.constexpr, WRITE_GRAD: tl.constexpr, BLOCK: tl.constexpr,
+    LIMIT: tl.constexpr, WHITEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`sums` `(programs, 4)`: loss, ratio, clipped tokens, k3."""
     pid = tl.program_id(0)
@@ -45,8 +45,7 @@ def policy_kernel(
     plain = ratio * advantage
     clipped = tl.minimum(tl.maximum(ratio, 1 - clip_ratio), 1 + clip_ratio) * advantage
     is_clipped = clipped < plain
-    if WRITE_GRAD:
-        tl.store(grad + i, tl.where(is_clipped | (tl.abs(change) > LIMIT), 0.0, -plain), mask=inside)
+    tl.store(grad + i, tl.where(is_clipped | (tl.abs(change) > LIMIT), 0.0, -plain), mask=inside)
     tl.store(sums + pid * 4, -tl.sum(tl.where(is_clipped, clipped, plain), 0))
     tl.store(sums + pid * 4 + 1, tl.sum(tl.where(here, ratio, 0.0), 0))
     tl.store(sums + pid * 4 + 2, tl.sum(is_clipped.to(tl.float32), 0))
@@ -56,7 +55,7 @@ def policy_kernel(
 @triton.jit
 def value_kernel(
     values, old_values, returns, mask, grad, sums, num_tokens, clip_value,
-    WRITE_GRAD: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`sums` `(programs, 3)`: loss, clipped tokens, squared error."""
     pid = tl.program_id(0)
@@ -72,71 +71,45 @@ def value_kernel(
     error = (value - target) * (value - target)
     clipped_error = (clipped - target) * (clipped - target)
     is_clipped = clipped_error > error
-    if WRITE_GRAD:
-        # half of it where both errors are the same and one has no gradient, as torch.maximum has it
-        share = tl.where(is_near, 1.0, tl.where(is_clipped, 0.0, tl.where(clipped_error == error, 0.5, 1.0)))
-        tl.store(grad + i, share * (value - target), mask=inside)
+    # half of it where both errors are the same and one has no gradient, as torch.maximum has it
+    share = tl.where(is_near, 1.0, tl.where(is_clipped, 0.0, tl.where(clipped_error == error, 0.5, 1.0)))
+    tl.store(grad + i, share * (value - target), mask=inside)
     tl.store(sums + pid * 3, 0.5 * tl.sum(tl.where(is_clipped, clipped_error, error), 0))
     tl.store(sums + pid * 3 + 1, tl.sum(is_clipped.to(tl.float32), 0))
     tl.store(sums + pid * 3 + 2, tl.sum(error, 0))
 
 
-class _Policy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, log_probs, old_log_probs, advantages, mask, moments, clip_ratio, eps):
-        x, needs_grad = log_probs.float().contiguous(), ctx.needs_input_grad[0]
-        grad = torch.empty_like(x) if needs_grad else x
-        sums = _sums("policy", x, 4)
-        policy_kernel[(len(sums),)](
-            x, old_log_probs.float().contiguous(), advantages.float().contiguous(),
-            mask.contiguous().view(torch.uint8), x if moments is None else moments, grad, sums, x.numel(), clip_ratio,
-            eps, LIMIT=LOG_RATIO_LIMIT, WHITEN=moments is not None, WRITE_GRAD=needs_grad, **LAUNCH["policy"],
-        )  # fmt: skip
-        return _finish(ctx, log_probs, grad, sums)
+def policy_sums(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    moments: Tensor | None,
+    clip_ratio: float,
+    eps: float,
+) -> tuple[PolicyLoss, Tensor]:
+    """See reference.py."""
+    x, old, advantages = (t.float().contiguous() for t in (log_probs, old_log_probs, advantages))
+    grad, sums = torch.empty_like(x), _sums("policy", x, 4)
+    policy_kernel[(len(sums),)](
+        x, old, advantages, mask.contiguous().view(torch.uint8), x if moments is None else moments, grad, sums,
+        x.numel(), clip_ratio, eps, LIMIT=LOG_RATIO_LIMIT, WHITEN=moments is not None, **LAUNCH["policy"],
+    )  # fmt: skip
+    return PolicyLoss(*sums.sum(0).unbind()), grad
 
-    @staticmethod
-    def backward(ctx, grad_loss, *_):
-        return _scaled(ctx, grad_loss), *(None,) * 6
 
-
-class _Value(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, values, old_values, returns, mask, clip_value):
-        x, needs_grad = values.float().contiguous(), ctx.needs_input_grad[0]
-        grad = torch.empty_like(x) if needs_grad else x
-        sums = _sums("value", x, 3)
-        value_kernel[(len(sums),)](
-            x, old_values.float().contiguous(), returns.float().contiguous(), mask.contiguous().view(torch.uint8),
-            grad, sums, x.numel(), clip_value, WRITE_GRAD=needs_grad, **LAUNCH["value"],
-        )  # fmt: skip
-        return _finish(ctx, values, grad, sums)
-
-    @staticmethod
-    def backward(ctx, grad_loss, *_):
-        return _scaled(ctx, grad_loss), *(None,) * 4
+def value_sums(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_value: float
+) -> tuple[ValueLoss, Tensor]:
+    """See reference.py."""
+    x, old, returns = (t.float().contiguous() for t in (values, old_values, returns))
+    grad, sums = torch.empty_like(x), _sums("value", x, 3)
+    value_kernel[(len(sums),)](
+        x, old, returns, mask.contiguous().view(torch.uint8), grad, sums, x.numel(), clip_value, **LAUNCH["value"]
+    )
+    return ValueLoss(*sums.sum(0).unbind()), grad
 
 
 def _sums(kernel: str, x: Tensor, width: int) -> Tensor:
     """Room for the sums of each program; at least one program, which then adds nothing."""
     return torch.empty(max(1, triton.cdiv(x.numel(), LAUNCH[kernel]["BLOCK"])), width, device=x.device)
-
-
-def _finish(ctx, x: Tensor, grad: Tensor, sums: Tensor):
-    ctx.save_for_backward(grad)
-    ctx.dtype = x.dtype
-    loss, *statistics = sums.sum(0).unbind()
-    ctx.mark_non_differentiable(*statistics)
-    return loss, *statistics
-
-
-def _scaled(ctx, grad_loss: Tensor) -> Tensor:
-    (grad,) = ctx.saved_tensors
-    return (grad * grad_loss).to(ctx.dtype)
-
-
-def policy_sums(log_probs, old_log_probs, advantages, mask, moments, clip_ratio: float, eps: float):
-    return _Policy.apply(log_probs, old_log_probs, advantages, mask, moments, clip_ratio, eps)
-
-
-def value_sums(values, old_values, returns, mask, clip_value: float):
-    return _Value.apply(values, old_values, returns, mask, clip_value)

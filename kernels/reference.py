@@ -292,28 +292,29 @@ class PolicyLoss(NamedTuple):
     approx_kl: Tensor
 
 
-def clipped_policy_loss(
+def policy_sums(
     log_probs: Tensor,
     old_log_probs: Tensor,
     advantages: Tensor,
     mask: Tensor,
-    *,
-    clip_ratio: float,
     moments: Tensor | None,
+    clip_ratio: float,
     eps: float,
-) -> PolicyLoss:
-    """See losses.py."""
-    advantages = advantages.detach()
+) -> tuple[PolicyLoss, Tensor]:
+    """`clipped_policy_loss` of losses.py, and the gradient of its sum for each token."""
+    change = _masked(_wide(log_probs) - old_log_probs, mask)
+    log_ratio = change.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     if moments is not None:
         advantages = whiten(advantages, mask, eps=eps, moments=moments)
-    log_ratio = _masked(log_probs - old_log_probs.detach(), mask).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    ratio, advantages = log_ratio.exp(), _masked(advantages, mask)
-    plain, clipped = ratio * advantages, ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * advantages
-    with torch.no_grad():
-        clip_fraction = (clipped < plain).to(plain.dtype).sum()
-        ratio_sum = _masked(ratio, mask).sum()
-        approx_kl = (torch.expm1(log_ratio) - log_ratio).sum()
-    return PolicyLoss(-torch.minimum(plain, clipped).sum(), ratio_sum, clip_fraction, approx_kl)
+    advantages = _masked(advantages, mask)
+    ratio = log_ratio.exp()
+    plain, clipped = ratio * advantages, ratio.clamp(1 - clip_ratio, 1 + clip_ratio).mul_(advantages)
+    is_clipped = clipped < plain
+    ratio_sum = _masked(ratio, mask).sum()
+    approx_kl = torch.expm1(log_ratio).sub_(log_ratio).sum()
+    loss = -torch.minimum(plain, clipped).sum()
+    grad = plain.neg_().masked_fill_(is_clipped | (change.abs_() > LOG_RATIO_LIMIT), 0)
+    return PolicyLoss(loss, ratio_sum, is_clipped.sum().to(loss.dtype), approx_kl), grad
 
 
 class ValueLoss(NamedTuple):
@@ -324,20 +325,22 @@ class ValueLoss(NamedTuple):
     error: Tensor
 
 
-def clipped_value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip_value: float
-) -> ValueLoss:
-    """See losses.py."""
-    # what is masked must not meet NaNs either, whose gradient is one whatever it is multiplied with
-    values, old_values, returns = (_masked(x, mask) for x in (values, old_values.detach(), returns.detach()))
+def value_sums(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_value: float
+) -> tuple[ValueLoss, Tensor]:
+    """`clipped_value_loss` of losses.py, and the gradient of its sum for each token."""
+    values, old_values, returns = (_masked(x, mask) for x in (_wide(values), old_values, returns))
     change = values - old_values
+    is_near = change.abs() <= clip_value
     # not old + change throughout: rounding would count values as clipped that are not
-    clipped = torch.where(change.abs() <= clip_value, values, old_values + change.clamp(-clip_value, clip_value))
-    plain_error, clipped_error = (values - returns).square(), _masked((clipped - returns).square(), mask)
-    with torch.no_grad():
-        clip_fraction = (clipped_error > plain_error).to(plain_error.dtype).sum()
-        error = plain_error.sum()
-    return ValueLoss(0.5 * torch.maximum(plain_error, clipped_error).sum(), clip_fraction, error)
+    clipped = torch.where(is_near, values, change.clamp_(-clip_value, clip_value).add_(old_values))
+    grad = values - returns
+    error, clipped_error = grad.square(), clipped.sub_(returns).square_()
+    is_clipped = clipped_error > error
+    loss = 0.5 * torch.maximum(error, clipped_error).sum()
+    # half of it where both errors are the same and one has no gradient, as torch.maximum has it
+    grad.masked_fill_(is_clipped, 0).mul_(torch.where(is_near | (clipped_error != error), 1.0, 0.5))
+    return ValueLoss(loss, is_clipped.sum().to(loss.dtype), error.sum()), grad
 
 
 def pairwise_loss(chosen: Tensor, rejected: Tensor) -> Tensor:

@@ -66,9 +66,9 @@ def cases():
         config = advantage_triton.LAUNCH["rows"] | {"LIMIT": 20.0, "PACKED": packed}
         yield f"advantage-{packed}", advantage_triton.rows_kernel, "fp32", config
     yield "moments", advantage_triton.moments_kernel, "fp32", advantage_triton.LAUNCH["moments"]
-    config = losses_triton.LAUNCH["policy"] | {"LIMIT": 20.0, "WHITEN": True, "WRITE_GRAD": True}
+    config = losses_triton.LAUNCH["policy"] | {"LIMIT": 20.0, "WHITEN": True}
     yield "policy", losses_triton.policy_kernel, "fp32", config
-    yield "value", losses_triton.value_kernel, "fp32", losses_triton.LAUNCH["value"] | {"WRITE_GRAD": True}
+    yield "value", losses_triton.value_kernel, "fp32", losses_triton.LAUNCH["value"]
 
 
 def compile_case(kernel, dtype: str, config: dict, capability: int):
