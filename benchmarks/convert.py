@@ -3,7 +3,7 @@
     python benchmarks/convert.py [--gb 4] [--tp 2] [--pp 2] [--folder /tmp]
 
 Each side runs in a process of its own, in turns; medians of their work are compared. The peak is resident memory,
-imports included. Appends a line to benchmarks/convert.csv.
+imports included. Appends a line to benchmarks/results/convert.csv.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def main() -> None:
     )
     fields = ["gb", "tp", "pp", "copy_s", "import_s", "ratio", "copy_peak_gb", "import_peak_gb", "machine", "python"]
     values = [total, args.tp, args.pp, rows["copy"][1], rows["import"][1], ratio, rows["copy"][2], rows["import"][2]]
-    with (HERE / "convert.csv").open("a") as file:
+    with (HERE / "results" / "convert.csv").open("a") as file:
         writer = csv.writer(file)
         if not file.tell():
             writer.writerow(fields)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def context(overrides: list[str], layout: tuple):
 
 
 def first_iteration(overrides: list[str], layout: tuple, phase: str) -> dict:
-    """The first iteration of a phase: its tokens and its figures."""
+    """The first iteration of a phase: its tokens, its figures, and a digest of this rank's weights after it."""
     from rlhf_engine.algorithms import ALGORITHMS
     from rlhf_engine.schedule import Schedule
     from rlhf_engine.trainer import build_role
@@ -45,7 +46,13 @@ def first_iteration(overrides: list[str], layout: tuple, phase: str) -> dict:
     experience = Schedule(algorithm.stages, algorithm.provided, specs).run(ctx, algorithm.batch(ctx))
     figures = ctx.metrics.reduce(ctx.mesh)
     rows = [row[:n] for row, n in zip(experience.tokens.tolist(), experience.lengths.tolist(), strict=True)]
-    return {"tokens": rows, "figures": {k: v for k, v in figures.items() if not k.startswith(("time/", "throughput"))}}
+    digest = hashlib.sha256()
+    for name in sorted(ctx.roles):
+        for parameter in ctx.roles[name].gpt.parameters():
+            digest.update(parameter.detach().numpy().tobytes())
+    times = [name for name in figures if name.startswith("time/")]
+    figures = {k: v for k, v in figures.items() if not k.startswith(("time/", "throughput"))}
+    return {"tokens": rows, "figures": figures, "weights": digest.hexdigest(), "times": times}
 
 
 def generate(overrides: list[str], layout: tuple, prompts: list[list[int]], ids: list[int], ends: tuple = ()):
