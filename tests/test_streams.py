@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from dataclasses import replace
 
 import cases
 import pytest
 from conftest import SMALL
 from test_hf_architectures import SIZES, make
 
-from rlhf_engine.algorithms.ppo import stage_table
+from rlhf_engine.algorithms.ppo import PPO, stage_table
 from rlhf_engine.config import RunConfig, ScheduleConfig
 from rlhf_engine.schedule import Schedule
 
@@ -40,30 +40,29 @@ def test_streams_change_nothing(worlds, settings, layout):
     assert together[0]["figures"]["policy/grad_norm"] > 0 and together[0]["figures"]["critic/grad_norm"] > 0
 
 
-def names(config: ScheduleConfig, pp: int = 2, offloaded=()) -> list[list[str]]:
-    schedule = Schedule(
-        stage_table(RunConfig()), {"prompts", "sample_ids"}, ("policy", "reference", "reward", "critic")
-    )
+ROLES = ("policy", "reference", "reward", "critic")
+
+
+def names(config: ScheduleConfig, pp: int = 2, offloaded=(), table=None) -> list[list[str]]:
+    schedule = Schedule(table or stage_table(RunConfig()), PPO.provided, ROLES)
     return [[stage.name for stage in group] for group in schedule.groups(config, pp, offloaded)]
 
 
 def test_what_runs_together():
     inferred, trained = ["log_probs", "ref_log_probs", "score", "values"], ["train_critic", "train_policy"]
-    assert inferred in names(ScheduleConfig()) and trained in names(ScheduleConfig())
+    found, half = names(ScheduleConfig()), names(ScheduleConfig(infer_stream=False))
+    assert inferred in found and trained in found
+    assert inferred not in half and trained in half
     assert all(len(group) == 1 for group in names(ScheduleConfig(), pp=1))
-    assert inferred not in names(ScheduleConfig(infer_stream=False)) and trained in names(
-        ScheduleConfig(infer_stream=False)
-    )
     # a role that is kept off the device is not brought there with others
-    assert names(ScheduleConfig(), offloaded=("reference",))[1:5] == [[name] for name in inferred[:2]] + [
-        inferred[2:]
-    ] + [["advantage"]]
+    found = names(ScheduleConfig(), offloaded=("reference",))
+    assert found[1:5] == [["log_probs"], ["ref_log_probs"], ["score", "values"], ["advantage"]]
 
 
 def test_a_stage_does_not_run_with_one_that_it_reads_from():
-    table = stage_table(RunConfig())
-    later = [s if s.name != "values" else SimpleNamespace(**{**vars(s), "reads": ("tokens", "scores")}) for s in table]
-    schedule = Schedule(table, {"prompts", "sample_ids"}, ("policy", "reference", "reward", "critic"))
-    schedule.stages = later
-    groups = [[stage.name for stage in group] for group in schedule.groups(ScheduleConfig(), 2, ())]
-    assert ["log_probs", "ref_log_probs", "score"] in groups and ["values"] in groups
+    table = [
+        replace(stage, reads=("tokens", "scores")) if stage.name == "values" else stage
+        for stage in stage_table(RunConfig())
+    ]
+    found = names(ScheduleConfig(), table=table)
+    assert ["log_probs", "ref_log_probs", "score"] in found and ["values"] in found
