@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 Phase = Literal["sft", "reward", "ppo", "score", "generate"]
+JOBS = frozenset({"score", "generate"})  # phases that read a file and write a file
 
 
 class ConfigError(ValueError):
@@ -207,6 +208,7 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on cuda, float32 on cpu
     keep_checkpoints: int = 2
+    trace: bool = False  # what each rank does and when, in OUTPUT_DIR/PHASE/trace.json, for ui.perfetto.dev
     export_hf: bool = True  # each phase leaves its trained models in HF format, in OUTPUT_DIR/PHASE/hf
     mesh: MeshConfig = field(default_factory=MeshConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -351,14 +353,14 @@ def check(config: RunConfig, mesh: MeshConfig, model: ModelConfig, reward: Model
         _check_batch("reward.batch_size", config.reward.batch_size, dp, "reward", config.reward.micro_batch_size)
     if "ppo" in phases:
         _check_ppo(config, dp)
-    if phases & {"score", "generate"}:
+    if phases & JOBS:
         if config.output is None:
             raise ConfigError("output is not set: output=FILE.jsonl names the file to write")
         if not config.data.sources:
             raise ConfigError("data.sources is empty: data.sources=[FILE.jsonl] names what to read")
         if config.policy.path is None:
             raise ConfigError("policy.path is not set: policy.path=DIR names an HF folder")
-    if phases & {"sft", "reward", "ppo"}:
+    else:
         for each in (model, reward):
             if each.num_experts is not None and mesh.tp > 1 and not mesh.sequence_parallel:
                 raise ConfigError(f"mesh.tp={mesh.tp} trains experts with mesh.sequence_parallel=true only")

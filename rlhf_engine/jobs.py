@@ -112,4 +112,4 @@ class _Output:
         print(f"wrote {len(self.rows)} rows to {self.path}", flush=True)
 
 
-JOBS = {"score": score, "generate": generate}
+BODIES = {"score": score, "generate": generate}

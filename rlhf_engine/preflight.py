@@ -11,13 +11,13 @@ from pathlib import Path
 
 import yaml
 
-from .config import Base, ConfigError, MeshConfig, RunConfig, check, resolve_mesh
+from .config import JOBS, Base, ConfigError, MeshConfig, RunConfig, check, resolve_mesh
 from .data.sources import Source, parse_weight, read_json_rows, read_sources
 from .data.tokenizer import Tokenizer
 from .hf.config import read_model_config
 from .hf.index import index
 
-JOBS = {"score", "generate"}  # phases that read a file and write a file
+SUMMARY = "summary.json"  # of a finished phase
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def check_reward(config: RunConfig) -> None:
     Raises:
         ConfigError: there is no reward model.
     """
-    trained = "reward" in config.phases or (Path(config.output_dir) / "reward" / "summary.json").is_file()
+    trained = "reward" in config.phases or (Path(config.output_dir) / "reward" / SUMMARY).is_file()
     if "ppo" in config.phases and config.reward.kind == "model" and not trained and config.reward.path is None:
         raise ConfigError(
             f"PPO needs a reward model, and no reward phase is finished in {config.output_dir}:"

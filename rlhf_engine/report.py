@@ -18,6 +18,8 @@ from datetime import timedelta
 from numbers import Real
 from pathlib import Path
 
+from .timeline import draw_timeline, read_trace
+
 Points = dict[float, float]  # iteration -> value; NaN where the run reported something that is not finite
 
 # What shares a chart shares a unit. Phases draw the charts they have keys for. "log": if values span decades.
@@ -34,6 +36,11 @@ CHARTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Log-prob gap, rollout to training", "log", ("rollout/log_prob_gap",)),
     ("Learning rate", "", ("policy/learning_rate", "critic/learning_rate", "reward/learning_rate")),
     ("Generated tokens per second", "", ("throughput/generated_tokens_per_second",)),
+    (
+        "Idle share of the pipelines",
+        "",
+        ("idle/log_probs+ref_log_probs+score+values", "idle/train_critic+train_policy", "idle/train_policy"),
+    ),
 )
 TIME_TOTALS = {"time/total", "time/iteration"}  # sums of stages: stacked, they would count every second twice
 STAGES, COLUMNS, LINE_POINTS, HOVER_POINTS = 7, 60, 600, 150
@@ -82,6 +89,8 @@ def write_report(
     parts += [f"<dl class=tiles>{''.join(tiles)}</dl>"] * bool(tiles)
     parts += [f"<h2>Curves</h2><div class=grid>{''.join(charts)}</div>"] * bool(charts)
     parts += [f"<h2>Time per stage</h2>{_time_chart(stages)}"] if stages else []
+    if figure := draw_timeline(read_trace(folder / "trace.json")):
+        parts.append(f"<h2>What each rank did when</h2>{figure}")
     parts += [f"<h2>Sampled dialogues</h2>{''.join(cards)}"] * bool(cards)
     if others:
         parts.append(f"<details><summary>All other metrics ({len(others)})</summary>")

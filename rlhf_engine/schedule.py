@@ -20,7 +20,6 @@ from .experience import FIELDS, Experience
 
 if TYPE_CHECKING:
     from .algorithms.context import Context
-    from .metrics import Metrics
     from .models.stream import Work
 
 Fields = Mapping[str, Tensor]
@@ -112,7 +111,8 @@ class Schedule:
             started = time.perf_counter()
             name = "+".join(stage.name for stage in group)
             try:
-                results = self._run_group(ctx, group, experience)
+                with ctx.trace.stage(name):
+                    results = self._run_group(ctx, group, experience)
             except Exception as error:
                 error.add_note(f"in stage {name} of iteration {ctx.state.iteration}, on rank {ctx.mesh.rank}")
                 raise
@@ -138,11 +138,11 @@ class Schedule:
                 view = SimpleNamespace(**{name: getattr(experience, name) for name in stage.reads})
                 results.append(stage.body(ctx, role, view))
             if group[0].kind in ("infer", "train"):
-                results = together(results, group[0].kind, ctx.metrics)
+                results = together(results, group[0].kind, ctx)
         return [result or {} for result in results]
 
 
-def together(bodies: Sequence[Works], kind: str, metrics: Metrics) -> list[Fields | None]:
+def together(bodies: Sequence[Works], kind: str, ctx: Context) -> list[Fields | None]:
     """Runs bodies that yield `Work` in step with each other, and gives what each returns."""
     from .models import stream
 
@@ -156,9 +156,9 @@ def together(bodies: Sequence[Works], kind: str, metrics: Metrics) -> list[Field
             except StopIteration as stop:
                 results[i] = stop.value
         if kind == "infer":
-            answers = dict(zip(works, stream.infer(list(works.values())) if works else (), strict=True))
+            answers = dict(zip(works, stream.infer(list(works.values()), ctx.trace) if works else (), strict=True))
         else:
             if works:
-                stream.train_step(list(works.values()), metrics)
+                stream.train_step(list(works.values()), ctx.metrics, ctx.trace)
             answers = dict.fromkeys(works)
     return results

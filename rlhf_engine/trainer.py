@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 import yaml
 
-from . import checkpoint
+from . import checkpoint, jobs
 from .algorithms import ALGORITHMS
 from .algorithms.context import Algorithm, Context, Evaluation, RoleSpec, TrainState
-from .config import ConfigError, RunConfig
+from .config import JOBS, ConfigError, RunConfig
 from .data import sources as data_sources
 from .data.dataset import Dataset
 from .data.sources import gold_rule
@@ -25,15 +25,13 @@ from .data.tokenizer import Tokenizer, train_tokenizer
 from .hf.export import export_role, head_config
 from .hf.files import HFFolder
 from .hf.weights import RandomWeights, Source, load_weights
-from .jobs import JOBS
 from .logbook import Logbook, show_run
 from .mesh import ParallelMesh
 from .models.role import RoleModel
-from .preflight import Plan, load_function
+from .preflight import SUMMARY, Plan, load_function
 from .report import write_report
 from .schedule import Schedule
-
-SUMMARY = "summary.json"  # of a finished phase
+from .trace import append_events
 
 
 def run(plan: Plan) -> None:
@@ -44,7 +42,7 @@ def run(plan: Plan) -> None:
         show_run(plan, ctx)
     for phase in plan.config.phases:
         if phase in JOBS:
-            JOBS[phase](ctx, base_policy(ctx))
+            jobs.BODIES[phase](ctx, base_policy(ctx))
         else:
             train(ctx, ALGORITHMS[phase](plan.config))
     mesh.barrier()
@@ -84,7 +82,7 @@ def train(ctx: Context, algorithm: Algorithm) -> None:
         schedule.run(ctx, experience)
         ctx.state.iteration += 1
         done = ctx.state.iteration
-        figures = ctx.metrics.reduce(mesh)
+        figures = ctx.metrics.reduce(mesh) | close_trace(ctx, folder)
         if algorithm.eval_every and done % algorithm.eval_every == 0 and done < algorithm.iterations:
             figures |= algorithm.evaluate(ctx, final=False).figures
         logbook.write({"iteration": done - 1, **figures, "time/iteration": time.perf_counter() - started})
@@ -103,6 +101,17 @@ def train(ctx: Context, algorithm: Algorithm) -> None:
     gc.collect()  # megatron's configuration and its DDP refer to each other
     if mesh.device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def close_trace(ctx: Context, folder: Path) -> dict[str, float]:
+    """Idle shares of the iteration's pipelines; with `trace=true` its spans go to `trace.json`."""
+    figures = ctx.trace.idle_shares(ctx.mesh) if ctx.mesh.pp > 1 else {}
+    if ctx.config.trace:
+        ranks = ctx.mesh.all_gather_object(ctx.trace.spans)
+        if ctx.mesh.is_main:
+            append_events(folder / "trace.json", ranks, ctx.state.iteration - 1)
+    ctx.trace.clear()
+    return figures
 
 
 def finish(ctx: Context, folder: Path, algorithm: Algorithm, evaluation: Evaluation, logbook: Logbook) -> None:

@@ -12,8 +12,11 @@ from rlhf_engine.config import RewardConfig, RunConfig
 from rlhf_engine.experience import Experience
 from rlhf_engine.metrics import Metrics
 from rlhf_engine.schedule import Schedule, ScheduleError, Stage
+from rlhf_engine.trace import Trace
 
-CTX = SimpleNamespace(roles={}, metrics=Metrics(), config=RunConfig(), mesh=SimpleNamespace(pp=1, rank=0))
+CTX = SimpleNamespace(
+    roles={}, metrics=Metrics(), trace=Trace(), config=RunConfig(), mesh=SimpleNamespace(pp=1, rank=0)
+)
 ROLES = ("policy", "reference", "reward", "critic")
 
 

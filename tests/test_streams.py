@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import cases
 import pytest
-from conftest import SMALL
+from conftest import SMALL, launch
 from test_hf_architectures import SIZES, make
 
 from rlhf_engine.algorithms.ppo import PPO, stage_table
 from rlhf_engine.config import RunConfig, ScheduleConfig
 from rlhf_engine.schedule import Schedule
+from rlhf_engine.trace import Stream, Trace
 
 TOGETHER = ["time/log_probs+ref_log_probs+score+values", "time/train_critic+train_policy"]
 
@@ -66,3 +70,40 @@ def test_a_stage_does_not_run_with_one_that_it_reads_from():
     ]
     found = names(ScheduleConfig(), table=table)
     assert ["log_probs", "ref_log_probs", "score"] in found and ["values"] in found
+
+
+def test_a_trace_and_its_picture(tmp_path):
+    """Every rank's stages, micro-batches and waits, in a file that Perfetto reads and in the report."""
+    settings = [*SMALL, "phases=[sft]", "mesh.pp=2", "mesh.dp=1", "trace=true", f"output_dir={tmp_path}"]
+    launch(*settings, "sft.eval_every=0")
+    text = (tmp_path / "sft" / "trace.json").read_text()
+    events = json.loads(text.rstrip().rstrip(",") + "]")
+    assert {(event["pid"], event["cat"]) for event in events} == {
+        (rank, cat) for rank in (0, 1) for cat in ("stage", "forward", "backward", "wait")
+    }
+    forwards = [event for event in events if event["cat"] == "forward" and event["args"]["iteration"] == 2]
+    assert len(forwards) == 2 * 16 // 4  # ranks x rows / rows of a micro-batch
+    rows = [json.loads(line) for line in (tmp_path / "sft" / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < row["idle/train_policy"] < 1 for row in rows)
+    assert "What each rank did when" in (tmp_path / "sft" / "report.html").read_text()
+
+
+def test_idle_shares():
+    """Two ranks, one second of work each in a pipeline of two seconds."""
+    trace = Trace()
+    trace.streams = [Stream("s", 2.0, 1.0)]
+    mesh = SimpleNamespace(all_gather_object=lambda mine: [mine, [Stream("s", 1.5, 0.5)]])
+    assert trace.idle_shares(mesh) == {"idle/s": 0.5}
+
+
+def test_what_is_not_forward_is_backward():
+    trace = Trace()
+    with trace.stage("s"), trace.stream(has_backward=True):
+        with trace.span("policy", "forward"):
+            time.sleep(0.01)
+        time.sleep(0.02)
+        with trace.span("neighbours", "wait"):
+            time.sleep(0.01)
+    seconds = {kind: sum(s.stop - s.start for s in trace.spans if s.kind == kind) for kind in ("backward", "wait")}
+    (stream,) = trace.streams
+    assert 0.02 <= seconds["backward"] < stream.seconds - 0.02 and stream.waited == seconds["wait"] >= 0.01

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
 from ..config import Base, ModelConfig, OptimizerConfig, RunConfig
-from ..data.dataset import Dataset
+from ..data.dataset import Dataset, Example
 from ..data.sources import GoldFn
 from ..data.tokenizer import Tokenizer
 from ..experience import Experience
@@ -16,6 +16,7 @@ from ..metrics import Metrics
 from ..models.build import Head
 from ..models.role import RoleModel
 from ..schedule import Stage
+from ..trace import Trace
 
 # prompts, responses (text), prompts, responses (token ids) -> one score each
 RewardFn = Callable[[list[str], list[str], list[list[int]], list[list[int]]], Sequence[float]]
@@ -86,11 +87,18 @@ class Context:
     roles: dict[str, RoleModel] = field(default_factory=dict)
     state: TrainState = field(default_factory=TrainState)
     metrics: Metrics = field(default_factory=Metrics)
+    trace: Trace = field(default_factory=Trace)
 
     @property
     def model(self) -> ModelConfig:
         """The policy's."""
         return self.bases["policy"].model
+
+    def draw(self, count: int) -> list[Example]:
+        """The next rows of the data set."""
+        examples = self.dataset.batch(self.state.position, count)
+        self.state.position += count
+        return examples
 
 
 @dataclass
@@ -117,7 +125,7 @@ class Algorithm(Protocol):
     def roles(self) -> dict[str, RoleSpec]: ...
 
     def batch(self, ctx: Context) -> Experience:
-        """The rows of iteration `ctx.state.iteration`; advances `ctx.state.position`."""
+        """The rows of iteration `ctx.state.iteration`; draws from the data set."""
         ...
 
     def evaluate(self, ctx: Context, final: bool) -> Evaluation: ...

@@ -330,8 +330,7 @@ class PPO:
         config = self.config
         if ctx.state.iteration == 0:
             ctx.state.kl_coef = config.kl_coef
-        examples = ctx.dataset.batch(ctx.state.position, config.prompts_per_iteration)
-        ctx.state.position += config.prompts_per_iteration
+        examples = ctx.draw(config.prompts_per_iteration)
         prompts = [example.prompt for example in examples for _ in range(config.samples_per_prompt)]
         return Experience(prompts=prompts, sample_ids=torch.arange(len(prompts)))
 

@@ -70,10 +70,7 @@ class Reward:
         }
 
     def batch(self, ctx: Context) -> Experience:
-        size = self.config.batch_size
-        examples = ctx.dataset.batch(ctx.state.position, size)
-        ctx.state.position += size
-        return pair_rows(examples, ctx.mesh.tp)
+        return pair_rows(ctx.draw(self.config.batch_size), ctx.mesh.tp)
 
     def evaluate(self, ctx: Context, final: bool) -> Evaluation:
         """Accuracy on held-out pairs; at the end, centres the scores."""

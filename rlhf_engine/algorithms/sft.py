@@ -61,10 +61,7 @@ class SFT:
         return {"policy": RoleSpec("lm", optimizer=self.config.optimizer, total_steps=self.iterations)}
 
     def batch(self, ctx: Context) -> Experience:
-        size = self.config.batch_size
-        examples = ctx.dataset.batch(ctx.state.position, size)
-        ctx.state.position += size
-        return supervised(examples, ctx.mesh.tp)
+        return supervised(ctx.draw(self.config.batch_size), ctx.mesh.tp)
 
     def evaluate(self, ctx: Context, final: bool) -> Evaluation:
         """Held-out loss per token; at the end, what the policy says to held-out prompts."""

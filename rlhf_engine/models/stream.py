@@ -18,9 +18,12 @@ import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.enums import ModelType
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from ..metrics import Metrics
+from ..trace import Trace
 
 if TYPE_CHECKING:
     from .role import RoleModel
@@ -47,7 +50,7 @@ class Work:
 
 
 @torch.no_grad()
-def infer(works: Sequence[Work]) -> list[Tensor]:
+def infer(works: Sequence[Work], trace: Trace | None = None) -> list[Tensor]:
     """`fn` of the model's output for every row of each work: `(B, ...)` on every rank's CPU.
 
     Rows are split over the replicas and into micro-batches; missing ones are filled up with copies of the last row,
@@ -63,12 +66,12 @@ def infer(works: Sequence[Work]) -> list[Tensor]:
     with contextlib.ExitStack() as stack:
         for work in works:
             stack.enter_context(work.role.on_device())
-        parts = _run(filled, forward_only=True)
+        parts = _run(filled, trace or Trace(), forward_only=True)
     local = [torch.cat(part) if mesh.is_last_stage else None for part in parts]
     return [mesh.gather(part)[: len(work.batch["tokens"])] for part, work in zip(local, works, strict=True)]
 
 
-def train_step(works: Sequence[Work], metrics: Metrics) -> None:
+def train_step(works: Sequence[Work], metrics: Metrics, trace: Trace) -> None:
     """One optimizer step of each work's role on its rows (a multiple of dp x micro_batch_size).
 
     The loss is the sum of `fn`'s losses over the whole batch divided by the sum of its counts, whatever the split into
@@ -77,7 +80,7 @@ def train_step(works: Sequence[Work], metrics: Metrics) -> None:
     for work in works:
         work.role.module.zero_grad_buffer()
         work.role.optimizer.zero_grad()
-    for work, results in zip(works, _run(works, forward_only=False), strict=True):
+    for work, results in zip(works, _run(works, trace, forward_only=False), strict=True):
         role, total = work.role, torch.zeros([], dtype=torch.int, device=work.role.mesh.device)
         for loss, count, statistics in results:
             total += count
@@ -94,7 +97,7 @@ def train_step(works: Sequence[Work], metrics: Metrics) -> None:
         metrics.record(f"{role.name}/learning_rate", learning_rate)
 
 
-def _run(works: Sequence[Work], forward_only: bool) -> list[list[Any]]:
+def _run(works: Sequence[Work], trace: Trace, forward_only: bool) -> list[list[Any]]:
     """What the last pipeline stage made of each micro-batch, by work; nothing on the other stages."""
     mesh = works[0].role.mesh
     counts, micro_batches = [], []
@@ -105,16 +108,23 @@ def _run(works: Sequence[Work], forward_only: bool) -> list[list[Any]]:
         for i in starts:
             rows = slice(i, i + work.micro_batch_size)
             micro_batches.append((work, {name: field[rows] for name, field in local.items()}))
-    results = get_forward_backward_func()(
-        forward_step_func=lambda iterator, stream: stream.step(*next(iterator), forward_only),
-        data_iterator=iter(micro_batches),
-        model=[_Stream([work.role for work in works])],
-        num_microbatches=len(micro_batches),
-        seq_length=works[0].batch["tokens"].shape[1],
-        micro_batch_size=works[0].micro_batch_size,
-        forward_only=forward_only,
-        collect_non_loss_data=forward_only,
-    )
+    stream = _Stream([work.role for work in works], trace)
+    neighbours: dict[str, Any] = {}
+    if mesh.pp > 1:
+        neighbours["p2p_communicator"] = _Neighbours(mesh.pp_group, stream.config, trace)
+        neighbours["pg_collection"] = ProcessGroupCollection.use_mpu_process_groups()
+    with trace.stream(has_backward=not forward_only):
+        results = get_forward_backward_func()(
+            forward_step_func=lambda iterator, stream: stream.step(*next(iterator), forward_only),
+            data_iterator=iter(micro_batches),
+            model=[stream],
+            num_microbatches=len(micro_batches),
+            seq_length=works[0].batch["tokens"].shape[1],
+            micro_batch_size=works[0].micro_batch_size,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+            **neighbours,
+        )
     found = iter(results)
     return [[next(found) for _ in range(count)] if mesh.is_last_stage else [] for count in counts]
 
@@ -124,7 +134,8 @@ class _Stream:
 
     model_type = ModelType.encoder_or_decoder
 
-    def __init__(self, roles: Sequence[RoleModel]):
+    def __init__(self, roles: Sequence[RoleModel], trace: Trace):
+        self.trace = trace
         self.config = copy.copy(roles[0].gpt.config)
         # `train_step` finalises the gradients of each role by itself
         self.config.finalize_model_grads_func = self.config.grad_scale_func = None
@@ -141,8 +152,9 @@ class _Stream:
         tokens = batch["tokens"]
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         work.role.gpt.set_input_tensor(self.input)
-        # right padding and a causal model: no real token sees padding, so there is no mask
-        output = work.role.module(tokens, positions, None)
+        with self.trace.span(work.role.name, "forward"):
+            # right padding and a causal model: no real token sees padding, so there is no mask
+            output = work.role.module(tokens, positions, None)
 
         def finish(output: Tensor, non_loss_data: bool = False):
             if forward_only:
@@ -151,6 +163,18 @@ class _Stream:
             return loss, count.to(torch.int), (loss.detach(), count, statistics)
 
         return output, finish
+
+
+class _Neighbours(P2PCommunicator):
+    """Megatron's exchange with the stages before and behind, its time noted as waiting."""
+
+    def __init__(self, group, config, trace: Trace):
+        super().__init__(group, config)
+        self.trace = trace
+
+    def _communicate(self, **tensors):
+        with self.trace.span("neighbours", "wait"):
+            return super()._communicate(**tensors)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,192 @@
+"""Idle time of pipelines: roles one after the other against all of them in one stream.
+
+    python benchmarks/schedule.py [--stages 2 4] [--micro-batches 4] [--milliseconds 20]
+
+Megatron's schedules, the exchange between ranks (gloo) and the measurement are the engine's own. A stage's work is a
+sleep, twice as long backward as forward, so that stages are equal and more of them than cores do not slow each other
+down. Beside what is measured stands (P - 1) / (M + P - 1) for P stages and M micro-batches, and at the end a simulation
+of the same schedules for more stages. Appends to benchmarks/results/schedule.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import torch.multiprocessing as mp
+
+RESULTS = Path(__file__).resolve().parent / "results" / "schedule.csv"
+ROUNDS = 3
+INFERRED = ("policy", "reference", "reward", "critic")
+TRAINED = ("critic", "policy")
+
+
+class _Sleep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, seconds):
+        ctx.seconds = seconds
+        time.sleep(seconds)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        time.sleep(2 * ctx.seconds)
+        return grad, None
+
+
+class Sleeper:
+    """A role whose every stage takes `seconds` for a forward."""
+
+    is_trained = False
+
+    def __init__(self, name: str, mesh, seconds: float):
+        from rlhf_engine.config import ModelConfig
+        from rlhf_engine.models.build import transformer_config
+
+        self.name, self.mesh, self.seconds = name, mesh, seconds
+        self.gpt = self.module = self
+        self.config = transformer_config(ModelConfig(num_layers=mesh.pp, hidden_size=8), mesh, torch.float32)
+        self.input = None
+
+    def set_input_tensor(self, tensors) -> None:
+        self.input = tensors[0]
+
+    def __call__(self, tokens, positions, mask):
+        rows, length = tokens.shape
+        x = self.input if self.input is not None else torch.zeros(length, rows, 8, requires_grad=True)
+        return _Sleep.apply(x, self.seconds)
+
+
+def rank_main(rank: int, stages: int, micro_batches: int, seconds: float, port: int, queue) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(stages), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    import warnings
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    from rlhf_engine.config import MeshConfig
+    from rlhf_engine.mesh import ParallelMesh
+    from rlhf_engine.models.stream import Work, _run
+    from rlhf_engine.trace import Trace
+
+    mesh = ParallelMesh(MeshConfig(1, stages, 1), "cpu")
+    batch = {"tokens": torch.zeros(micro_batches, 4, dtype=torch.int64)}
+
+    def loss(output, batch):
+        return output.sum(), torch.tensor(1), {}
+
+    for _ in range(ROUNDS + 1):
+        for kind, names in (("infer", INFERRED), ("train", TRAINED)):
+            works = [
+                Work(Sleeper(name, mesh, seconds), batch, loss if kind == "train" else sum_rows, 1) for name in names
+            ]
+            for how, groups in (("apart", [[work] for work in works]), ("stream", [works])):
+                trace = Trace()
+                mesh.barrier()
+                started = time.perf_counter()
+                with torch.set_grad_enabled(kind == "train"):
+                    for group in groups:
+                        with trace.stage(kind):
+                            _run(group, trace, forward_only=kind == "infer")
+                        mesh.barrier()
+                length = time.perf_counter() - started
+                idle = trace.idle_shares(mesh)[f"idle/{kind}"]
+                if rank == 0:
+                    queue.put((kind, how, idle, length))
+    mesh.barrier()
+
+
+def sum_rows(output, batch):
+    return output.sum((0, 2))
+
+
+def measure(stages: int, micro_batches: int, seconds: float) -> dict[tuple[str, str], tuple[float, float]]:
+    """Median idle share and length in seconds of each kind and way, without the first round."""
+    context = mp.get_context("spawn")
+    queue = context.SimpleQueue()
+    port = 20000 + os.getpid() % 10000
+    args = (stages, micro_batches, seconds, port, queue)
+    ranks = mp.start_processes(rank_main, args, stages, join=False, start_method="spawn")
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for _ in range((ROUNDS + 1) * 4):
+        kind, how, idle, length = queue.get()
+        found.setdefault((kind, how), []).append((idle, length))
+    while not ranks.join():
+        pass
+    return {key: tuple(map(statistics.median, zip(*rows[1:], strict=True))) for key, rows in found.items()}
+
+
+def formula(stages: int, micro_batches: int) -> float:
+    return (stages - 1) / (micro_batches + stages - 1)
+
+
+def simulate(stages: int, micro_batches: int, has_backward: bool) -> float:
+    """Idle share of megatron's forward-only or 1F1B order, a forward taking 1 and a backward 2."""
+    orders: list[list[tuple[str, int]]] = []
+    for stage in range(stages):
+        warmup = min(stages - stage - 1, micro_batches) if has_backward else micro_batches
+        order = [("f", i) for i in range(warmup)]
+        if has_backward:
+            for i in range(micro_batches - warmup):
+                order += [("f", warmup + i), ("b", i)]
+            order += [("b", i) for i in range(micro_batches - warmup, micro_batches)]
+        orders.append(order)
+    done: dict[tuple[str, int, int], float] = {}
+    clocks = [0.0] * stages
+    left = sum(map(len, orders))
+    while left:
+        for stage, order in enumerate(orders):
+            while order:
+                kind, i = order[0]
+                before = stage - 1 if kind == "f" else stage + 1
+                needs = (kind, i, before) if 0 <= before < stages else None
+                if needs is not None and needs not in done:
+                    break
+                clocks[stage] = max(clocks[stage], done[needs] if needs else 0.0) + (1 if kind == "f" else 2)
+                done[kind, i, stage] = clocks[stage]
+                order.pop(0)
+                left -= 1
+    return 1 - micro_batches * (3 if has_backward else 1) / max(clocks)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--micro-batches", type=int, default=4)
+    parser.add_argument("--milliseconds", type=float, default=20.0)
+    args = parser.parse_args()
+    rows = []
+    print("stages  what   idle apart (formula)   idle in one stream (formula)   times as fast")
+    for stages in args.stages:
+        found = measure(stages, args.micro_batches, args.milliseconds / 1e3)
+        for kind, roles in (("infer", len(INFERRED)), ("train", len(TRAINED))):
+            (apart, slow), (stream, fast) = found[kind, "apart"], found[kind, "stream"]
+            wanted = formula(stages, args.micro_batches), formula(stages, roles * args.micro_batches)
+            print(
+                f"{stages:6}  {kind}  {apart:10.1%} ({wanted[0]:.1%}) {stream:18.1%} ({wanted[1]:.1%})"
+                f" {slow / fast:20.2f}",
+                flush=True,
+            )
+            rows.append([stages, kind, args.micro_batches, args.milliseconds, apart, wanted[0], stream, wanted[1]])
+    print("simulated, the same number of micro-batches a role:")
+    for stages in (2, 4, 8, 16):
+        for kind, roles in (("infer", len(INFERRED)), ("train", len(TRAINED))):
+            ways = [simulate(stages, n * args.micro_batches, kind == "train") for n in (1, roles)]
+            print(f"{stages:6}  {kind}  {ways[0]:10.1%} {ways[1]:27.1%} {(1 - ways[1]) / (1 - ways[0]):29.2f}")
+    with RESULTS.open("a") as file:
+        writer = csv.writer(file)
+        if not file.tell():
+            columns = ["apart", "apart_formula", "stream", "stream_formula", "machine", "torch", "date"]
+            writer.writerow(["stages", "kind", "micro_batches", "forward_ms", *columns])
+        about = [f"{platform.machine()} {os.cpu_count()} cores", torch.__version__, time.strftime("%Y-%m-%d")]
+        for row in rows:
+            writer.writerow([*row[:4], *(f"{value:.4f}" for value in row[4:]), *about])
+
+
+if __name__ == "__main__":
+    main()
