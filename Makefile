@@ -2,6 +2,7 @@
 # make test   install and run the tests
 # make check  style, types, layers
 # make bench-kernels   the kernels beside plain torch and public ones: benchmarks/results/kernels.csv and kernels.png
+# make bench-schedule  idle time of pipelines, roles apart and in one stream: benchmarks/results/schedule.csv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 RUN ?= +exp=hh_rlhf
@@ -11,7 +12,7 @@ VENV := .venv$(shell $(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: install run test check bench-kernels format clean
+.PHONY: install run test check bench-kernels bench-schedule format clean
 
 install: $(STAMP)
 
@@ -37,6 +38,9 @@ check: install
 bench-kernels: install
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[bench]"
 	$(BIN)/python -W ignore benchmarks/kernels.py $(BENCH)
+
+bench-schedule: install
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/schedule.py $(BENCH)
 
 format: install
 	$(BIN)/ruff check --fix .

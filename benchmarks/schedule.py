@@ -1,6 +1,6 @@
 """Idle time of pipelines: roles one after the other against all of them in one stream.
 
-    python benchmarks/schedule.py [--stages 2 4] [--micro-batches 4] [--milliseconds 20]
+    python benchmarks/schedule.py [--stages 2 4] [--micro-batches 4] [--milliseconds 50]
 
 Megatron's schedules, the exchange between ranks (gloo) and the measurement are the engine's own. A stage's work is a
 sleep, twice as long backward as forward, so that stages are equal and more of them than cores do not slow each other
@@ -158,7 +158,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--micro-batches", type=int, default=4)
-    parser.add_argument("--milliseconds", type=float, default=20.0)
+    parser.add_argument("--milliseconds", type=float, default=50.0)
     args = parser.parse_args()
     rows = []
     print("stages  what   idle apart (formula)   idle in one stream (formula)   times as fast")
