@@ -73,7 +73,9 @@ def copy(source: Path, target: Path) -> None:
 def measure(words: list[str]) -> tuple[float, float, float]:
     """Seconds of the whole process, seconds of its work, and its peak memory in GB."""
     started = time.perf_counter()
-    out = subprocess.run([sys.executable, __file__, *words], check=True, capture_output=True, text=True).stdout
+    settings = os.environ | {"OMP_NUM_THREADS": "1"}  # as the tool sets it: its reader is a thread of its own
+    command = [sys.executable, __file__, *words]
+    out = subprocess.run(command, check=True, capture_output=True, text=True, env=settings).stdout
     work, peak = json.loads(out.splitlines()[-1])
     return time.perf_counter() - started, work, peak
 
