@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+Recompute = Literal["none", "selective", "full"]
 Phase = Literal["sft", "reward", "ppo", "score", "generate"]
 JOBS = frozenset({"score", "generate"})  # phases that read a file and write a file
 
@@ -196,6 +197,8 @@ class RolloutConfig:
 class ScheduleConfig:
     infer_stream: bool = True  # under pp > 1 neighbouring forward stages share one pipeline
     train_stream: bool = True  # and so do the critic's and the policy's updates
+    # activations that backward computes again and need not be kept: of attention, or of whole layers
+    recompute: Recompute = "none"
 
 
 @dataclass

@@ -107,8 +107,10 @@ def use_cpu() -> None:
     import megatron.core.optimizer.optimizer as optimizer
     import megatron.core.tensor_parallel.random as random
 
-    # It would switch CUDA generators around dropout, of which no role has any.
+    # These switch CUDA generators around dropout and around what is computed twice. No role has dropout.
     random.CudaRNGStatesTracker.fork = lambda self, name=None: contextlib.nullcontext()
+    random._get_all_rng_states = lambda: ()
+    random._set_all_rng_states = lambda *states: None
     # The original asserts that every gradient is a CUDA tensor; the arithmetic is the same.
     optimizer.clip_grad_by_total_norm_fp32 = _clip_grad_by_total_norm
 

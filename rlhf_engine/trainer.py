@@ -216,6 +216,7 @@ def build_role(ctx: Context, name: str, spec: RoleSpec) -> RoleModel:
         spec.optimizer,
         spec.total_steps,
         spec.offload,
+        config.schedule.recompute,
     )
     for phase, source in spec.weights:
         if iterations_of_finished(ctx, phase) >= 0 and (found := latest_checkpoint(ctx, phase)):

@@ -61,6 +61,14 @@ def test_optimizer_without_distribution(worlds, small_run, reference):
     assert_same(found["figures"], reference["sft"]["figures"], "sft without the distributed optimizer")
 
 
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("layout", [(1, 1, 1), (2, 1, 1, True), (1, 2, 1)], ids=str)
+def test_recomputed_activations_change_nothing(worlds, small_run, reference, recompute, layout):
+    settings = [*SETTINGS, f"output_dir={small_run}", f"schedule.recompute={recompute}"]
+    found = worlds(layout[0] * layout[1]).run(cases.first_iteration, settings, layout, "sft")[0]
+    assert_same(found["figures"], reference["sft"]["figures"], f"{recompute} recompute on {layout}")
+
+
 def test_golden_losses(reference):
     """A change of these figures is a change of what is computed. RLHF_WRITE_GOLDEN=1 writes them anew."""
     found = {phase: result["figures"] for phase, result in reference.items()}

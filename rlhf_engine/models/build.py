@@ -25,7 +25,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.overrides import TorchFunctionMode
 
-from ..config import ModelConfig
+from ..config import ModelConfig, Recompute
 from ..cpu import cuda_calls_stay
 from ..hf.config import Head
 from ..mesh import ParallelMesh
@@ -63,13 +63,14 @@ def first_stage_layers(num_layers: int, pp: int) -> int | None:
 
 
 def transformer_config(
-    model: ModelConfig, mesh: ParallelMesh, dtype: torch.dtype, folded: bool = False
+    model: ModelConfig, mesh: ParallelMesh, dtype: torch.dtype, folded: bool = False, recompute: Recompute = "none"
 ) -> TransformerConfig:
     """Megatron's configuration of `model` on `mesh`.
 
     Args:
         folded: the whole depth and all experts on one rank and no sequence parallelism, for generation under
             pipelines or expert parallelism.
+        recompute: what backward computes again.
     """
     pp = 1 if folded else mesh.pp
     experts: dict[str, Any] = {}
@@ -118,22 +119,30 @@ def transformer_config(
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
+        recompute_granularity=None if recompute == "none" else recompute,
+        recompute_method="uniform" if recompute == "full" else None,
+        recompute_num_layers=1 if recompute == "full" else None,
         **experts,
     )
 
 
 def build_model(
-    model: ModelConfig, mesh: ParallelMesh, head: Head, dtype: torch.dtype, folded: bool = False
+    model: ModelConfig,
+    mesh: ParallelMesh,
+    head: Head,
+    dtype: torch.dtype,
+    folded: bool = False,
+    recompute: Recompute = "none",
 ) -> GPTModel:
     """This rank's part of the model, its weights allocated and not filled.
 
     Args:
         head: "lm" gives hidden states `(B, S, H)` (under sequence parallelism this rank's part of S), "scalar" gives
             `(B, S, 1)` in float32.
-        folded: see `transformer_config`.
+        folded, recompute: see `transformer_config`.
     """
     assert model.vocab_size is not None
-    config = transformer_config(model, mesh, dtype, folded)
+    config = transformer_config(model, mesh, dtype, folded, recompute)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     if folded:
         groups.pp = groups.ep = mesh.self_group

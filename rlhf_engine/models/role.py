@@ -14,7 +14,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from ..config import ModelConfig, OptimizerConfig
+from ..config import ModelConfig, OptimizerConfig, Recompute
 from ..mesh import ParallelMesh
 from .build import Head, build_model
 from .optim import build_optimizer, wrap_ddp
@@ -36,6 +36,7 @@ class RoleModel:
         head: "lm" (output: hidden states `(B, T, H)`, see `build_model`) or "scalar" (`(B, T, 1)`).
         optimizer: None for a frozen role.
         total_steps: optimizer steps of the whole phase, for the learning-rate schedule.
+        recompute: activations that a trained role's backward computes again.
         offload: keep the weights of a frozen role on the CPU between its stages.
     """
 
@@ -49,9 +50,10 @@ class RoleModel:
         optimizer: OptimizerConfig | None = None,
         total_steps: int = 1,
         offload: bool = False,
+        recompute: Recompute = "none",
     ):
         self.name, self.model, self.mesh, self.head, self.dtype = name, model, mesh, head, dtype
-        self.gpt = build_model(model, mesh, head, dtype)
+        self.gpt = build_model(model, mesh, head, dtype, recompute=recompute)
         self.is_trained = optimizer is not None
         self.is_offloaded = offload
         self._users = 0
