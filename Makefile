@@ -37,7 +37,7 @@ check: install
 
 bench-kernels: install
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[bench]"
-	$(BIN)/python -W ignore benchmarks/kernels.py $(BENCH)
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/kernels.py $(BENCH)
 
 bench-schedule: install
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/schedule.py $(BENCH)
