@@ -51,7 +51,7 @@ def first_iteration(overrides: list[str], layout: tuple, phase: str) -> dict:
         for parameter in ctx.roles[name].gpt.parameters():
             digest.update(parameter.detach().numpy().tobytes())
     times = [name for name in figures if name.startswith("time/")]
-    figures = {k: v for k, v in figures.items() if not k.startswith(("time/", "throughput"))}
+    figures = {k: v for k, v in figures.items() if not k.startswith(("time/", "throughput", "idle/"))}
     return {"tokens": rows, "figures": figures, "weights": digest.hexdigest(), "times": times}
 
 
