@@ -1,6 +1,7 @@
 # make run    install into .venv and run SFT, reward model and PPO on the embedded data
 # make test   install and run the tests
 # make check  style, types, layers
+# make bench-rollout  generation against transformers' generate; BENCH='--stories DIR --layout 1x2t dp2 tp2'
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 RUN ?= +exp=hh_rlhf
@@ -10,7 +11,7 @@ VENV := .venv$(shell $(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: install run test check format clean
+.PHONY: install run test check format bench-rollout clean
 
 install: $(STAMP)
 
@@ -36,6 +37,9 @@ check: install
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench-rollout: install
+	$(BIN)/python benchmarks/rollout.py $(BENCH)
 
 clean:
 	rm -rf .venv .venv-* build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -369,6 +369,12 @@ def check(config: RunConfig, mesh: MeshConfig, model: ModelConfig, reward: Model
                 f"data.max_prompt_len={config.data.max_prompt_len} + rollout.max_new_tokens={budget}"
                 f" exceeds the context of {length}"
             )
+        kv_tokens, most = config.rollout.kv_tokens, config.data.max_prompt_len + budget
+        if "ppo" in phases and kv_tokens is not None and kv_tokens < most:
+            raise ConfigError(
+                f"rollout.kv_tokens={kv_tokens} has no room for data.max_prompt_len={config.data.max_prompt_len}"
+                f" + rollout.max_new_tokens={budget} = {most} tokens"
+            )
     if config.rollout.top_p > 1:
         raise ConfigError(f"rollout.top_p={config.rollout.top_p} must lie in (0, 1]")
     if config.rollout.min_p > 1:

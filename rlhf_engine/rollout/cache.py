@@ -8,6 +8,7 @@ region takes more of the short ones.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -45,12 +46,13 @@ class Lane:
 
     def __post_init__(self) -> None:
         self.size, self.groups, self.capacity = self.store.shape[1:4]
+        self.longest = 0  # length of the longest row
         self._views: tuple[tuple[int, int], list[tuple[Tensor, Tensor]]] = ((0, 0), [])
 
     @property
     def window(self) -> int:
         """How far a decode step reads, the token that it adds included."""
-        return min(self.capacity, round_up(max(row.length for row in self.rows) + 1))
+        return min(self.capacity, round_up(self.longest + 1))
 
     def views(self) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of each layer, `(rows, G, window, D)` both."""
@@ -64,17 +66,30 @@ class Lane:
         """Where in the flat cache the next key and value of row i go, for its first group."""
         return self.offset + i * self.groups * self.capacity + self.rows[i].length
 
+    def add(self, rows: Sequence[Row]) -> None:
+        """Rows whose keys and values are in place, behind the others."""
+        self.rows += rows
+        self.longest = max(row.length for row in self.rows)
+
+    def advance(self) -> None:
+        """Every row has one more token."""
+        self.longest += 1
+        for row in self.rows:
+            row.length += 1
+
     def remove(self, i: int) -> None:
         """Ends a row; the last takes its place."""
-        last = self.rows.pop()
+        row, last = self.rows[i], self.rows.pop()
         if i < len(self.rows):
             self._copy(self, len(self.rows), last, i)
             self.rows[i] = last
+        if row.length == self.longest:
+            self.longest = max((row.length for row in self.rows), default=0)
 
     def take(self, other: Lane, i: int) -> None:
         """Adds a row of another lane, which keeps its copy."""
         self._copy(other, i, other.rows[i], len(self.rows))
-        self.rows.append(other.rows[i])
+        self.add([other.rows[i]])
 
     def _copy(self, source: Lane, i: int, row: Row, target: int) -> None:
         self.store[:, target, :, : row.length] = source.store[:, i, :, : row.length]

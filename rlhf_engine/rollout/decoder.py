@@ -112,7 +112,7 @@ class Decoder:
             start = stop
 
         def attend(i: int, qkv: Tensor) -> Tensor:
-            cache.flat[i].index_copy_(0, target, qkv[:, :, -2:].reshape(-1, 2 * self.head_dim))
+            cache.flat[i].index_copy_(0, target, qkv[:, :, -2:].flatten(2).flatten(0, 1))
             # the query heads of a group stand as its query positions, so keys and values are never expanded
             queries, window = qkv[:, :, :-2], self.windows[i]
             outs = [

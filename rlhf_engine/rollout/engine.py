@@ -165,7 +165,7 @@ class Engine:
             source = torch.tensor([number[tuple(self.prompts[i])] for i in batch], device=self.device)
             logits.append(self.decoder.prefill(tokens, lengths, lane, first, source)[source])
             places = range(len(self.last) + first, len(self.last) + first + len(batch))
-            lane.rows += [Row(i, len(self.prompts[i]), place) for i, place in zip(batch, places, strict=True)]
+            lane.add([Row(i, len(self.prompts[i]), place) for i, place in zip(batch, places, strict=True)])
         self.lanes.append(lane)
         before = len(self.last)
         index = torch.tensor(samples, device=self.device)
@@ -188,8 +188,7 @@ class Engine:
         """One more token for every row."""
         logits = self.decoder.decode(self.last, self.positions, self.target, self.cache, self.lanes)
         for lane in self.lanes:
-            for row in lane.rows:
-                row.length += 1
+            lane.advance()
         self.progress.rows_decoded += len(self.last)
         self.progress.slots_offered += self.slots
         self.last, done = self._sample(logits, self.samples, self.steps)
@@ -261,18 +260,20 @@ class Engine:
 
         While prompts wait for a region that is reason enough; later it has to pay.
         """
-        least = math.inf if self.waiting and not self.cache.free else _PADDING
+        most = math.inf if self.waiting and not self.cache.free else _PADDING
         for lane in sorted(self.lanes, key=lambda lane: len(lane.rows)):
             room = {other.region: other.size - len(other.rows) for other in self.lanes if other is not lane}
+            if sum(room.values()) < len(lane.rows):
+                return False  # nor is there any for the larger ones
             targets, cost = [], 0
             for row in lane.rows:
                 fits = [o for o in self.lanes if room.get(o.region) and o.capacity >= self.need[row.sample]]
-                if not fits:
+                if not fits or cost > most:
                     break
                 targets.append(min(fits, key=lambda other: _padding(other, row)))
                 room[targets[-1].region] -= 1
                 cost += _padding(targets[-1], row)
-            if len(targets) == len(lane.rows) and cost <= least:
+            if len(targets) == len(lane.rows) and cost <= most:
                 for i, target in enumerate(targets):
                     target.take(lane, i)
                 self.lanes.remove(lane)

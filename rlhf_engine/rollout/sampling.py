@@ -12,12 +12,11 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import RolloutConfig
 
-_BLOCK = 128  # columns that are summed first
+_BLOCK = 128  # columns that are summed first; vocabularies are padded to a multiple of it
 
 
 def _as_int64(unsigned: int) -> int:
@@ -91,7 +90,7 @@ class Sampler:
         if threshold is not None:
             x.masked_fill_(x < threshold, -torch.inf)
         # Sums in float64: in float32 that over 128k columns would eat the tail. Two levels: blocks, then columns.
-        p = F.pad(x, (0, -width % _BLOCK), value=-torch.inf).exp_().unflatten(1, (-1, _BLOCK))
+        p = x.exp().unflatten(1, (-1, math.gcd(width, _BLOCK)))
         blocks = p.sum(2, dtype=torch.float64).cumsum_(1)
         # the same borders on every rank, so a number falls to exactly one shard
         borders = self._gather(blocks[:, -1]).cumsum(0)
@@ -104,7 +103,8 @@ class Sampler:
             below = borders[self.rank - 1] if self.rank else torch.zeros_like(total)
             mine = (target >= below) & (target < borders[self.rank])
             local = _column(p, blocks, target - below)
-        log_prob = x.gather(1, local.clamp(max=width - 1).unsqueeze(1)).squeeze(1) - total.log()
+        local = local.clamp(max=width - 1)  # of a row that is not finite
+        log_prob = x.gather(1, local.unsqueeze(1)).squeeze(1) - total.log()
         if self.size == 1:
             return local, log_prob.float()
         # only one shard has the token; 53 bits hold any
