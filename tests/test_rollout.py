@@ -82,7 +82,7 @@ def many(worlds, settings):
 
 
 @pytest.mark.parametrize(
-    "options", [["slots=64"], ["slots=16"], ["slots=24", "kv_tokens=200"], ["kv_tokens=48"]], ids=str
+    "options", [["slots=64"], ["slots=16"], ["slots=24", "kv_tokens=200"], ["kv_tokens=47"]], ids=str
 )
 @pytest.mark.parametrize("layout", [(1, 1, 1), (1, 1, 2)], ids=str)
 def test_samples_of_one_prompt_and_lengths_of_their_own(worlds, settings, many, options, layout):

@@ -103,7 +103,7 @@ class Engine:
         self.text_ends, self.report, self.device = ends, report, mesh.device
         self.keys, self.limits = keys.to(self.device), torch.tensor(limits, device=self.device)
         self.need = [len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)]
-        longest = round_up(max(self.need))
+        self.longest = longest = min(round_up(max(self.need)), kv_tokens)
         self.slots = min(slots, len(prompts))
         num_lanes = min(_LANES, self.slots, kv_tokens // longest)
         self.rows_per_lane = -(-self.slots // num_lanes)
@@ -153,7 +153,8 @@ class Engine:
 
     def _admit(self) -> None:
         """The longest waiting prompts into a new lane, and their first tokens."""
-        lane = self.cache.open(round_up(self.need[self.waiting[0]]), self.rows_per_lane)
+        capacity = min(round_up(self.need[self.waiting[0]]), self.longest)
+        lane = self.cache.open(capacity, self.rows_per_lane)
         room = min(lane.size, self.slots - self._num_rows)
         samples, self.waiting = self.waiting[:room], self.waiting[room:]
         logits = []

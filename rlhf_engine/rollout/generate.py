@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..config import ConfigError, RolloutConfig
 from ..models.role import RoleModel
-from .cache import round_up
 from .engine import Engine, Progress, Report, Response
 from .fold import whole_model
 from .sampling import Sampler
@@ -53,7 +52,7 @@ def rollout(
     most = [config.max_new_tokens] * len(prompts) if limits is None else limits
     most = [min(limit, context - len(prompt)) for prompt, limit in zip(prompts, most, strict=True)]
     need = [len(prompt) + limit for prompt, limit in zip(prompts, most, strict=True)]
-    longest = round_up(max(need, default=1))
+    longest = max(need, default=1)
     if config.kv_tokens is not None and longest > config.kv_tokens:
         raise ConfigError(f"rollout.kv_tokens={config.kv_tokens} has no room for a sequence of {longest} tokens")
     mine = split(prompts, need, mesh.num_replicas)[mesh.replica]
