@@ -3,6 +3,7 @@
 # make check  style, types, layers
 # make bench-kernels   the kernels beside plain torch and public ones: benchmarks/results/kernels.csv and kernels.png
 # make bench-schedule  idle time of pipelines, roles apart and in one stream: benchmarks/results/schedule.csv
+# make bench-rollout  generation against transformers' generate; BENCH='--stories DIR --layout 1x2t dp2 tp2'
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 RUN ?= +exp=hh_rlhf
@@ -12,7 +13,7 @@ VENV := .venv$(shell $(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: install run test check bench-kernels bench-schedule format clean
+.PHONY: install run test check bench-kernels bench-schedule bench-rollout format clean
 
 install: $(STAMP)
 
@@ -45,6 +46,9 @@ bench-schedule: install
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench-rollout: install
+	$(BIN)/python benchmarks/rollout.py $(BENCH)
 
 clean:
 	rm -rf .venv .venv-* build *.egg-info .pytest_cache .mypy_cache .ruff_cache

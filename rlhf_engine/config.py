@@ -187,10 +187,14 @@ class RolloutConfig:
     temperature: float = 1.0
     top_k: int = 0  # 0: off
     top_p: float = 1.0
+    min_p: float = 0.0  # tokens below this share of the likeliest one's probability have none; 0: off
     greedy: bool = False
     max_new_tokens: int = 64
     min_new_tokens: int = 1  # the end token has no probability before
-    slots: int = 64  # sequences decoded at once on one replica
+    # strings that end a response; it is cut behind the token in which the first of them completes
+    stop: list[str] = field(default_factory=list)
+    slots: int = 256  # sequences decoded at once on one replica
+    kv_tokens: int | None = None  # positions of the KV cache of one replica; null: what free memory holds
 
 
 @dataclass
@@ -230,13 +234,14 @@ _AT_LEAST: dict[str, float] = {
     **dict.fromkeys(
         ("batch_size", "micro_batch_size", "save_every", "keep_checkpoints", "num_rows", "num_eval_rows", "max_seq_len",
          "max_prompt_len", "prompts_per_iteration", "samples_per_prompt", "epochs", "num_minibatches", "eval_prompts",
-         "max_new_tokens", "slots", "num_layers", "hidden_size", "num_attention_heads", "num_key_value_heads",
-         "intermediate_size", "head_dim", "vocab_size", "max_position_embeddings", "tp", "pp", "dp", "ep"),
+         "max_new_tokens", "slots", "kv_tokens", "num_layers", "hidden_size", "num_attention_heads",
+         "num_key_value_heads", "intermediate_size", "head_dim", "vocab_size", "max_position_embeddings", "tp", "pp",
+         "dp", "ep"),
         1,
     ),
     **dict.fromkeys(
-        ("iterations", "eval_every", "critic_warmup_iterations", "warmup_steps", "top_k", "min_new_tokens", "seed",
-         "lr", "min_lr", "weight_decay", "beta1", "beta2", "eps", "clip_grad", "kl_coef", "gamma", "gae_lambda",
+        ("iterations", "eval_every", "critic_warmup_iterations", "warmup_steps", "top_k", "min_p", "min_new_tokens",
+         "seed", "lr", "min_lr", "weight_decay", "beta1", "beta2", "eps", "clip_grad", "kl_coef", "gamma", "gae_lambda",
          "clip_ratio", "clip_value", "score_clip", "init_std"),
         0,
     ),
@@ -376,8 +381,18 @@ def check(config: RunConfig, mesh: MeshConfig, model: ModelConfig, reward: Model
                 f"data.max_prompt_len={config.data.max_prompt_len} + rollout.max_new_tokens={budget}"
                 f" exceeds the context of {length}"
             )
+        kv_tokens, most = config.rollout.kv_tokens, config.data.max_prompt_len + budget
+        if "ppo" in phases and kv_tokens is not None and kv_tokens < most:
+            raise ConfigError(
+                f"rollout.kv_tokens={kv_tokens} has no room for data.max_prompt_len={config.data.max_prompt_len}"
+                f" + rollout.max_new_tokens={budget} = {most} tokens"
+            )
     if config.rollout.top_p > 1:
         raise ConfigError(f"rollout.top_p={config.rollout.top_p} must lie in (0, 1]")
+    if config.rollout.min_p > 1:
+        raise ConfigError(f"rollout.min_p={config.rollout.min_p} must lie in [0, 1]")
+    if "" in config.rollout.stop:
+        raise ConfigError("rollout.stop holds an empty string, which every response has")
     if config.rollout.min_new_tokens > config.rollout.max_new_tokens:
         raise ConfigError(
             f"rollout.min_new_tokens={config.rollout.min_new_tokens} exceeds"
@@ -449,10 +464,11 @@ def _check_ppo(config: RunConfig, dp: int) -> None:
         )
     minibatch = samples // ppo.num_minibatches
     _check_batch("rows per minibatch", minibatch, dp, "ppo", ppo.micro_batch_size)
-    if config.rollout.top_k or config.rollout.top_p < 1 or config.rollout.greedy:
+    sampling = config.rollout
+    if sampling.top_k or sampling.top_p < 1 or sampling.min_p or sampling.greedy:
         raise ConfigError(
-            "PPO needs the log-probs of the distribution sampled from: rollout.top_k=0, rollout.top_p=1 and"
-            " rollout.greedy=false (rollout.temperature is free)"
+            "PPO needs the log-probs of the distribution sampled from: rollout.top_k=0, rollout.top_p=1,"
+            " rollout.min_p=0 and rollout.greedy=false (rollout.temperature is free)"
         )
     for role in ppo.offload:
         if role not in (known := ["reference", "reward"]):

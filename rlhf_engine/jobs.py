@@ -71,10 +71,18 @@ def generate(ctx: Context, policy: RoleModel) -> None:
     _check_lengths(ctx, prompts, "prompt tokens", ctx.model.max_position_embeddings - 1)
     keys = sample_keys(ctx.config.seed, 0, torch.arange(len(rows)))
     step = _ROWS_AT_ONCE * ctx.mesh.num_replicas
+    tokenizer = ctx.tokenizer
     with _Output(ctx) as output:
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
-            found = rollout(policy, prompts[part], keys[part], ctx.config.rollout, ctx.tokenizer.end_ids)
+            found = rollout(
+                policy,
+                prompts[part],
+                keys[part],
+                ctx.config.rollout,
+                tokenizer.end_ids,
+                decode=tokenizer.decode,
+            )
             for i, response in enumerate(found, start):
                 output.rows[i] = {
                     "prompt": rows[i].get("prompt", ctx.tokenizer.decode(prompts[i])),

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,8 +19,6 @@ from torch import Tensor
 
 from .config import MeshConfig
 from .cpu import use_cpu
-
-Row = TypeVar("Row")
 
 
 class ParallelMesh:
@@ -129,14 +126,6 @@ class ParallelMesh:
     @property
     def replica(self) -> int:
         return self.pp_rank * self.dp + self.dp_rank
-
-    def gather_replicas(self, items: Sequence[Row]) -> list[Row]:
-        """Items that replica r made for i = r, r + num_replicas, ... in the order of i, on every rank."""
-        parts: list[Any] = [None] * self.world_size
-        dist.all_gather_object(parts, (self.replica, self.tp_rank, list(items)))
-        per_replica = {replica: part for replica, tp_rank, part in parts if tp_rank == 0}
-        total = sum(map(len, per_replica.values()))
-        return [per_replica[i % self.num_replicas][i // self.num_replicas] for i in range(total)]
 
     # -- exports, which the main rank writes -------------------------------------------------------------------
 

@@ -55,16 +55,45 @@ def first_iteration(overrides: list[str], layout: tuple, phase: str) -> dict:
     return {"tokens": rows, "figures": figures, "weights": digest.hexdigest(), "times": times}
 
 
-def generate(overrides: list[str], layout: tuple, prompts: list[list[int]], ids: list[int], ends: tuple = ()):
-    """Responses of the run's policy to prompts whose noise is keyed by `ids`; `ends` end them too."""
+def generate(
+    overrides: list[str],
+    layout: tuple,
+    prompts: list[list[int]],
+    ids: list[int],
+    ends: tuple = (),
+    limits: list[int] | None = None,
+    poison: int | None = None,
+):
+    """Responses of the run's policy to prompts whose noise is keyed by `ids`, and the last report of their progress.
+
+    Args:
+        ends: tokens that end them too.
+        limits: of their lengths.
+        poison: a token whose embedding is not a number.
+    """
     from rlhf_engine.rollout.generate import rollout
     from rlhf_engine.rollout.sampling import sample_keys
     from rlhf_engine.trainer import base_policy
 
     ctx = context(overrides, layout)
-    keys = sample_keys(ctx.config.seed, 0, torch.tensor(ids))
-    responses = rollout(base_policy(ctx), prompts, keys, ctx.config.rollout, (*ctx.tokenizer.end_ids, *ends))
-    return [(r.tokens, r.log_probs, r.finished) for r in responses]
+    role = base_policy(ctx)
+    if poison is not None:
+        table = role.gpt.embedding.word_embeddings.weight
+        if (row := poison - ctx.mesh.tp_rank * len(table)) in range(len(table)):
+            table.data[row] = torch.nan
+    keys = sample_keys(ctx.config.seed, 0, torch.tensor(ids, dtype=torch.int64))
+    reports: list = []
+    responses = rollout(
+        role,
+        prompts,
+        keys,
+        ctx.config.rollout,
+        (*ctx.tokenizer.end_ids, *ends),
+        decode=ctx.tokenizer.decode,
+        limits=limits,
+        report=reports.append,
+    )
+    return [(r.tokens, r.log_probs, r.finished) for r in responses], reports[-1]
 
 
 def logits(overrides: list[str], layout: tuple, rows: list[list[int]]) -> torch.Tensor:
@@ -126,16 +155,25 @@ def hf_round_trip(folder: str, layout: tuple, rows: list[list[int]], out: str, h
     return role.infer({"tokens": torch.tensor(rows)}, fn, 2)
 
 
-def hf_greedy(folder: str, layout: tuple, prompts: list[list[int]], tokens: int) -> list[list[int]]:
-    """Greedy responses of a model of an HF folder."""
+def hf_greedy(folder: str, layout: tuple, prompts: list[list[int]], tokens: int) -> tuple[list[list[int]], float]:
+    """Greedy responses of a model of an HF folder, and how far their log-probs are from the trainer's at most."""
+    from rlhf_engine.algorithms.heads import policy_log_probs
     from rlhf_engine.config import RolloutConfig
+    from rlhf_engine.experience import pad_rows, spans
     from rlhf_engine.rollout.generate import rollout
     from rlhf_engine.rollout.sampling import sample_keys
 
     role = hf_role(folder, layout)
     config = RolloutConfig(greedy=True, max_new_tokens=tokens, min_new_tokens=0, slots=2)
     keys = sample_keys(1, 0, torch.arange(len(prompts)))
-    return [r.tokens for r in rollout(role, prompts, keys, config, end_ids=[])]
+    responses = rollout(role, prompts, keys, config, end_ids=[])
+    rows, lengths = pad_rows([p + r.tokens for p, r in zip(prompts, responses, strict=True)], role.mesh.tp)
+    mask = spans(torch.tensor([len(p) for p in prompts]), lengths, rows.shape[1])
+    found = role.infer(
+        {"tokens": rows, "mask": mask}, lambda output, batch: policy_log_probs(role, output, batch, batch["mask"])[0], 2
+    )
+    log_probs = torch.tensor([log_prob for r in responses for log_prob in r.log_probs])
+    return [r.tokens for r in responses], float((found[mask] - log_probs).abs().max())
 
 
 def num_parameters(path: str) -> int:

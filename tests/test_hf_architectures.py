@@ -147,14 +147,18 @@ CACHED = ("llama-tied-llama3", "gpt2", "mistral", "qwen3-moe", "qwen2-untied-win
 
 @pytest.mark.parametrize(
     ("name", "layout"),
-    [pytest.param(n, layout, id=f"{layout}-{n}") for layout in LAYOUTS[:3] for n in CACHED] + moe_layouts(),
+    [pytest.param(n, (1, 1, 1), id=f"(1, 1, 1)-{n}") for n in MODELS]
+    + [pytest.param(n, layout, id=f"{layout}-{n}") for layout in LAYOUTS[1:3] for n in CACHED]
+    + moe_layouts(),
 )
-def test_generation_is_that_of_transformers(worlds, folders, name, layout):
-    """Greedy tokens over our KV cache against the whole sequence forwarded anew for each."""
+def test_generation_is_that_of_transformers_and_of_training(worlds, folders, name, layout):
+    """Greedy tokens over our KV cache against the whole sequence forwarded anew for each, and their log-probs against
+    those of megatron's forward."""
     folder = folders(name)
     model = reference(folder)
     prompts = [row[: 2 + 3 * i] for i, row in enumerate(rows())]
-    found = worlds(math.prod(layout[:3])).run(cases.hf_greedy, str(folder), layout, prompts, 9)[0]
+    found, gap = worlds(math.prod(layout[:3])).run(cases.hf_greedy, str(folder), layout, prompts, 9)[0]
+    assert gap <= 1e-5
     for prompt, tokens in zip(prompts, found, strict=True):
         sequence = torch.tensor([prompt])
         for token in tokens:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import json
+
 import cases
 import pytest
 import torch
 from conftest import SMALL
 
+from rlhf_engine.data.tokenizer import Tokenizer
+from rlhf_engine.rollout.generate import split
 from rlhf_engine.rollout.sampling import sample_keys, uniforms
 
 SETTINGS = [*SMALL, "phases=[sft]", "rollout.max_new_tokens=10"]
@@ -23,7 +28,17 @@ def settings(small_run) -> list[str]:
 
 @pytest.fixture(scope="module")
 def sampled(worlds, settings):
-    return worlds(1).run(cases.generate, settings, (1, 1, 1), PROMPTS, IDS)[0]
+    return generate(worlds, settings)
+
+
+def generate(worlds, settings, layout=(1, 1, 1), prompts=PROMPTS, ids=IDS, **options):
+    """The responses, which are the same on every rank."""
+    found = worlds(layout[0] * layout[1] * layout[2]).run(
+        functools.partial(cases.generate, **options), settings, layout, prompts, ids
+    )
+    for responses, _ in found[1:]:
+        assert responses == found[0][0]
+    return found[0][0]
 
 
 def tokens_of(responses) -> list[list[int]]:
@@ -31,12 +46,9 @@ def tokens_of(responses) -> list[list[int]]:
 
 
 def test_greedy_equals_reforwarding(worlds, settings):
-    world = worlds(1)
-    greedy = world.run(cases.generate, [*settings, "rollout.greedy=true", "rollout.slots=3"], (1, 1, 1), PROMPTS, IDS)[
-        0
-    ]
+    greedy = generate(worlds, [*settings, "rollout.greedy=true", "rollout.slots=3"])
     for prompt, (tokens, log_probs, _) in zip(PROMPTS, greedy, strict=True):
-        logits = world.run(cases.logits, settings, (1, 1, 1), [prompt + tokens])[0][0]
+        logits = worlds(1).run(cases.logits, settings, (1, 1, 1), [prompt + tokens])[0][0]
         for i, token in enumerate(tokens):
             row = logits[len(prompt) + i - 1].clone()
             if i == 0:
@@ -47,47 +59,152 @@ def test_greedy_equals_reforwarding(worlds, settings):
 
 @pytest.mark.parametrize("layout", [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 1, 1, True)], ids=str)
 def test_layouts_sample_the_same(worlds, settings, sampled, layout):
-    for responses in worlds(2).run(cases.generate, settings, layout, PROMPTS, IDS):
-        assert tokens_of(responses) == tokens_of(sampled)
+    assert tokens_of(generate(worlds, settings, layout)) == tokens_of(sampled)
 
 
-@pytest.mark.parametrize("slots", [1, 4, 64])
-def test_slots_and_order_do_not_matter(worlds, settings, sampled, slots):
+@pytest.mark.parametrize("layout", [(1, 1, 1), (2, 1, 1), (1, 1, 2)], ids=str)
+@pytest.mark.parametrize("slots", [1, 4, 9, 64])
+def test_slots_and_order_do_not_matter(worlds, settings, sampled, slots, layout):
     order = torch.randperm(len(PROMPTS), generator=torch.Generator().manual_seed(slots)).tolist()
-    found = worlds(1).run(
-        cases.generate, [*settings, f"rollout.slots={slots}"], (1, 1, 1), [PROMPTS[i] for i in order], order
-    )[0]
+    found = generate(worlds, [*settings, f"rollout.slots={slots}"], layout, [PROMPTS[i] for i in order], order)
     assert tokens_of(found) == [sampled[i][0] for i in order]
+
+
+LIMITS = [(7 * i) % 41 + 1 for i in range(60)]  # lanes empty, merge and fill again
+MANY = [PROMPTS[i % 7] for i in range(60)]
+
+
+@pytest.fixture(scope="module")
+def many(worlds, settings):
+    """Several samples of each prompt, one sequence at a time."""
+    one = [*settings, "rollout.slots=1", "rollout.max_new_tokens=41"]
+    return generate(worlds, one, prompts=MANY, ids=list(range(60)), limits=LIMITS)
+
+
+@pytest.mark.parametrize(
+    "options", [["slots=64"], ["slots=16"], ["slots=24", "kv_tokens=200"], ["kv_tokens=47"]], ids=str
+)
+@pytest.mark.parametrize("layout", [(1, 1, 1), (1, 1, 2)], ids=str)
+def test_samples_of_one_prompt_and_lengths_of_their_own(worlds, settings, many, options, layout):
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(len(options))).tolist()
+    options = [*settings, "rollout.max_new_tokens=41", *(f"rollout.{option}" for option in options)]
+    prompts, limits = [MANY[i] for i in order], [LIMITS[i] for i in order]
+    found = generate(worlds, options, layout, prompts, order, limits=limits)
+    assert tokens_of(found) == [many[i][0] for i in order]
+    for (tokens, _, finished), limit in zip(found, limits, strict=True):
+        assert len(tokens) == limit or finished
+    assert len({tuple(tokens[:3]) for tokens, _, _ in found}) > 30
+
+
+def test_what_is_reported(worlds, settings):
+    for layout in ((1, 1, 1), (1, 1, 2), (2, 1, 1)):
+        slots = [*settings, "rollout.slots=4"]
+        for responses, progress in worlds(2 if 2 in layout else 1).run(cases.generate, slots, layout, PROMPTS, IDS):
+            assert progress.rows_done == progress.num_rows == len(PROMPTS)
+            assert progress.tokens == sum(map(len, tokens_of(responses)))
+            # the first token of each comes with its prompt
+            assert progress.rows_decoded == progress.tokens - len(PROMPTS)
+            assert 0.3 < progress.slot_occupancy <= 1 and 0 < progress.prefill_share < 1
+            assert 0 < progress.idle_share < 1 if layout == (1, 1, 2) else abs(progress.idle_share) < 0.2
+
+
+def test_work_is_split_by_length():
+    prompts = [[i // 4] * (i // 4 + 1) for i in range(64)]
+    need = [len(prompt) + 8 for prompt in prompts]
+    shares = split(prompts, need, 3)
+    assert sorted(i for share in shares for i in share) == list(range(64))
+    loads = [sum(need[i] for i in share) for share in shares]
+    assert max(loads) < 1.1 * min(loads)
+    assert all({i // 4 * 4 + k for k in range(4)} <= set(share) for share in shares for i in share)
+    assert split(prompts[:1] * 6, [5] * 6, 3) == [[0, 3], [1, 4], [2, 5]]
+    assert split([], [], 2) == [[], []]
 
 
 def test_every_end_token_ends_a_response(worlds, settings):
     """And a second one changes nothing before it."""
     settings = [*settings, "rollout.min_new_tokens=0"]
-    free = worlds(1).run(cases.generate, settings, (1, 1, 1), PROMPTS, IDS)[0]
+    free = generate(worlds, settings)
     end = max(
         (t for tokens in tokens_of(free) for t in tokens[:-1]), key=lambda t: sum(t in r for r in tokens_of(free))
     )
     for layout in ((1, 1, 1), (2, 1, 1)):
-        ended = worlds(layout[0]).run(cases.generate, settings, layout, PROMPTS, IDS, (end,))[0]
+        ended = generate(worlds, settings, layout, ends=(end,))
         for (tokens, _, finished), (free_tokens, _, free_finished) in zip(ended, free, strict=True):
             stop = free_tokens.index(end) + 1 if end in free_tokens else len(free_tokens)
             assert tokens == free_tokens[:stop] and finished == (free_finished or end in free_tokens)
-    late = worlds(1).run(cases.generate, [*settings, "rollout.min_new_tokens=4"], (1, 1, 1), PROMPTS, IDS, (end,))[0]
+    late = generate(worlds, [*settings, "rollout.min_new_tokens=4"], ends=(end,))
     assert not any({2, end} & set(tokens[:3]) for tokens in tokens_of(late))
 
 
+@pytest.mark.parametrize("least", [0, 4])
+def test_a_stop_string_ends_a_response_behind_the_token_that_completes_it(worlds, settings, small_run, least):
+    decode = Tokenizer(str(small_run / "tokenizer" / "tokenizer.model")).decode
+    wanted = generate(worlds, [*settings, f"rollout.min_new_tokens={least}"])
+    # from the last character of one token to the first of the next
+    pairs = [
+        now[len(before) - 1 : len(before) + 1]
+        for tokens in tokens_of(wanted)
+        for before, now in ((decode(tokens[:k]), decode(tokens[: k + 1])) for k in range(4, 10))
+        if now.startswith(before) and len(now) > len(before)
+    ]
+    strings = [next(pair for pair in pairs if pair.isalpha() and pair.isascii()), "not in any of them"]
+    changed = [*settings, f"rollout.stop={json.dumps(strings)}", f"rollout.min_new_tokens={least}"]
+    stopped = 0
+    for layout in ((1, 1, 1), (2, 1, 1), (1, 1, 2)):
+        for (tokens, _, finished), (free, _, free_finished) in zip(
+            generate(worlds, changed, layout), wanted, strict=True
+        ):
+            ends = [
+                n
+                for n in range(max(1, least), len(free) + 1)
+                if decode(free[:n]).count(strings[0]) > decode(free[: n - 1]).count(strings[0])
+            ]
+            assert tokens == free[: ends[0] if ends else None] and finished == (bool(ends) or free_finished)
+            stopped += bool(ends)
+    assert stopped >= 3  # once on each mesh
+
+
 def test_fewer_prompts_than_replicas(worlds, settings, sampled):
-    assert tokens_of(worlds(2).run(cases.generate, settings, (1, 1, 2), PROMPTS[:1], [0])[1]) == [sampled[0][0]]
+    assert tokens_of(generate(worlds, settings, (1, 1, 2), PROMPTS[:1], [0])) == [sampled[0][0]]
+    for layout in ((1, 1, 1), (1, 1, 2)):
+        assert generate(worlds, settings, layout, [], []) == []
 
 
 def test_a_prompt_longer_than_the_context_is_refused(worlds, settings):
     with pytest.raises(AssertionError, match="prompt 0 has 600 tokens; the model's context takes 1 to 511"):
-        worlds(1).run(cases.generate, settings, (1, 1, 1), [[5] * 600], [0])
+        generate(worlds, settings, prompts=[[5] * 600], ids=[0])
+    # and one that nearly fills it gets what room there is
+    found = generate(worlds, settings, prompts=[[5] * 507, [6, 7]], ids=[0, 1])
+    assert len(found[0][0]) <= 5 and found[0][2] == (found[0][0][-1] == 2)
+
+
+def test_a_cache_too_small_for_a_sequence_is_refused(worlds, settings):
+    with pytest.raises(AssertionError, match=r"rollout\.kv_tokens=15 has no room for a sequence of 16 tokens"):
+        generate(worlds, [*settings, "rollout.kv_tokens=15"], prompts=PROMPTS[:4], ids=IDS[:4])
+
+
+@pytest.mark.parametrize("layout", [(1, 1, 1), (2, 1, 1), (1, 1, 2)], ids=str)
+@pytest.mark.parametrize("greedy", [True, False])
+def test_a_logit_that_is_not_finite_names_the_sample(worlds, settings, layout, greedy):
+    """On every rank, so that none waits for one that is gone."""
+    options = [*settings, "model.tie_word_embeddings=false", f"rollout.greedy={str(greedy).lower()}"]
+    prompts = [*PROMPTS, [1, 511, 9]]
+    with pytest.raises(AssertionError, match=r"FloatingPointError: logits of sample 11 are not finite \(rank \d\)"):
+        generate(worlds, options, layout, prompts, [*IDS, 11], poison=511)
 
 
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize(
-    "options", [[], ["rollout.temperature=0.7"], ["rollout.top_k=3"], ["rollout.top_p=0.8"]], ids=lambda o: "".join(o)
+    "options",
+    [
+        [],
+        ["rollout.temperature=0.7"],
+        ["rollout.top_k=3"],
+        ["rollout.top_p=0.8"],
+        ["rollout.min_p=0.3"],
+        ["rollout.min_p=0.2", "rollout.top_p=0.7"],
+    ],
+    ids=lambda o: "".join(o),
 )
 def test_sampled_frequencies(worlds, tp, options):
     """Chi-square of 20,000 draws against the probabilities, truncated ones included."""
@@ -101,7 +218,9 @@ def test_sampled_frequencies(worlds, tp, options):
     if "top_p" in "".join(options):
         order = p.argsort(descending=True)
         before = p[order].cumsum(0) - p[order]
-        p[order[before >= 0.8]] = 0
+        p[order[before >= (0.7 if "min_p" in "".join(options) else 0.8)]] = 0
+    if "min_p" in "".join(options):
+        p[p < (0.2 if "top_p" in "".join(options) else 0.3) * p.max()] = 0
     p /= p.sum()
     counts = torch.tensor(counts, dtype=torch.float64)
     assert not counts[p == 0].any()

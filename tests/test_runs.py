@@ -15,7 +15,6 @@ import psutil
 import pytest
 from conftest import ROOT, SMALL, launch
 
-
 MEASURED = ("time/", "throughput/", "idle/")  # by a clock
 
 

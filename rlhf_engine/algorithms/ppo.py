@@ -39,6 +39,7 @@ from ..config import RunConfig
 from ..experience import Experience, pad_rows, spans
 from ..models.role import RoleModel
 from ..models.stream import Batch, Work, infer
+from ..rollout.engine import Progress
 from ..rollout.generate import rollout as generate
 from ..rollout.sampling import sample_keys
 from ..schedule import Stage, Works
@@ -53,7 +54,27 @@ def rollout(ctx: Context, policy: RoleModel, x):
     """Samples a response to every prompt from the training weights."""
     started = time.perf_counter()
     keys = sample_keys(ctx.config.seed, ctx.state.iteration, x.sample_ids)
-    responses = generate(policy, x.prompts, keys, ctx.config.rollout, ctx.tokenizer.end_ids)
+    progress = Progress()
+
+    def report(now: Progress) -> None:
+        nonlocal progress
+        progress = now
+        if ctx.mesh.is_main and now.rows_done < now.num_rows:
+            print(
+                f"ppo {ctx.state.iteration + 1}/{ctx.config.ppo.iterations}  rollout {now.rows_done}/{now.num_rows}"
+                f"  {now.tokens / now.seconds:.4g} tokens/s  {now.slot_occupancy:.0%} of slots busy",
+                flush=True,
+            )
+
+    responses = generate(
+        policy,
+        x.prompts,
+        keys,
+        ctx.config.rollout,
+        ctx.tokenizer.end_ids,
+        decode=ctx.tokenizer.decode,
+        report=report,
+    )
     seconds = time.perf_counter() - started
     tokens, lengths = pad_rows([p + r.tokens for p, r in zip(x.prompts, responses, strict=True)], ctx.mesh.tp)
     starts = torch.tensor([len(p) for p in x.prompts])
@@ -63,6 +84,9 @@ def rollout(ctx: Context, policy: RoleModel, x):
     num_tokens = response_mask.sum()
     ctx.metrics.record("rollout/response_length", num_tokens / len(responses))
     ctx.metrics.record("rollout/finished", finished.float().mean())
+    ctx.metrics.record("throughput/slot_occupancy", progress.slot_occupancy)
+    ctx.metrics.record("throughput/prefill_share", progress.prefill_share)
+    ctx.metrics.record("idle/rollout", progress.idle_share)
     ctx.metrics.record("throughput/generated_tokens_per_second", num_tokens / seconds)
     return {
         "tokens": tokens,

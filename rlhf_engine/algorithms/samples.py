@@ -41,8 +41,9 @@ def sample_dialogues(ctx: Context, policy: RoleModel, examples: list[Example]) -
     """One response to each prompt, with the same noise whichever policy speaks."""
     keys = sample_keys(ctx.config.seed, EVAL_ITERATION, torch.arange(len(examples)))
     prompts = [example.prompt for example in examples]
-    responses = rollout(policy, prompts, keys, ctx.config.rollout, ctx.tokenizer.end_ids)
-    texts = [ctx.tokenizer.decode(response.tokens) for response in responses]
+    tokenizer = ctx.tokenizer
+    responses = rollout(policy, prompts, keys, ctx.config.rollout, tokenizer.end_ids, decode=tokenizer.decode)
+    texts = [tokenizer.decode(response.tokens) for response in responses]
     golds = None
     if ctx.gold is not None:
         golds = [ctx.gold(e.prompt_text, text) for e, text in zip(examples, texts, strict=True)]

@@ -1,13 +1,12 @@
-"""What we put into megatron's layers: norms, attention on torch's SDPA with a KV cache, and the two heads.
+"""What we put into megatron's layers: norms, attention on torch's SDPA, and the two heads.
 
 Neither transformer-engine nor apex is needed, and the same code runs on CPU and CUDA. Legend for shapes:
-S sequence, B batch, N query heads and G key-value heads of this rank, D head size, H hidden size, L cache length.
+S sequence, B batch, N query heads and G key-value heads of this rank, D head size, H hidden size.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -73,31 +72,8 @@ def scaled_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     return kept * frequencies + (1 - kept) * frequencies / scaling.factor
 
 
-@dataclass
-class CacheView:
-    """The rows and positions of one forward over a KV cache.
-
-    With `slots` `(B,)` the forward is a prefill of those slots from position 0. Without, it decodes one token for each
-    of the first B slots at `positions` `(B,)`, seeing the first `length` of them through `mask` `(B, 1, 1, length)`.
-    """
-
-    slots: Tensor | None = None
-    positions: Tensor | None = None
-    mask: Tensor | None = None
-    length: int = 0
-
-
-class LayerCache:
-    """Keys and values of one layer, `(slots, G, L, D)`."""
-
-    def __init__(self, num_slots: int, num_groups: int, length: int, head_dim: int, dtype, device):
-        self.keys = torch.zeros(num_slots, num_groups, length, head_dim, dtype=dtype, device=device)
-        self.values = torch.zeros_like(self.keys)
-        self.view: CacheView | None = None
-
-
 class CoreAttention(MegatronModule):
-    """Causal attention with grouped heads through `scaled_dot_product_attention`, with or without a KV cache.
+    """Causal attention with grouped heads through `scaled_dot_product_attention`.
 
     With a `window` a token sees that many tokens, itself included.
     """
@@ -106,17 +82,11 @@ class CoreAttention(MegatronModule):
 
     def __init__(self, config, layer_number, attn_mask_type, attention_type, **unused):
         super().__init__(config=config)
-        self.cache: LayerCache | None = None
 
     def forward(self, query, key, value, attention_mask=None, **unused) -> Tensor:
         """`(S, B, N, D)`, `(S, B, G, D)`, `(S, B, G, D)` to `(S, B, N * D)`."""
         length, batch, num_heads, head_dim = query.shape
-        if self.cache is not None and self.cache.view is not None and self.cache.view.slots is None:
-            return self._decode(query, key, value)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        if self.cache is not None and (view := self.cache.view) is not None:
-            self.cache.keys[view.slots, :, :length] = k
-            self.cache.values[view.slots, :, :length] = v
         mask = None
         if self.window is not None and self.window < length:
             mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - self.window)
@@ -124,25 +94,6 @@ class CoreAttention(MegatronModule):
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=k.shape[1] != num_heads
         )
         return out.permute(2, 0, 1, 3).reshape(length, batch, num_heads * head_dim)
-
-    def _decode(self, query, key, value) -> Tensor:
-        assert self.cache is not None and self.cache.view is not None
-        view = self.cache.view
-        _, batch, num_heads, head_dim = query.shape
-        groups = key.shape[2]
-        rows = torch.arange(batch, device=query.device)
-        self.cache.keys[rows, :, view.positions] = key[0]
-        self.cache.values[rows, :, view.positions] = value[0]
-        k, v = self.cache.keys[:batch, :, : view.length], self.cache.values[:batch, :, : view.length]
-        # the query heads of a group stand as its query positions, so keys and values are never expanded
-        q = query.view(batch, groups, num_heads // groups, head_dim)
-        mask = view.mask
-        assert mask is not None and view.positions is not None
-        if self.window is not None and self.window < view.length:
-            oldest = (view.positions + 1 - self.window)[:, None, None, None]
-            mask = mask & (torch.arange(view.length, device=query.device) >= oldest)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return out.reshape(1, batch, num_heads * head_dim)
 
 
 class LMHead(tensor_parallel.ColumnParallelLinear):

@@ -7,14 +7,16 @@ order in which sequences finish, and a split vocabulary needs the sums of its sh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..config import RolloutConfig
+
+_BLOCK = 128  # columns that are summed first; vocabularies are padded to a multiple of it
 
 
 def _as_int64(unsigned: int) -> int:
@@ -48,7 +50,6 @@ def uniforms(keys: Tensor, steps: Tensor) -> Tensor:
     return ((bits >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
 
 
-@dataclass(frozen=True)
 class Sampler:
     """Draws tokens under `config`; every rank of `group` gets the same.
 
@@ -58,78 +59,103 @@ class Sampler:
         group: the tensor parallel ranks, shard r holding columns [r V, (r + 1) V).
     """
 
-    config: RolloutConfig
-    vocab_size: int
-    end_ids: Sequence[int]
-    group: dist.ProcessGroup
+    def __init__(self, config: RolloutConfig, vocab_size: int, end_ids: Sequence[int], group: dist.ProcessGroup):
+        self.config, self.vocab_size, self.end_ids, self.group = config, vocab_size, end_ids, group
+        self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
 
     def __call__(self, logits: Tensor, keys: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens `(B,)` and their log-probs `(B,)` under the distribution that they were drawn from.
 
+        A row of logits that is not finite gives a log-prob that is not: whoever looks at the tokens next can tell,
+        without the device being waited for here.
+
         Args:
-            logits: `(B, V)`, this rank's columns.
+            logits: `(B, V)`, this rank's columns. Overwritten.
             keys: `(B,)`, from `sample_keys`.
             steps: `(B,)`, how many tokens each response already has.
-
-        Raises:
-            FloatingPointError: a row of logits is not finite.
         """
-        size, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
-        start = rank * logits.shape[1]
-        x = logits.float() / self.config.temperature
-        num_valid = max(0, min(x.shape[1], self.vocab_size - start))
-        x[:, num_valid:] = -torch.inf
-        for end in (i - start for i in self.end_ids if start <= i < start + x.shape[1]):
-            x[:, end] = torch.where(steps < self.config.min_new_tokens, -torch.inf, x[:, end])
-        maximum = x.amax(1)
-        dist.all_reduce(maximum, dist.ReduceOp.MAX, group=self.group)
-        if not bool(maximum.isfinite().all()):
-            row = int((~maximum.isfinite()).nonzero()[0])
-            raise FloatingPointError(f"logits of row {row} are not finite (rank {dist.get_rank()})")
-        if not self.config.greedy and (self.config.top_k or self.config.top_p < 1):
-            x = torch.where(x < self._threshold(x, size).unsqueeze(1), -torch.inf, x)
-        # float64: a sum over 128k columns in float32 would eat the tail
-        p = (x - maximum.unsqueeze(1)).double().exp()
-        sums = self._gather(p.sum(1), size)  # (shards, B)
-        # the same on every rank, so a number falls to exactly one shard
-        borders = torch.cat([torch.zeros_like(sums[:1]), sums.cumsum(0)])
+        width = logits.shape[1]
+        start = self.rank * width
+        x = logits.float()
+        if self.config.temperature != 1:
+            x /= self.config.temperature
+        x[:, max(0, self.vocab_size - start) :] = -torch.inf
+        if self.config.min_new_tokens:
+            for end in (i - start for i in self.end_ids if start <= i < start + width):
+                x[:, end].masked_fill_(steps < self.config.min_new_tokens, -torch.inf)
+        maxima = self._gather(x.amax(1))  # (shards, B)
+        maximum = maxima.amax(0)
+        x -= maximum.unsqueeze(1)
+        threshold = self._threshold(x)
+        if threshold is not None:
+            x.masked_fill_(x < threshold, -torch.inf)
+        # Sums in float64: in float32 that over 128k columns would eat the tail. Two levels: blocks, then columns.
+        p = x.exp().unflatten(1, (-1, math.gcd(width, _BLOCK)))
+        blocks = p.sum(2, dtype=torch.float64).cumsum_(1)
+        # the same borders on every rank, so a number falls to exactly one shard
+        borders = self._gather(blocks[:, -1]).cumsum(0)
         total = borders[-1]
         if self.config.greedy:
-            ties = torch.where(x == maximum.unsqueeze(1), 1, 0)
-            local, mine = ties.argmax(1), ties.any(1)
+            local = x.argmax(1)  # of equals the first
+            mine = maxima.argmax(0) == self.rank
         else:
-            target = uniforms(keys, steps) * total
-            target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
-            mine = (target >= borders[rank]) & (target < borders[rank + 1])
-            local = torch.searchsorted(p.cumsum(1), (target - borders[rank]).unsqueeze(1), right=True).squeeze(1)
-            # rounding may step past the last column that has any probability
-            likely = torch.where(p > 0, torch.arange(p.shape[1], device=p.device), 0).amax(1)
-            local = torch.minimum(local, likely)
-        token = torch.where(mine, local + start, self.vocab_size)
-        dist.all_reduce(token, dist.ReduceOp.MIN, group=self.group)  # ties of greedy: the lowest id
-        here = (token >= start) & (token < start + x.shape[1])
-        chosen = x.gather(1, (token - start).clamp(0, x.shape[1] - 1).unsqueeze(1)).squeeze(1)
-        log_prob = torch.where(here, (chosen - maximum).double() - total.log(), 0.0)
-        dist.all_reduce(log_prob, group=self.group)
-        return token, log_prob.float()
+            target = torch.minimum(uniforms(keys, steps) * total, total.nextafter(torch.zeros_like(total)))
+            below = borders[self.rank - 1] if self.rank else torch.zeros_like(total)
+            mine = (target >= below) & (target < borders[self.rank])
+            local = _column(p, blocks, target - below)
+        local = local.clamp(max=width - 1)  # of a row that is not finite
+        log_prob = x.gather(1, local.unsqueeze(1)).squeeze(1) - total.log()
+        if self.size == 1:
+            return local, log_prob.float()
+        # only one shard has the token; 53 bits hold any
+        both = torch.where(mine & total.isfinite(), torch.stack([(local + start).double(), log_prob]), 0.0)
+        dist.all_reduce(both, group=self.group)
+        return both[0].long(), torch.where(total.isfinite(), both[1], torch.nan).float()
 
-    def _gather(self, values: Tensor, size: int) -> Tensor:
+    def _gather(self, values: Tensor) -> Tensor:
         """`(...)` of every shard as `(shards, ...)`."""
-        if size == 1:
+        if self.size == 1:
             return values.unsqueeze(0)
-        parts = [torch.empty_like(values) for _ in range(size)]
+        parts = [torch.empty_like(values) for _ in range(self.size)]
         dist.all_gather(parts, values.contiguous(), group=self.group)
         return torch.stack(parts)
 
-    def _threshold(self, x: Tensor, size: int) -> Tensor:
-        """The smallest logit that top-k and top-p keep, `(B,)`. Ties with it are kept, as elsewhere."""
-        whole = self._gather(x, size).transpose(0, 1).flatten(1)
-        top = whole.sort(1, descending=True).values
-        if self.config.top_k:
-            top = top[:, : self.config.top_k]
-        if self.config.top_p >= 1:
-            return top[:, -1]
-        p = top.double().softmax(1)
-        before = p.cumsum(1) - p  # mass of the likelier tokens: the nucleus ends where it reaches top_p
-        count = (before < self.config.top_p).sum(1)
-        return top.gather(1, (count - 1).unsqueeze(1)).squeeze(1)
+    def _threshold(self, x: Tensor) -> Tensor | float | None:
+        """The least of `x`, logits over their maximum, that is kept: `(B, 1)` or one for all; None keeps everything.
+
+        Ties with it are kept, as elsewhere. top-p takes from what top-k left; min-p asks for a share of the likeliest
+        token's probability, which neither changes.
+        """
+        config = self.config
+        if config.greedy:
+            return None
+        least = math.log(config.min_p) if config.min_p else None
+        if not config.top_k and config.top_p >= 1:
+            return least
+        whole = self._gather(x).transpose(0, 1).flatten(1)
+        num = min(config.top_k or whole.shape[1], whole.shape[1])
+        top = whole.topk(num, 1).values
+        last = top[:, -1:]
+        if config.top_p < 1:
+            p = top.double().softmax(1)
+            before = p.cumsum(1) - p  # mass of the likelier tokens: the nucleus ends where it reaches top_p
+            last = top.gather(1, (before < config.top_p).sum(1, keepdim=True) - 1)
+        return last if least is None else last.clamp_min(least)
+
+
+def _column(p: Tensor, blocks: Tensor, target: Tensor) -> Tensor:
+    """Where the running sum of a row passes its target, `(B,)`: the block by the blocks' sums, the column within it.
+
+    Args:
+        p: `(B, N, block)`.
+        blocks: `(B, N)` float64, the running sum of the blocks.
+        target: `(B,)` float64; where another shard has it, what comes out means nothing.
+    """
+    row, zero = torch.arange(len(p), device=p.device), torch.zeros_like(target)
+    # rounding must not step past the last column that has any probability: neither here nor within the block
+    target = torch.minimum(target, blocks[:, -1].nextafter(zero))
+    n = torch.searchsorted(blocks, target.unsqueeze(1), right=True).squeeze(1).clamp_(max=blocks.shape[1] - 1)
+    sums = p[row, n].cumsum(1, dtype=torch.float64)
+    rest = target - torch.where(n > 0, blocks[row, n - 1], 0.0)
+    rest = torch.minimum(rest, sums[:, -1].nextafter(zero))
+    return n * p.shape[2] + torch.searchsorted(sums, rest.unsqueeze(1), right=True).squeeze(1)

@@ -1,0 +1,249 @@
+"""Generation side by side: our rollout, transformers' `generate`, and the bare matrix products of the same tokens.
+
+    python benchmarks/rollout.py [--stories DIR] [--smollm DIR] [--workloads 6m 40m] [--layout 1x2t dp2 tp2] [--quick]
+
+All sides sample from the same weights: prompts of 8 to 64 tokens, responses either all of one length or of geometric
+length (mean 48, at most 192), drawn beforehand and the same for each side. transformers generates in left-padded
+batches, of the best of a few sizes, and a batch runs until its longest response is done; tokens beyond a row's own
+length are not counted for it. TRL's trainers call the same `generate`. The floor multiplies the weights with as many
+rows as there are tokens at each step of one big batch, and does nothing else.
+
+Sides take turns; medians of the rounds are compared. Layouts: `1x2t` is one rank with two threads, dp2 and tp2 are two
+ranks with one thread each; the other sides have one process with two threads in each. Appends to
+benchmarks/results/rollout.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import os
+import platform
+import random
+import socket
+import statistics
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+RESULTS = Path(__file__).resolve().parent / "results" / "rollout.csv"
+THREADS = 2
+BATCHES = (32, 64, 128, 256)
+LLAMAS = {
+    "6m": dict(
+        hidden_size=256, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4, intermediate_size=704,
+        vocab_size=6144,
+    ),
+    "40m": dict(
+        hidden_size=512, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=4, intermediate_size=1408,
+        vocab_size=8192,
+    ),
+}  # fmt: skip
+
+
+def make_llama(name: str, folder: Path) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(1)
+    common = dict(max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2)
+    LlamaForCausalLM(LlamaConfig(**LLAMAS[name], **common)).save_pretrained(folder)
+    return folder
+
+
+def work(lengths: str, num_prompts: int, fixed: int, vocab_size: int) -> tuple[list[list[int]], list[int]]:
+    """Prompts, and how many tokens the response to each has."""
+    draw = random.Random(1)
+    prompts = [[draw.randrange(3, vocab_size) for _ in range(draw.randint(8, 64))] for _ in range(num_prompts)]
+    if lengths == "fixed":
+        return prompts, [fixed] * num_prompts
+    limits = []
+    for _ in range(num_prompts):
+        length = 1
+        while length < 192 and draw.random() > 1 / 48:
+            length += 1
+        limits.append(length)
+    return prompts, limits
+
+
+class Ours:
+    def __init__(self, folder: Path, tp: int, dp: int):
+        from rlhf_engine.config import MeshConfig
+        from rlhf_engine.hf.config import read_model_config
+        from rlhf_engine.mesh import ParallelMesh
+        from rlhf_engine.models.role import RoleModel
+        from rlhf_engine.trainer import load_base
+
+        self.mesh = ParallelMesh(MeshConfig(tp=tp, pp=1, dp=dp), "cpu")
+        self.role = RoleModel("policy", read_model_config(folder), self.mesh, "lm", torch.float32)
+        load_base(self.role, str(folder))
+
+    def __call__(self, prompts: list[list[int]], limits: list[int]) -> None:
+        from rlhf_engine.config import RolloutConfig
+        from rlhf_engine.rollout.generate import rollout
+        from rlhf_engine.rollout.sampling import sample_keys
+
+        config = RolloutConfig(max_new_tokens=max(limits), min_new_tokens=0)
+        keys = sample_keys(1, 0, torch.arange(len(prompts)))
+        found = rollout(self.role, prompts, keys, config, [], limits=limits)
+        assert [len(response.tokens) for response in found] == limits
+
+
+class Transformers:
+    def __init__(self, folder: Path, prompts: list[list[int]]):
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        speeds = {}
+        for size in BATCHES:
+            part = prompts[:size]
+            started = time.perf_counter()
+            self._batch(part, 24)
+            speeds[size] = len(part) / (time.perf_counter() - started)
+        self.batch = max(speeds, key=speeds.__getitem__)
+
+    def _batch(self, prompts: list[list[int]], length: int) -> None:
+        width = max(map(len, prompts))
+        tokens = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        with torch.inference_mode():
+            out = self.model.generate(
+                tokens,
+                attention_mask=mask,
+                do_sample=True,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=length,
+                min_new_tokens=length,
+                pad_token_id=0,
+            )
+        assert out.shape[1] == width + length
+
+    def __call__(self, prompts: list[list[int]], limits: list[int]) -> None:
+        for start in range(0, len(prompts), self.batch):
+            part = slice(start, start + self.batch)
+            self._batch(prompts[part], max(limits[part]))
+
+
+class Floor:
+    """The weights of each layer, fused as they can be, times all tokens: prompts at once, then step by step."""
+
+    def __init__(self, folder: Path):
+        from rlhf_engine.hf.config import read_model_config
+
+        model = read_model_config(folder)
+        hidden, heads, ffn = model.hidden_size, model.num_attention_heads * model.head_size, model.intermediate_size
+        qkv = heads + 2 * model.num_key_value_heads * model.head_size
+        shapes = [(qkv, hidden), (hidden, heads), (2 * ffn, hidden), (hidden, ffn)] * model.num_layers
+        self.weights = [torch.randn(shape) for shape in shapes]
+        self.head = torch.randn(model.vocab_size or 0, hidden)
+
+    def __call__(self, prompts: list[list[int]], limits: list[int]) -> None:
+        prompt_tokens = sum(map(len, prompts))
+        inputs = {weight.shape[1]: torch.randn(prompt_tokens, weight.shape[1]) for weight in self.weights}
+        with torch.inference_mode():
+            for step in range(max(limits)):
+                active = sum(limit > step for limit in limits)
+                for weight in self.weights:  # the first token of a response comes with its prompt
+                    inputs[weight.shape[1]][: prompt_tokens if step == 0 else active] @ weight.t()
+                inputs[self.head.shape[1]][:active] @ self.head.t()
+
+
+def measure(rank: int, args: argparse.Namespace, port: int, name: str, folder: Path, layout: str) -> None:
+    """All sides on one workload; the first rank has the sides that know one process."""
+    warnings.simplefilter("ignore")
+    tp, dp = {"1x2t": (1, 1), "dp2": (1, 2), "tp2": (2, 1)}[layout]
+    world = tp * dp
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(world)}
+    ours = Ours(folder, tp, dp)
+    for lengths in args.lengths:
+        prompts, limits = work(lengths, args.prompts, args.fixed, ours.role.model.vocab_size or 0)
+        sides = {"ours": ours}
+        if rank == 0:
+            torch.set_num_threads(THREADS)
+            sides |= {"transformers": Transformers(folder, prompts), "floor": Floor(folder)}
+        seconds: dict[str, list[float]] = {side: [] for side in sides}
+        for i in range(args.rounds + 1):  # the first warms up
+            for side in ("ours", "transformers", "floor"):
+                dist.barrier()
+                torch.set_num_threads(THREADS // world if side == "ours" else THREADS)
+                if side not in sides or (i == 0 and side == "transformers"):  # warm from the search of its size
+                    continue
+                started = time.perf_counter()
+                sides[side](prompts, limits)
+                if i:
+                    seconds[side].append(time.perf_counter() - started)
+        if rank == 0:
+            publish(name, lengths, layout, args, sum(limits), sides["transformers"].batch, seconds)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def publish(
+    name: str, lengths: str, layout: str, args: argparse.Namespace, tokens: int, batch: int, seconds: dict
+) -> None:
+    import transformers
+
+    median = {side: statistics.median(values) for side, values in seconds.items()}
+    ratio = median["transformers"] / median["ours"]
+    print(
+        f"{name:8} {lengths:9} {layout:5} ours {median['ours']:7.2f} s ({tokens / median['ours']:7.0f} tokens/s)"
+        f"  transformers {median['transformers']:7.2f} s (batches of {batch})  {ratio:5.2f} x"
+        f"  floor {median['floor']:6.2f} s, {median['floor'] / median['ours']:4.0%} of ours",
+        flush=True,
+    )
+    if args.quick:
+        return
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
+    row = {
+        "date": datetime.date.today().isoformat(), "workload": name, "lengths": lengths, "layout": layout,
+        "prompts": args.prompts, "tokens": tokens, "ours_s": f"{median['ours']:.4g}",
+        "transformers_s": f"{median['transformers']:.4g}", "transformers_batch": batch,
+        "floor_s": f"{median['floor']:.4g}", "ratio": f"{ratio:.3g}", "rounds": args.rounds,
+        "load": f"{os.getloadavg()[0]:.1f}", "machine": f"{platform.machine()} {os.cpu_count()} cores",
+        "versions": versions,
+    }  # fmt: skip
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("a") as file:
+        writer = csv.DictWriter(file, row)
+        if not file.tell():
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stories", help="HF folder of stories260K; left out without one")
+    parser.add_argument("--smollm", help="HF folder of SmolLM2-135M; left out without one")
+    parser.add_argument("--workloads", nargs="*", choices=LLAMAS, default=list(LLAMAS))
+    parser.add_argument("--layout", nargs="+", choices=("1x2t", "dp2", "tp2"), default=["1x2t"])
+    parser.add_argument("--lengths", nargs="+", choices=("fixed", "geometric"), default=["fixed", "geometric"])
+    parser.add_argument("--prompts", type=int, default=256)
+    parser.add_argument("--fixed", type=int, default=64, help="tokens of each response of fixed length")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="one round of 64 prompts, nothing recorded")
+    args = parser.parse_args()
+    if args.quick:
+        args.prompts, args.rounds = 64, 1
+    with tempfile.TemporaryDirectory() as temporary:
+        folders = {"stories": args.stories, "smollm": args.smollm}
+        models = {name: Path(folder) for name, folder in folders.items() if folder}
+        models |= {name: make_llama(name, Path(temporary) / name) for name in args.workloads}
+        for name, folder in models.items():
+            for layout in args.layout:
+                with socket.socket() as free:
+                    free.bind(("127.0.0.1", 0))
+                    port = free.getsockname()[1]
+                torch.multiprocessing.spawn(
+                    measure, (args, port, name, folder, layout), nprocs=1 if layout == "1x2t" else 2
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""The policy's forward for generation: plain torch over the parameters of the model that trains, with a KV cache.
+
+Megatron's modules spend their time on what training needs: sequence-first layouts, autograd functions around every
+collective, checks and hooks in each module. Token by token that is most of the cost of a small model and much of that
+of a larger one; `benchmarks/LOG.md` has what this walk saves. It reads the same tensors (there is no second copy of the
+weights), and `tests/test_hf_architectures.py` holds it equal to megatron's forward for every architecture.
+
+Legend for shapes: B sequences, S prompt positions, T tokens, H hidden size; G key-value heads of this rank with n query
+heads each, D head size; V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from ..models.layers import LayerNorm, RMSNorm
+from ..models.role import head_weight
+from .cache import KVCache, Lane
+
+
+class Decoder:
+    """
+    Args:
+        gpt: whole but for TP.
+        group: its tensor parallel ranks.
+        length: the longest sequence that there will be.
+    """
+
+    def __init__(self, gpt: GPTModel, group: dist.ProcessGroup, length: int):
+        config = gpt.config
+        self.gpt, self.config = gpt, config
+        self.tp_size, self.tp_rank, self.group = dist.get_world_size(group), dist.get_rank(group), group
+        self.num_groups = config.num_query_groups // self.tp_size
+        self.num_queries = config.num_attention_heads // config.num_query_groups  # n
+        self.head_dim = config.kv_channels
+        self.embedding = gpt.embedding.word_embeddings.weight
+        self.head = head_weight(gpt)
+        self.windows = [layer.self_attention.core_attention.window for layer in gpt.decoder.layers]
+        self.positions = torch.arange(length, device=self.head.device)
+        self.rotary = self._rotary_tables(length) if gpt.position_embedding_type == "rope" else None
+
+    def new_cache(self, num_regions: int, region_tokens: int) -> KVCache:
+        shape = (len(self.windows), self.num_groups, self.head_dim, num_regions, region_tokens)
+        return KVCache(*shape, self.head.dtype, self.head.device)
+
+    def _rotary_tables(self, length: int) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines `(L, 1, n + 2, D)` that turn a group's queries and its key, and leave its value."""
+        angles = self.gpt.rotary_pos_emb(length).view(length, 1, 1, self.head_dim)
+        sign = torch.ones(self.head_dim, device=angles.device)
+        sign[: self.head_dim // 2] = -1
+        heads = (1, 1, self.num_queries + 2, 1)
+        cos, sin = angles.cos().repeat(heads), (angles.sin() * sign).repeat(heads)
+        cos[:, :, -1], sin[:, :, -1] = 1, 0
+        return cos.to(self.head.dtype), sin.to(self.head.dtype)
+
+    # -- the two forwards ------------------------------------------------------------------------------------
+
+    def prefill(self, tokens: Tensor, lengths: Tensor, lane: Lane, first: int, source: Tensor) -> Tensor:
+        """Right-padded prompts `(B, S)` into rows of a lane: logits `(B, V / tp)` after each one's last token.
+
+        Args:
+            source: for each row from `first` on the prompt that it starts from; several may share one.
+        """
+        batch, length = tokens.shape
+        store = lane.store[:, first : first + len(source), :, :length]
+        masks = {window: self._causal_mask(length, window) for window in set(self.windows)}
+
+        def attend(i: int, qkv: Tensor) -> Tensor:
+            qkv = qkv.view(batch, length, self.num_groups, -1, self.head_dim)
+            store[i] = qkv[:, :, :, -2:].flatten(3).transpose(1, 2)[source]
+            q = qkv[:, :, :, :-2].flatten(2, 3).transpose(1, 2)
+            k, v = (qkv[:, :, :, j].transpose(1, 2) for j in (-2, -1))
+            mask = masks[self.windows[i]]
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.num_queries > 1
+            )
+            return out.transpose(1, 2).reshape(batch * length, -1)
+
+        x = self._layers(tokens.flatten(), self.positions[:length].repeat(batch), attend)
+        return self._logits(x.view(batch, length, -1)[torch.arange(batch, device=x.device), lengths - 1])
+
+    def decode(
+        self, tokens: Tensor, positions: Tensor, target: Tensor, cache: KVCache, lanes: Sequence[Lane]
+    ) -> Tensor:
+        """The next token `(B,)` of all rows of the lanes, one lane behind the other: logits `(B, V / tp)`.
+
+        Args:
+            positions: `(B,)`, of these tokens in their sequences.
+            target: `(B G,)`, where their keys and values go in the flat cache.
+        """
+        longest = self.positions[: max(lane.window for lane in lanes)]
+        behind = longest > positions.unsqueeze(1)
+        zero = torch.zeros((), dtype=self.head.dtype, device=positions.device)
+        masks = {}
+        for window in set(self.windows):
+            hidden = behind
+            if window is not None and window < len(longest):
+                hidden = behind | (longest <= (positions - window).unsqueeze(1))
+            masks[window] = torch.where(hidden, -torch.inf, zero)
+        # what the layers have in common: rows, views of the cache, masks
+        parts, start = [], 0
+        for lane in lanes:
+            stop = start + len(lane.rows)
+            mine = {window: mask[start:stop, None, None, : lane.window] for window, mask in masks.items()}
+            parts.append((start, stop, lane.views(), mine))
+            start = stop
+
+        def attend(i: int, qkv: Tensor) -> Tensor:
+            cache.flat[i].index_copy_(0, target, qkv[:, :, -2:].flatten(2).flatten(0, 1))
+            # the query heads of a group stand as its query positions, so keys and values are never expanded
+            queries, window = qkv[:, :, :-2], self.windows[i]
+            outs = [
+                F.scaled_dot_product_attention(queries[start:stop], *views[i], attn_mask=mine[window])
+                for start, stop, views, mine in parts
+            ]
+            return (outs[0] if len(outs) == 1 else torch.cat(outs)).reshape(len(tokens), -1)
+
+        return self._logits(self._layers(tokens, positions, attend))
+
+    def _causal_mask(self, length: int, window: int | None) -> Tensor | None:
+        if window is None or window >= length:
+            return None
+        return torch.ones(length, length, dtype=torch.bool, device=self.positions.device).tril().triu(1 - window)
+
+    # -- what they share -------------------------------------------------------------------------------------
+
+    def _layers(self, tokens: Tensor, positions: Tensor, attend: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """Embedding and all layers, `(T,)` to `(T, H)`; `attend` takes a layer's `(T, G, n + 2, D)`."""
+        x = self._embed(tokens, positions)
+        if self.rotary is not None:
+            cos, sin = (table[positions] for table in self.rotary)
+        for i, layer in enumerate(self.gpt.decoder.layers):
+            attention = layer.self_attention
+            qkv = _linear(attention.linear_qkv, _norm(layer.input_layernorm, x))
+            qkv = qkv.view(len(tokens), self.num_groups, self.num_queries + 2, self.head_dim)
+            if self.config.qk_layernorm:
+                qkv[:, :, :-2] = _norm(attention.q_layernorm, qkv[:, :, :-2])
+                qkv[:, :, -2] = _norm(attention.k_layernorm, qkv[:, :, -2])
+            if self.rotary is not None:
+                qkv = torch.addcmul(qkv * cos, qkv.roll(self.head_dim // 2, -1), sin)
+            self._add(x, attention.linear_proj, attend(i, qkv))
+            h = _norm(layer.pre_mlp_layernorm, x)
+            if self.config.num_moe_experts is None:
+                self._add(x, layer.mlp.linear_fc2, self._activate(_linear(layer.mlp.linear_fc1, h)))
+            else:
+                x += self._reduce(self._experts(layer.mlp, h))
+        return x
+
+    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        if self.tp_size == 1:
+            x = F.embedding(tokens, self.embedding)
+        else:
+            local = tokens - self.tp_rank * len(self.embedding)
+            others = (local < 0) | (local >= len(self.embedding))
+            x = F.embedding(local.masked_fill(others, 0), self.embedding)
+            x = self._reduce(x.masked_fill_(others.unsqueeze(1), 0))
+        if self.rotary is None:
+            x = x + F.embedding(positions, self.gpt.embedding.position_embeddings.weight)
+        return x
+
+    def _add(self, x: Tensor, linear, value: Tensor) -> None:
+        """Adds what a row-parallel linear layer makes of `value` to the residual, in place."""
+        if self.tp_size == 1:
+            x.addmm_(value, linear.weight.t())
+        else:
+            x += self._reduce(F.linear(value, linear.weight))
+        if linear.bias is not None:
+            x += linear.bias
+
+    def _reduce(self, x: Tensor) -> Tensor:
+        if self.tp_size > 1:
+            dist.all_reduce(x, group=self.group)
+        return x
+
+    def _activate(self, x: Tensor) -> Tensor:
+        if not self.config.gated_linear_unit:
+            return self.config.activation_func(x)
+        gate, up = x.chunk(2, -1)
+        return self.config.activation_func(gate).mul_(up)
+
+    def _experts(self, mlp, x: Tensor) -> Tensor:
+        """A mixture of experts, this rank's shard of each, `(T, H)`."""
+        top = self.config.moe_router_topk
+        scores = F.linear(x, mlp.router.weight)
+        if self.config.moe_router_pre_softmax:
+            weights, chosen = scores.softmax(-1, dtype=torch.float32).topk(top)
+        else:
+            scores, chosen = scores.topk(top)
+            weights = scores.softmax(-1, dtype=torch.float32)
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(mlp.experts.local_experts):
+            rows, places = (chosen == number).nonzero(as_tuple=True)
+            inner = self._activate(_linear(expert.linear_fc1, x[rows]))
+            inner *= weights[rows, places].unsqueeze(1).to(x.dtype)
+            out.index_add_(0, rows, F.linear(inner, expert.linear_fc2.weight))
+        return out
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return F.linear(_norm(self.gpt.decoder.final_layernorm, x), self.head)
+
+
+def _norm(norm: RMSNorm, x: Tensor) -> Tensor:
+    if isinstance(norm, LayerNorm):
+        return F.layer_norm(x, norm.weight.shape, norm.weight, norm.bias, norm.eps)
+    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.eps)
+
+
+def _linear(linear, x: Tensor) -> Tensor:
+    return F.linear(x, linear.weight, linear.bias)
