@@ -8,6 +8,9 @@ from pathlib import Path
 import torch
 import worlds
 
+# figures that speak of the machine and the mesh, and not of the experiment
+MACHINE = ("time/", "throughput/", "rollout/slot_occupancy", "rollout/prefill_share", "rollout/idle_share")
+
 
 def compose(overrides: list[str]):
     """The RunConfig of a command line, as launch/run.py makes it."""
@@ -44,7 +47,7 @@ def first_iteration(overrides: list[str], layout: tuple, phase: str) -> dict:
     experience = Schedule(algorithm.stages, algorithm.provided, specs).run(ctx, algorithm.batch(ctx))
     figures = ctx.metrics.reduce(ctx.mesh)
     rows = [row[:n] for row, n in zip(experience.tokens.tolist(), experience.lengths.tolist(), strict=True)]
-    return {"tokens": rows, "figures": {k: v for k, v in figures.items() if not k.startswith(("time/", "throughput"))}}
+    return {"tokens": rows, "figures": {k: v for k, v in figures.items() if not k.startswith(MACHINE)}}
 
 
 def generate(

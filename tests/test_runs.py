@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import cases
 import psutil
 import pytest
 from conftest import ROOT, SMALL, launch
@@ -19,7 +20,7 @@ from conftest import ROOT, SMALL, launch
 def figures(folder: Path) -> list[dict]:
     """Rows of metrics.jsonl without what a clock measured."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(("time/", "throughput/"))} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(cases.MACHINE)} for row in rows]
 
 
 def assert_close(found: list[dict], wanted: list[dict], tolerance: float) -> None:
