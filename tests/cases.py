@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 import worlds
 
+MEASURED = ("time/", "throughput/", "idle/")  # figures of the machine and the mesh, and not of the experiment
+
 
 def compose(overrides: list[str]):
     """The RunConfig of a command line, as launch/run.py makes it."""
@@ -51,7 +53,7 @@ def first_iteration(overrides: list[str], layout: tuple, phase: str) -> dict:
         for parameter in ctx.roles[name].gpt.parameters():
             digest.update(parameter.detach().numpy().tobytes())
     times = [name for name in figures if name.startswith("time/")]
-    figures = {k: v for k, v in figures.items() if not k.startswith(("time/", "throughput", "idle/"))}
+    figures = {k: v for k, v in figures.items() if not k.startswith(MEASURED)}
     return {"tokens": rows, "figures": figures, "weights": digest.hexdigest(), "times": times}
 
 

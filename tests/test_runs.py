@@ -11,17 +11,16 @@ import sys
 import time
 from pathlib import Path
 
+import cases
 import psutil
 import pytest
 from conftest import ROOT, SMALL, launch
-
-MEASURED = ("time/", "throughput/", "idle/")  # by a clock
 
 
 def figures(folder: Path) -> list[dict]:
     """Rows of metrics.jsonl without what a clock measured."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(MEASURED)} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(cases.MEASURED)} for row in rows]
 
 
 def assert_close(found: list[dict], wanted: list[dict], tolerance: float) -> None:
