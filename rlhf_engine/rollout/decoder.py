@@ -1,9 +1,10 @@
 """The policy's forward for generation: plain torch over the parameters of the model that trains, with a KV cache.
 
 Megatron's modules spend their time on what training needs: sequence-first layouts, autograd functions around every
-collective, checks and hooks in each module. Token by token that is most of the cost of a small model and much of that
-of a larger one; `benchmarks/LOG.md` has what this walk saves. It reads the same tensors (there is no second copy of the
-weights), and `tests/test_hf_architectures.py` holds it equal to megatron's forward for every architecture.
+collective, checks and hooks in each module; the window of the cache that they read was that of the longest sequence.
+With lanes (`cache.py`) this walk took 0.95 s where they took 1.55 s (stories260K, 256 prompts, 64 tokens each, one
+thread; 5.1 against 7.3 s of a 6M Llama). It reads the same tensors: there is no second copy of the weights.
+`tests/test_hf_architectures.py` holds it equal to megatron's forward for every architecture.
 
 Legend for shapes: B sequences, S prompt positions, T tokens, H hidden size; G key-value heads of this rank with n query
 heads each, D head size; V vocabulary.
