@@ -8,7 +8,7 @@ from .advantage import kl_advantages
 from .linear_log_prob import linear_log_probs
 from .log_prob import token_log_probs
 from .losses import clipped_policy_loss, clipped_value_loss
-from .reference import Advantages, PolicyLoss, ValueLoss, kl_estimate, last_token, pairwise_loss, whiten
+from .reference import Advantages, PolicyLoss, ValueLoss, kl_estimate, pairwise_loss, whiten
 
 __all__ = [
     "Advantages",
@@ -18,7 +18,6 @@ __all__ = [
     "clipped_value_loss",
     "kl_advantages",
     "kl_estimate",
-    "last_token",
     "linear_log_probs",
     "pairwise_loss",
     "token_log_probs",

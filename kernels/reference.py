@@ -212,12 +212,6 @@ def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, kind: KLEstimator = "k
     raise ValueError(f"KL estimator {kind!r} is unknown: k1, k2 or k3")
 
 
-def last_token(mask: Tensor) -> Tensor:
-    """Index of the last position where `mask` `(B, T)` is set, `(B,)`; 0 for an empty row."""
-    positions = torch.arange(mask.shape[1], device=mask.device)
-    return (mask.bool() * positions).amax(1)
-
-
 class Advantages(NamedTuple):
     """What `kl_advantages` returns; float32, the per-token fields 0 outside the mask."""
 

@@ -88,7 +88,7 @@ class Schedule:
         for stage in self.stages:
             streams = {"infer": config.infer_stream, "train": config.train_stream}.get(stage.kind, False)
             last = found[-1] if found else []
-            together = (
+            joins = (
                 streams
                 and pp > 1
                 and last
@@ -98,7 +98,7 @@ class Schedule:
                 # two steps of one role in a stream would both start from the same weights
                 and not (stage.kind == "train" and any(other.role == stage.role for other in last))
             )
-            if together:
+            if joins:
                 last.append(stage)
             else:
                 found.append([stage])

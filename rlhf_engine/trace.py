@@ -12,7 +12,7 @@ from typing import Literal
 
 from .mesh import ParallelMesh
 
-Kind = Literal["stage", "forward", "backward", "wait", "move"]
+Kind = Literal["stage", "forward", "backward", "wait"]
 
 
 @dataclass(frozen=True)

@@ -114,8 +114,7 @@ def ref_log_probs(ctx: Context, reference: RoleModel, x) -> Works:
 
 def score(ctx: Context, reward: RoleModel, x) -> Works:
     """The reward model's score of each response."""
-    batch = score_batch(reward, x.tokens, x.lengths)
-    scores = yield Work(reward, batch, last_scores, ctx.config.ppo.micro_batch_size)
+    scores = yield _scores(ctx, reward, x)
     return {"scores": scores}
 
 
@@ -258,6 +257,11 @@ def _log_probs(ctx: Context, role: RoleModel, x) -> Work:
     return Work(role, batch, fn, ctx.config.ppo.micro_batch_size)
 
 
+def _scores(ctx: Context, reward: RoleModel, x) -> Work:
+    """One score a row, `(B,)`."""
+    return Work(reward, score_batch(reward, x.tokens, x.lengths), last_scores, ctx.config.ppo.micro_batch_size)
+
+
 def _call_reward(ctx: Context, x) -> Tensor:
     """Scores of the user's function, checked.
 
@@ -371,7 +375,11 @@ class PPO:
             card["before"] = before.texts[i].strip()
         if "reward" in ctx.roles or ctx.reward_fn is not None:
             for when, responses in (("before", before.responses), ("after", after.responses)):
-                scores = self._scores(ctx, self._experience(ctx, examples, responses))
+                x = self._experience(ctx, examples, responses)
+                if (reward := ctx.roles.get("reward")) is not None:
+                    (scores,) = infer([_scores(ctx, reward, x)])
+                else:
+                    scores = score_by_function(ctx, None, x)["scores"]
                 figures[f"eval/score_{when}"] = float(scores.mean())
                 for i in range(min(NUM_CARDS, len(cards))):
                     cards[i][f"score_{when}"] = float(scores[i])
@@ -390,13 +398,6 @@ class PPO:
         tokens, lengths = pad_rows([p + r.tokens for p, r in zip(prompts, responses, strict=True)], ctx.mesh.tp)
         mask = spans(torch.tensor([len(p) for p in prompts]), lengths, tokens.shape[1])
         return Experience(prompts=prompts, tokens=tokens, lengths=lengths, response_mask=mask)
-
-    def _scores(self, ctx: Context, x: Experience) -> Tensor:
-        if (reward := ctx.roles.get("reward")) is None:
-            return score_by_function(ctx, None, x)["scores"]
-        assert x.tokens is not None and x.lengths is not None
-        batch = score_batch(reward, x.tokens, x.lengths)
-        return reward.infer(batch, last_scores, self.config.micro_batch_size)
 
     def _kl(self, ctx: Context, x: Experience) -> Tensor:
         """Sum over each response of k1 between policy and reference, `(B,)`."""
