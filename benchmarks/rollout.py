@@ -4,12 +4,12 @@
 
 All sides sample from the same weights: prompts of 8 to 64 tokens, responses either all of one length or of geometric
 length (mean 48, at most 192), drawn beforehand and the same for each side. transformers generates in left-padded
-batches, of the best of a few sizes, and a batch runs until its longest response is done; tokens beyond a row's own
-length are not counted for it. TRL's trainers call the same `generate`. The floor multiplies the weights with as many
-rows as there are tokens at each step of one big batch, and does nothing else.
+batches, of the best of a few sizes and with the better of one thread and two, and a batch runs until its longest
+response is done; tokens beyond a row's own length are not counted for it. TRL's trainers call the same `generate`. The
+floor multiplies the weights with as many rows as there are tokens at each step of one big batch, and does nothing else.
 
 Sides take turns; medians of the rounds are compared. Layouts: `1x2t` is one rank with two threads, dp2 and tp2 are two
-ranks with one thread each; the other sides have one process with two threads in each. Appends to
+ranks with one thread each; the other sides always have one process. Appends to
 benchmarks/results/rollout.csv.
 """
 
@@ -53,6 +53,12 @@ def make_llama(name: str, folder: Path) -> Path:
     common = dict(max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2)
     LlamaForCausalLM(LlamaConfig(**LLAMAS[name], **common)).save_pretrained(folder)
     return folder
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def work(lengths: str, num_prompts: int, fixed: int, vocab_size: int) -> tuple[list[list[int]], list[int]]:
@@ -100,12 +106,15 @@ class Transformers:
         transformers.logging.set_verbosity_error()
         self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         speeds = {}
+        self._batch(prompts[:8], 2)  # warm
         for size in BATCHES:
-            part = prompts[:size]
-            started = time.perf_counter()
-            self._batch(part, 24)
-            speeds[size] = len(part) / (time.perf_counter() - started)
-        self.batch = max(speeds, key=speeds.__getitem__)
+            for threads in (1, THREADS):  # more of them slow a small model down
+                torch.set_num_threads(threads)
+                part = prompts[:size]
+                started = time.perf_counter()
+                self._batch(part, 24)
+                speeds[size, threads] = len(part) / (time.perf_counter() - started)
+        self.batch, self.threads = max(speeds, key=speeds.__getitem__)
 
     def _batch(self, prompts: list[list[int]], length: int) -> None:
         width = max(map(len, prompts))
@@ -125,6 +134,7 @@ class Transformers:
         assert out.shape[1] == width + length
 
     def __call__(self, prompts: list[list[int]], limits: list[int]) -> None:
+        torch.set_num_threads(self.threads)
         for start in range(0, len(prompts), self.batch):
             part = slice(start, start + self.batch)
             self._batch(prompts[part], max(limits[part]))
@@ -180,13 +190,13 @@ def measure(rank: int, args: argparse.Namespace, port: int, name: str, folder: P
                 if i:
                     seconds[side].append(time.perf_counter() - started)
         if rank == 0:
-            publish(name, lengths, layout, args, sum(limits), sides["transformers"].batch, seconds)
+            publish(name, lengths, layout, args, sum(limits), sides["transformers"], seconds)
     dist.barrier()
     dist.destroy_process_group()
 
 
 def publish(
-    name: str, lengths: str, layout: str, args: argparse.Namespace, tokens: int, batch: int, seconds: dict
+    name: str, lengths: str, layout: str, args: argparse.Namespace, tokens: int, theirs: Transformers, seconds: dict
 ) -> None:
     import transformers
 
@@ -194,7 +204,8 @@ def publish(
     ratio = median["transformers"] / median["ours"]
     print(
         f"{name:8} {lengths:9} {layout:5} ours {median['ours']:7.2f} s ({tokens / median['ours']:7.0f} tokens/s)"
-        f"  transformers {median['transformers']:7.2f} s (batches of {batch})  {ratio:5.2f} x"
+        f"  transformers {median['transformers']:7.2f} s (batches of {theirs.batch}, {theirs.threads} threads)"
+        f"  {ratio:5.2f} x"
         f"  floor {median['floor']:6.2f} s, {median['floor'] / median['ours']:4.0%} of ours",
         flush=True,
     )
@@ -204,7 +215,8 @@ def publish(
     row = {
         "date": datetime.date.today().isoformat(), "workload": name, "lengths": lengths, "layout": layout,
         "prompts": args.prompts, "tokens": tokens, "ours_s": f"{median['ours']:.4g}",
-        "transformers_s": f"{median['transformers']:.4g}", "transformers_batch": batch,
+        "transformers_s": f"{median['transformers']:.4g}", "transformers_batch": theirs.batch,
+        "transformers_threads": theirs.threads,
         "floor_s": f"{median['floor']:.4g}", "ratio": f"{ratio:.3g}", "rounds": args.rounds,
         "load": f"{os.getloadavg()[0]:.1f}", "machine": f"{platform.machine()} {os.cpu_count()} cores",
         "versions": versions,
@@ -237,11 +249,8 @@ def main() -> None:
         models |= {name: make_llama(name, Path(temporary) / name) for name in args.workloads}
         for name, folder in models.items():
             for layout in args.layout:
-                with socket.socket() as free:
-                    free.bind(("127.0.0.1", 0))
-                    port = free.getsockname()[1]
                 torch.multiprocessing.spawn(
-                    measure, (args, port, name, folder, layout), nprocs=1 if layout == "1x2t" else 2
+                    measure, (args, free_port(), name, folder, layout), nprocs=1 if layout == "1x2t" else 2
                 )
 
 

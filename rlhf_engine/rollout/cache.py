@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -106,10 +107,13 @@ class KVCache:
         self, num_layers: int, groups: int, head_dim: int, num_regions: int, region_tokens: int, dtype, device
     ):
         self.groups, self.region_tokens = groups, region_tokens
-        # zeros: what a mask hides is still multiplied by 0, and must be a number
-        self.flat = torch.zeros(
-            num_layers, num_regions * region_tokens * groups, 2 * head_dim, dtype=dtype, device=device
-        )
+        shape = (num_layers, num_regions * region_tokens * groups, 2 * head_dim)
+        # Zeros, because what a mask hides is still multiplied by 0 and must be a number. numpy's come from the system,
+        # which gives each page its memory when it is first written: rows take what they fill, not what is reserved.
+        if device.type == "cpu":
+            self.flat = torch.from_numpy(np.zeros(shape, np.float32)).to(dtype)
+        else:
+            self.flat = torch.zeros(shape, dtype=dtype, device=device)
         self.free = list(reversed(range(num_regions)))
 
     def open(self, capacity: int, max_rows: int) -> Lane:

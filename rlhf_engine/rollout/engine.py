@@ -22,7 +22,7 @@ from .cache import Lane, Row, round_up
 from .decoder import Decoder
 from .sampling import Sampler
 
-_LANES = 8  # fewer read too far, more cost too many calls
+_LANES = 4  # fewer read too far, more cost too many calls
 _PREFILL_TOKENS = 1 << 14  # of one forward, padding included
 _PADDING = 512  # positions read in vain at each step that a lane less is worth
 _SECONDS_BETWEEN_REPORTS = 5.0

@@ -89,14 +89,15 @@ class Sampler:
         threshold = self._threshold(x)
         if threshold is not None:
             x.masked_fill_(x < threshold, -torch.inf)
-        # Sums in float64: in float32 that over 128k columns would eat the tail. Two levels: blocks, then columns.
-        p = x.exp().unflatten(1, (-1, math.gcd(width, _BLOCK)))
-        blocks = p.sum(2, dtype=torch.float64).cumsum_(1)
+        likeliest = x.argmax(1) if self.config.greedy else None  # of equals the first; exp makes more of them equal
+        # Two levels: one float32 sum over 128k columns would eat the tail, one over a block of them does not.
+        p = x.exp_().unflatten(1, (-1, math.gcd(width, _BLOCK)))
+        blocks = p.sum(2).cumsum(1, dtype=torch.float64)
         # the same borders on every rank, so a number falls to exactly one shard
         borders = self._gather(blocks[:, -1]).cumsum(0)
         total = borders[-1]
-        if self.config.greedy:
-            local = x.argmax(1)  # of equals the first
+        if likeliest is not None:
+            local = likeliest
             mine = maxima.argmax(0) == self.rank
         else:
             target = torch.minimum(uniforms(keys, steps) * total, total.nextafter(torch.zeros_like(total)))
@@ -104,7 +105,7 @@ class Sampler:
             mine = (target >= below) & (target < borders[self.rank])
             local = _column(p, blocks, target - below)
         local = local.clamp(max=width - 1)  # of a row that is not finite
-        log_prob = x.gather(1, local.unsqueeze(1)).squeeze(1) - total.log()
+        log_prob = x.gather(1, local.unsqueeze(1)).squeeze(1).double().log() - total.log()
         if self.size == 1:
             return local, log_prob.float()
         # only one shard has the token; 53 bits hold any
