@@ -14,7 +14,7 @@ import os
 import queue
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from .config import ConfigError
 from .cpu import cuda_calls_stay
 from .mesh import ParallelMesh
 from .models.optim import load_optimizer
+from .models.residency import Presence
 from .models.role import RoleModel
 
 # Megatron passes the results of a write through a server process, for writers in other processes. Ours is in this one;
@@ -69,11 +70,11 @@ def save(
         name = next(name for name in names if not (folder / name).exists())
         (folder / name).mkdir(parents=True)
     target = folder / mesh.from_main(name)
-    tree = {"state": dict(state), **_sharded(roles, is_loading=False)}
-    for name, role in roles.items():
-        if role.is_trained:
-            tree[name]["scheduler"] = role.scheduler.state_dict()
-    with _quiet():
+    with _present(roles), _quiet():
+        tree = {"state": dict(state), **_sharded(roles, is_loading=False)}
+        for name, role in roles.items():
+            if role.is_trained:
+                tree[name]["scheduler"] = role.scheduler.state_dict()
         strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
         dist_checkpointing.save(tree, str(target), strategy)
     mesh.barrier()
@@ -88,14 +89,25 @@ def save(
 
 def load(checkpoint: Path, roles: Mapping[str, RoleModel]) -> dict[str, Any]:
     """Fills the trained roles, their optimizers and schedules; returns the `state` that was saved with them."""
-    with _quiet():
-        loaded = dist_checkpointing.load(_sharded(roles, is_loading=True), str(checkpoint))
-    for name, role in roles.items():
-        if role.is_trained:
-            _fill(role, name, loaded[name]["model"])
-            load_optimizer(role.optimizer, loaded[name]["optimizer"])
-            role.scheduler.load_state_dict(loaded[name]["scheduler"])
+    with _present(roles):
+        with _quiet():
+            loaded = dist_checkpointing.load(_sharded(roles, is_loading=True), str(checkpoint))
+        for name, role in roles.items():
+            if role.is_trained:
+                _fill(role, name, loaded[name]["model"])
+                load_optimizer(role.optimizer, loaded[name]["optimizer"])
+                role.scheduler.load_state_dict(loaded[name]["scheduler"])
     return loaded["state"]
+
+
+@contextlib.contextmanager
+def _present(roles: Mapping[str, RoleModel]) -> Iterator[None]:
+    """All trained roles on the device, whole."""
+    with contextlib.ExitStack() as stack:
+        for role in roles.values():
+            if role.is_trained:
+                stack.enter_context(role.on_device(Presence.TRAINING))
+        yield
 
 
 def _sharded(roles: Mapping[str, RoleModel], is_loading: bool) -> dict[str, Any]:

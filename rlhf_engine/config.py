@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar
 
 Recompute = Literal["none", "selective", "full"]
 Phase = Literal["sft", "reward", "ppo", "score", "generate"]
+ROLES = ("policy", "critic", "reference", "reward")
 JOBS = frozenset({"score", "generate"})  # phases that read a file and write a file
 
 
@@ -175,7 +176,6 @@ class PPOConfig:
     score_scale: bool = False  # divide scores by their running standard deviation, the mean kept
     missing_eos_penalty: float = 1.0  # taken off the score of a response without an end
     critic_warmup_iterations: int = 0  # first iterations train the critic alone
-    offload: list[str] = field(default_factory=list)  # roles kept off the device between their stages
     eval_prompts: int = 128
     save_every: int = 10
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-4))
@@ -203,6 +203,15 @@ class ScheduleConfig:
     train_stream: bool = True  # and so do the critic's and the policy's updates
     # activations that backward computes again and need not be kept: of attention, or of whole layers
     recompute: Recompute = "none"
+    # where weights, gradients and optimizers are while no stage needs them: on the device or off it, which for a CPU
+    # means in files
+    residency: Literal["keep", "offload"] = "keep"
+    offload: list[str] = field(default_factory=lambda: list(ROLES))  # the roles that residency=offload moves
+    prefetch: bool = False  # bring roles while the stage before them works, which needs room for both
+
+    def moves(self, role: str) -> bool:
+        """Whether a role comes and goes."""
+        return self.residency == "offload" and role in self.offload
 
 
 @dataclass
@@ -470,9 +479,9 @@ def _check_ppo(config: RunConfig, dp: int) -> None:
             "PPO needs the log-probs of the distribution sampled from: rollout.top_k=0, rollout.top_p=1,"
             " rollout.min_p=0 and rollout.greedy=false (rollout.temperature is free)"
         )
-    for role in ppo.offload:
-        if role not in (known := ["reference", "reward"]):
-            raise ConfigError(f"ppo.offload={role}: {nearest(role, known)}")
+    for role in config.schedule.offload:
+        if role not in ROLES:
+            raise ConfigError(f"schedule.offload={role}: {nearest(role, ROLES)}")
     if config.reward.kind == "function" and config.reward.path is not None:
         raise ConfigError(f"reward.path={config.reward.path} has no use with reward.kind=function")
     if config.reward.kind == "function" and (not all((config.reward.fn or "").partition(":"))):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .config import ScheduleConfig
 from .experience import FIELDS, Experience
+from .models.residency import Presence
 
 if TYPE_CHECKING:
     from .algorithms.context import Context
@@ -107,7 +108,12 @@ class Schedule:
     def run(self, ctx: Context, experience: Experience) -> Experience:
         """One iteration. `time/<stage>`, or `time/<stage>+<stage>` of those that ran together, goes to the metrics."""
         offloaded = [name for name, role in ctx.roles.items() if role.is_offloaded]
-        for group in self.groups(ctx.config.schedule, ctx.mesh.pp, offloaded):
+        groups = self.groups(ctx.config.schedule, ctx.mesh.pp, offloaded)
+        for i, group in enumerate(groups):
+            # the next that works with roles, the next iteration's first behind the last of this one
+            following = next((other for other in groups[i + 1 :] if needs(other)), groups[0])
+            if offloaded:
+                _arrive(ctx, group, following)
             started = time.perf_counter()
             name = "+".join(stage.name for stage in group)
             try:
@@ -125,6 +131,8 @@ class Schedule:
                 for field, value in result.items():
                     setattr(experience, field, value)
             ctx.metrics.record(f"time/{name}", time.perf_counter() - started)
+            if offloaded:
+                _leave(ctx, following)
         return experience
 
     def _run_group(self, ctx: Context, group: Sequence[Stage], experience: Experience) -> list[Fields]:
@@ -140,6 +148,31 @@ class Schedule:
             if group[0].kind in ("infer", "train"):
                 results = together(results, group[0].kind, ctx)
         return [result or {} for result in results]
+
+
+def needs(group: Sequence[Stage]) -> dict[str, Presence]:
+    """How much of which roles a group of stages works with."""
+    return {
+        stage.role: Presence.TRAINING if stage.kind == "train" else Presence.WEIGHTS
+        for stage in group
+        if stage.role is not None
+    }
+
+
+def _arrive(ctx: Context, group: Sequence[Stage], following: Sequence[Stage]) -> None:
+    """Brings the group's roles on the device and, to be copied while it works, those of the group behind it."""
+    wanted = [needs(group), needs(following) if ctx.config.schedule.prefetch else {}]
+    with ctx.trace.span("roles arrive", "move"):
+        for name, presence in (pair for each in wanted for pair in each.items()):
+            ctx.roles[name].move(max(ctx.roles[name].presence, presence))
+
+
+def _leave(ctx: Context, following: Sequence[Stage]) -> None:
+    """Takes off the device what the next group does not need: at an iteration's end, the first of the next one."""
+    wanted = needs(following)
+    with ctx.trace.span("roles leave", "move"):
+        for name, role in ctx.roles.items():
+            role.move(min(role.presence, wanted.get(name, Presence.AWAY)))
 
 
 def together(bodies: Sequence[Works], kind: str, ctx: Context) -> list[Fields | None]:

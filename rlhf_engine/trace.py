@@ -12,7 +12,7 @@ from typing import Literal
 
 from .mesh import ParallelMesh
 
-Kind = Literal["stage", "forward", "backward", "wait"]
+Kind = Literal["stage", "forward", "backward", "wait", "move"]
 
 
 @dataclass(frozen=True)

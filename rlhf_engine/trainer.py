@@ -215,7 +215,7 @@ def build_role(ctx: Context, name: str, spec: RoleSpec) -> RoleModel:
         _dtype(config, ctx.mesh),
         spec.optimizer,
         spec.total_steps,
-        spec.offload,
+        Path(config.output_dir) / "offloaded" if config.schedule.moves(name) else None,
         config.schedule.recompute,
     )
     for phase, source in spec.weights:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import os
 from pathlib import Path
 
@@ -43,18 +44,23 @@ def first_iteration(overrides: list[str], layout: tuple, phase: str) -> dict:
     for role in ctx.roles.values():
         if role.head == "scalar" and ctx.mesh.is_last_stage and ctx.bases["reward"].path is None:
             # from a head near 0 next to no gradient would reach the layers below
-            weight = role.gpt.output_layer.weight
-            weight.data.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
+            with role.on_device():
+                weight = role.gpt.output_layer.weight
+                weight.data.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
+                for parcel in itertools.chain(*role._parcels.values()):
+                    parcel._is_copied = False  # weights of a frozen role are otherwise copied off once
     experience = Schedule(algorithm.stages, algorithm.provided, specs).run(ctx, algorithm.batch(ctx))
     figures = ctx.metrics.reduce(ctx.mesh)
     rows = [row[:n] for row, n in zip(experience.tokens.tolist(), experience.lengths.tolist(), strict=True)]
     digest = hashlib.sha256()
     for name in sorted(ctx.roles):
-        for parameter in ctx.roles[name].gpt.parameters():
-            digest.update(parameter.detach().numpy().tobytes())
+        with ctx.roles[name].on_device():
+            for parameter in ctx.roles[name].gpt.parameters():
+                digest.update(parameter.detach().clone().numpy().tobytes())
     times = [name for name in figures if name.startswith("time/")]
+    away = {name: role.presence for name, role in ctx.roles.items() if role.is_offloaded}
     figures = {k: v for k, v in figures.items() if not k.startswith(MEASURED)}
-    return {"tokens": rows, "figures": figures, "weights": digest.hexdigest(), "times": times}
+    return {"tokens": rows, "figures": figures, "weights": digest.hexdigest(), "times": times, "away": away}
 
 
 def generate(

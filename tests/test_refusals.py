@@ -68,7 +68,7 @@ def refused(run, capsys, monkeypatch):
         (["rollout.stop=[a,'']"], ["rollout.stop", "empty"]),
         (["rollout.stop=a"], ["rollout.stop", "[a]"]),
         (["rollout.temperature=0"], ["rollout.temperature"]),
-        (["ppo.offload=[critic]"], ["ppo.offload=critic", "reference"]),
+        (["schedule.offload=[critics]"], ["schedule.offload=critics", "critic?"]),
         (["data=hh_rlhf"], ["data.sources"]),
         (["data=hh_rlhf", "data.sources=[nowhere.jsonl]"], ["nowhere.jsonl", "not there"]),
         (["data.sources=[helpful-bas]"], ["helpful-bas", "helpful-base"]),

@@ -164,8 +164,9 @@ def test_options_of_ppo(phases, tmp_path):
     shutil.copytree(phases, folder)
     launch(
         *SMALL, f"output_dir={folder}", "ppo.kl_controller=adaptive", "ppo.kl_target=0.001", "ppo.score_scale=true",
-        "ppo.score_clip=1.5", "ppo.samples_per_prompt=2", "ppo.offload=[reference,reward]",
-        "ppo.critic_warmup_iterations=1", "ppo.iterations=3", "rollout.temperature=0.8", "rollout.min_new_tokens=3",
+        "ppo.score_clip=1.5", "ppo.samples_per_prompt=2", "schedule.residency=offload",
+        "schedule.offload=[reference,reward]", "ppo.critic_warmup_iterations=1", "ppo.iterations=3",
+        "rollout.temperature=0.8", "rollout.min_new_tokens=3",
     )  # fmt: skip
     rows = figures(folder / "ppo")
     assert "policy/loss" not in rows[0] and "policy/loss" in rows[1]

@@ -69,7 +69,6 @@ class RoleSpec:
     weights: tuple[tuple[str, str], ...] = ()
     optimizer: OptimizerConfig | None = None
     total_steps: int = 1
-    offload: bool = False
     base: Literal["policy", "reward"] = "policy"
 
 

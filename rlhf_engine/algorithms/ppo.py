@@ -347,11 +347,11 @@ class PPO:
         base: Literal["policy", "reward"] = "policy" if by_function else "reward"
         roles = {
             "policy": RoleSpec("lm", policy, config.optimizer, policy_steps),
-            "reference": RoleSpec("lm", policy, offload="reference" in config.offload),
+            "reference": RoleSpec("lm", policy),
             "critic": RoleSpec("scalar", critic, config.critic_optimizer, steps, base=base),
         }
         if not by_function:
-            roles["reward"] = RoleSpec("scalar", critic, offload="reward" in config.offload, base=base)
+            roles["reward"] = RoleSpec("scalar", critic, base=base)
         return roles
 
     def batch(self, ctx: Context) -> Experience:

@@ -66,7 +66,7 @@ class Reward:
         start = () if self.config.path else sft
         return {
             "reward": RoleSpec("scalar", start, self.config.optimizer, self.iterations, base="reward"),
-            "policy": RoleSpec("lm", sft, offload=True),  # says what the scores are centred on
+            "policy": RoleSpec("lm", sft),  # says what the scores are centred on
         }
 
     def batch(self, ctx: Context) -> Experience:
@@ -100,8 +100,7 @@ class Reward:
         )
         batch = score_batch(reward, tokens, lengths)
         offset = float(reward.infer(batch, last_scores, 2 * self.config.micro_batch_size).mean())
-        if ctx.mesh.is_last_stage:
-            head = cast(ScalarHead, reward.gpt.output_layer)
-            with torch.no_grad():
-                head.bias.sub_(offset)
+        with reward.on_device(), torch.no_grad():
+            if ctx.mesh.is_last_stage:
+                cast(ScalarHead, reward.gpt.output_layer).bias.sub_(offset)
         return offset

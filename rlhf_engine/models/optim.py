@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Iterable, Iterator
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -12,6 +13,7 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
 
 from ..config import OptimizerConfig
 from ..cpu import cuda_type_names
@@ -89,6 +91,26 @@ def load_optimizer(optimizer: MegatronOptimizer, state: dict) -> None:
     for adam in adams:
         for entry in adam.state.values():
             entry["step"] = entry["step"].clone()
+
+
+def gradient_tensors(ddp: DistributedDataParallel) -> list[Tensor]:
+    """Megatron's flat buffers, of which every gradient is a view; a step begins by zeroing them."""
+    return [buffer.grad_data for buffer in ddp.buffers + ddp.expert_parallel_buffers]
+
+
+def optimizer_tensors(optimizer: MegatronOptimizer, weights: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Moments and the weights that the optimizer keeps for itself: not those that are views of the model's."""
+    of_model = {weight.untyped_storage()._cdata for weight in weights}
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = part.optimizer
+        if inner is None:
+            continue
+        held = [p for group in inner.param_groups for p in group["params"]]
+        held += [value for entry in inner.state.values() for value in entry.values() if isinstance(value, Tensor)]
+        for tensor in held:
+            # a step counter is a number on the CPU
+            if tensor.dim() and tensor.untyped_storage()._cdata not in of_model:
+                yield tensor
 
 
 def _set_with_step(optimizer: DistributedOptimizer, param: torch.nn.Parameter, tensors: dict) -> None:

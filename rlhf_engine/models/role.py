@@ -7,8 +7,10 @@ the function that turns the last pipeline stage's output into what it wants.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -17,7 +19,8 @@ from torch import Tensor
 from ..config import ModelConfig, OptimizerConfig, Recompute
 from ..mesh import ParallelMesh
 from .build import Head, build_model
-from .optim import build_optimizer, wrap_ddp
+from .optim import build_optimizer, gradient_tensors, optimizer_tensors, wrap_ddp
+from .residency import Parcel, Presence
 from .stream import Batch, InferFn, Work, infer
 
 
@@ -37,7 +40,7 @@ class RoleModel:
         optimizer: None for a frozen role.
         total_steps: optimizer steps of the whole phase, for the learning-rate schedule.
         recompute: activations that a trained role's backward computes again.
-        offload: keep the weights of a frozen role on the CPU between its stages.
+        offload: where the role goes while no stage needs it, in files if the device is a CPU; None: it stays.
     """
 
     def __init__(
@@ -49,14 +52,15 @@ class RoleModel:
         dtype: torch.dtype,
         optimizer: OptimizerConfig | None = None,
         total_steps: int = 1,
-        offload: bool = False,
+        offload: Path | None = None,
         recompute: Recompute = "none",
     ):
         self.name, self.model, self.mesh, self.head, self.dtype = name, model, mesh, head, dtype
         self.gpt = build_model(model, mesh, head, dtype, recompute=recompute)
         self.is_trained = optimizer is not None
-        self.is_offloaded = offload
-        self._users = 0
+        self.presence = Presence.TRAINING
+        self._offload = offload
+        self._parcels: dict[Presence, list[Parcel]] = {}
         self.module = self.gpt
         self._optimizer_config, self._total_steps = optimizer, total_steps
         if not self.is_trained:
@@ -65,30 +69,63 @@ class RoleModel:
 
     def start(self) -> None:
         """Called once the weights are in place: wraps a trained role for DDP and builds its optimizer."""
-        if self._optimizer_config is None:
-            if self.is_offloaded:
-                self.gpt.to("cpu")
-            return
-        self.module = wrap_ddp(self.gpt, self._optimizer_config)
+        if self._optimizer_config is not None:
+            self._start_training(self._optimizer_config)
+        if self._offload is not None:
+            self._pack(self._offload)
+            self.move(Presence.AWAY)
+
+    def _start_training(self, config: OptimizerConfig) -> None:
+        self.module = wrap_ddp(self.gpt, config)
         # DDP, its hooks on gradients and the optimizer's views of weights refer to each other in a circle through C++
         # that no garbage collector sees: left alone, a finished phase would keep its memory
         weakref.finalize(self, vars(self.module).clear)
-        self.optimizer, self.scheduler = build_optimizer(self.module, self._optimizer_config, self._total_steps)
+        self.optimizer, self.scheduler = build_optimizer(self.module, config, self._total_steps)
 
     # -- residency ---------------------------------------------------------------------------------------
 
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether the role comes and goes."""
+        return self._offload is not None
+
+    def _pack(self, folder: Path) -> None:
+        def weights() -> Iterable[Tensor]:
+            return itertools.chain(self.gpt.parameters(), self.gpt.buffers())
+
+        def parcel(name: str, find, contents) -> Parcel:
+            path = folder / f"rank_{self.mesh.rank}" / f"{self.name}_{name}"
+            return Parcel(find, contents, self.mesh.device, path)
+
+        self._parcels[Presence.WEIGHTS] = [parcel("weights", weights, "changing" if self.is_trained else "constant")]
+        if self.is_trained:
+            self._parcels[Presence.TRAINING] = [
+                parcel("gradients", lambda: gradient_tensors(self.module), "scratch"),
+                parcel("optimizer", lambda: optimizer_tensors(self.optimizer, weights()), "changing"),
+            ]
+
+    def move(self, presence: Presence) -> None:
+        """Brings on the device, or off it, what is missing or too much; nothing of a role that stays."""
+        for part, parcels in self._parcels.items():
+            for parcel in parcels:
+                if self.presence < part <= presence:
+                    parcel.arrive()
+                elif presence < part <= self.presence:
+                    parcel.leave()
+        if self._parcels:
+            self.presence = presence
+
     @contextlib.contextmanager
-    def on_device(self) -> Iterator[None]:
-        """Within it the weights are on the device; an offloaded role leaves it with the outermost one."""
-        if self.is_offloaded and not self._users:
-            self.gpt.to(self.mesh.device)
-        self._users += 1
+    def on_device(self, presence: Presence = Presence.WEIGHTS) -> Iterator[None]:
+        """Within it so much of the role is on the device at least; afterwards what was there before."""
+        before = self.presence
+        self.move(max(before, presence))
+        for parcel in itertools.chain(*self._parcels.values()):
+            parcel.wait()
         try:
             yield
         finally:
-            self._users -= 1
-            if self.is_offloaded and not self._users:
-                self.gpt.to("cpu")
+            self.move(before)
 
     # -- what it does ------------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..metrics import Metrics
 from ..trace import Trace
+from .residency import Presence
 
 if TYPE_CHECKING:
     from .role import RoleModel
@@ -77,9 +78,15 @@ def train_step(works: Sequence[Work], metrics: Metrics, trace: Trace) -> None:
     The loss is the sum of `fn`'s losses over the whole batch divided by the sum of its counts, whatever the split into
     replicas and micro-batches. Statistics (sums over the same count) become `role/name` metrics.
     """
-    for work in works:
-        work.role.module.zero_grad_buffer()
-        work.role.optimizer.zero_grad()
+    with contextlib.ExitStack() as stack:
+        for work in works:
+            stack.enter_context(work.role.on_device(Presence.TRAINING))
+            work.role.module.zero_grad_buffer()
+            work.role.optimizer.zero_grad()
+        _step(works, metrics, trace)
+
+
+def _step(works: Sequence[Work], metrics: Metrics, trace: Trace) -> None:
     for work, results in zip(works, _run(works, trace, forward_only=False), strict=True):
         role, total = work.role, torch.zeros([], dtype=torch.int, device=work.role.mesh.device)
         for loss, count, statistics in results:
