@@ -21,6 +21,7 @@ class Experience:
 
     # what an iteration starts from
     prompts: list[list[int]] | None = None  # B lists of token ids
+    reward_prompts: list[list[int]] | None = None  # the same as the reward model reads them
     sample_ids: Tensor | None = None  # (B,) int64, the key of each sample's noise
     # sequences
     tokens: Tensor | None = None  # (B, T) int64

@@ -14,7 +14,8 @@ from torch import Tensor
 from .algorithms.context import Context
 from .algorithms.heads import policy_log_probs
 from .config import ConfigError
-from .data.sources import parse_weight, read_json_rows
+from .data.files import read_rows
+from .data.sources import parse_spec
 from .experience import pad_rows, spans
 from .models.role import RoleModel
 from .models.stream import Batch
@@ -26,7 +27,7 @@ _MICRO_BATCH = 8
 
 
 def _rows(ctx: Context) -> list[dict[str, Any]]:
-    return [row for source in ctx.config.data.sources for _, row in read_json_rows(parse_weight(source)[0])]
+    return [row for source in ctx.config.data.sources for _, row in read_rows(parse_spec(source).name)]
 
 
 def score(ctx: Context, policy: RoleModel) -> None:

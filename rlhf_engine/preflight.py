@@ -8,11 +8,14 @@ import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from .config import JOBS, Base, ConfigError, MeshConfig, RunConfig, check, resolve_mesh
-from .data.sources import Source, parse_weight, read_json_rows, read_sources
+from .data.files import read_rows
+from .data.formats import check_messages
+from .data.sources import HH_MINI, Source, check_sources, parse_spec, read_sources
 from .data.tokenizer import Tokenizer
 from .hf.config import read_model_config
 from .hf.index import index
@@ -80,10 +83,12 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
     sources: list[Source] = []
     if jobs:
         for source in config.data.sources:
-            for where, row in read_json_rows(parse_weight(source)[0]):
+            for where, row in read_rows(parse_spec(source).name):
                 check_job_row(row, where, config.phases[0], tokenizer)
     else:
-        sources = read_sources(config.data, config.seed)
+        data = config.data
+        sources = read_sources(data.sources or HH_MINI, data.num_rows, data.num_eval_rows, config.seed)
+        check_sources(sources, config.phases)
         if not config.rerun:
             check_output_dir(config)
     check_reward(config)
@@ -177,25 +182,22 @@ def check_vocabulary(tokenizer: Tokenizer | None, reward: Base) -> None:
             raise ConfigError(f"reward.path={reward.path} has another tokenizer than the policy")
 
 
-def check_job_row(row: dict, where: str, job: str, tokenizer: Tokenizer | None) -> None:
+def check_job_row(row: Any, where: str, job: str, tokenizer: Tokenizer | None) -> None:
     """A row of a score or generate job.
 
     Raises:
         ConfigError: it has neither text nor messages, or messages that the chat template refuses.
     """
     key = {"score": "text", "generate": "prompt"}[job]
+    if not isinstance(row, dict):
+        raise ConfigError(f"{where}: a row of the {job} job is a JSON object, not {type(row).__name__}")
     if key in row:
         if not isinstance(row[key], str):
             raise ConfigError(f"{where}: {key!r} must be text")
         return
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise ConfigError(f"{where}: a row of the {job} job has {key!r} or 'messages', this one {sorted(row)}")
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise ConfigError(f"{where}: each message is {{'role': …, 'content': text}}")
-        if message.get("role") not in (roles := ("system", "user", "assistant")):
-            raise ConfigError(f"{where}: role {message.get('role')!r} is not one of {', '.join(roles)}")
+    if "messages" not in row:
+        raise ConfigError(f"{where}: a row of the {job} job has {key!r} or 'messages', this one {sorted(row)!s:.99}")
+    check_messages(messages := row["messages"], where, "messages")
     assert tokenizer is not None  # of the policy, which a job has
     try:
         tokenizer.template.parts(messages, prompt=job == "generate")

@@ -6,7 +6,7 @@
 |               |           |         |                                                | response_mask, sampler_...  |
 | log_probs     | policy    | infer   | tokens, response_mask, sampler_log_probs       | log_probs                   |
 | ref_log_probs | reference | infer   | tokens, response_mask                          | ref_log_probs               |
-| score         | reward    | infer   | tokens, lengths                                | scores                      |
+| score         | reward    | infer   | prompts, reward_prompts, tokens, lengths       | scores                      |
 | values        | critic    | infer   | tokens, response_mask                          | values                      |
 | advantage     | -         | local   | log_probs, ref_log_probs, values, scores, ...  | advantages, ..., returns    |
 | train_critic  | critic    | train   | tokens, response_mask, values, returns         | -                           |
@@ -258,8 +258,10 @@ def _log_probs(ctx: Context, role: RoleModel, x) -> Work:
 
 
 def _scores(ctx: Context, reward: RoleModel, x) -> Work:
-    """One score a row, `(B,)`."""
-    return Work(reward, score_batch(reward, x.tokens, x.lengths), last_scores, ctx.config.ppo.micro_batch_size)
+    """One score a row, `(B,)`, of the responses behind the prompts that the reward model reads."""
+    rows = zip(x.reward_prompts, x.prompts, x.tokens.tolist(), x.lengths.tolist(), strict=True)
+    tokens, lengths = pad_rows([own + row[len(prompt) : n] for own, prompt, row, n in rows], ctx.mesh.tp)
+    return Work(reward, score_batch(reward, tokens, lengths), last_scores, ctx.config.ppo.micro_batch_size)
 
 
 def _call_reward(ctx: Context, x) -> Tensor:
@@ -307,7 +309,7 @@ def stage_table(config: RunConfig) -> tuple[Stage, ...]:
     score_stage = (
         Stage("score", "local", score_by_function, None, ("prompts", "tokens", "lengths"), ("scores",))
         if by_function
-        else Stage("score", "infer", score, "reward", ("tokens", "lengths"), ("scores",))
+        else Stage("score", "infer", score, "reward", ("prompts", "reward_prompts", "tokens", "lengths"), ("scores",))
     )
     measured = ("log_probs", "ref_log_probs", "values", "scores", "finished", "response_mask")
     whitened = ("advantages", "advantage_moments")
@@ -327,7 +329,7 @@ def stage_table(config: RunConfig) -> tuple[Stage, ...]:
 
 class PPO:
     name = "ppo"
-    provided = frozenset({"prompts", "sample_ids"})
+    provided = frozenset({"prompts", "reward_prompts", "sample_ids"})
 
     def __init__(self, config: RunConfig):
         self.run, self.config = config, config.ppo
@@ -358,13 +360,17 @@ class PPO:
         config = self.config
         if ctx.state.iteration == 0:
             ctx.state.kl_coef = config.kl_coef
-        examples = ctx.draw(config.prompts_per_iteration)
-        prompts = [example.prompt for example in examples for _ in range(config.samples_per_prompt)]
-        return Experience(prompts=prompts, sample_ids=torch.arange(len(prompts)))
+        drawn = ctx.draw(self.name, config.prompts_per_iteration)
+        examples = [example for example in drawn for _ in range(config.samples_per_prompt)]
+        return Experience(
+            prompts=[example.prompt for example in examples],
+            reward_prompts=[example.reward_prompt for example in examples],
+            sample_ids=torch.arange(len(examples)),
+        )
 
     def evaluate(self, ctx: Context, final: bool) -> Evaluation:
         """Before against after on held-out prompts: gold and reward model's scores, win rate, KL per response."""
-        examples = ctx.dataset.held_out[: self.config.eval_prompts]
+        examples = ctx.datasets[self.name].held_out[: self.config.eval_prompts]
         before = sample_dialogues(ctx, ctx.roles["reference"], examples)
         after = sample_dialogues(ctx, ctx.roles["policy"], examples)
         experience = self._experience(ctx, examples, after.responses)
@@ -397,7 +403,8 @@ class PPO:
         prompts = [example.prompt for example in examples]
         tokens, lengths = pad_rows([p + r.tokens for p, r in zip(prompts, responses, strict=True)], ctx.mesh.tp)
         mask = spans(torch.tensor([len(p) for p in prompts]), lengths, tokens.shape[1])
-        return Experience(prompts=prompts, tokens=tokens, lengths=lengths, response_mask=mask)
+        reward_prompts = [example.reward_prompt for example in examples]
+        return Experience(prompts, reward_prompts, tokens=tokens, lengths=lengths, response_mask=mask)
 
     def _kl(self, ctx: Context, x: Experience) -> Tensor:
         """Sum over each response of k1 between policy and reference, `(B,)`."""
