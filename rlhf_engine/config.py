@@ -157,6 +157,15 @@ class RewardConfig:
 
 
 @dataclass
+class PTXConfig:
+    """Text whose log-likelihood is mixed into the policy's update (PPO-ptx, Ouyang et al. 2022, eq. 2)."""
+
+    sources: list[str] = field(default_factory=list)  # as data.sources; none: PPO alone
+    coef: float = 1.0  # of its loss, a mean over its own tokens
+    rows: int = 32  # with each minibatch, over all replicas
+
+
+@dataclass
 class PPOConfig:
     iterations: int = 30
     prompts_per_iteration: int = 64
@@ -174,10 +183,13 @@ class PPOConfig:
     clip_value: float = 0.2
     entropy_coef: float = 0.0
     whiten_advantages: bool = True
-    score_clip: float | None = None  # scores are clipped to +-this
     score_scale: bool = False  # divide scores by their running standard deviation, the mean kept
+    score_min: float | None = None  # then raise them to this at least
+    score_max: float | None = None  # and lower them to this at most
     missing_eos_penalty: float = 1.0  # taken off the score of a response without an end
     critic_warmup_iterations: int = 0  # first iterations train the critic alone
+    ptx: PTXConfig = field(default_factory=PTXConfig)
+    write_rollouts: bool = False  # every iteration's responses, in OUTPUT_DIR/ppo/rollouts/ITERATION.jsonl
     offload: list[str] = field(default_factory=list)  # roles kept off the device between their stages
     eval_prompts: int = 128
     save_every: int = 10
@@ -206,6 +218,9 @@ class ScheduleConfig:
     train_stream: bool = True  # and so do the critic's and the policy's updates
     # activations that backward computes again and need not be kept: of attention, or of whole layers
     recompute: Recompute = "none"
+    # rows of like length are packed into micro-batches of so many tokens, padding included (a longer row goes alone);
+    # null: micro_batch_size rows as they come
+    micro_batch_tokens: int | None = None
 
 
 @dataclass
@@ -237,15 +252,15 @@ _AT_LEAST: dict[str, float] = {
     **dict.fromkeys(
         ("batch_size", "micro_batch_size", "save_every", "keep_checkpoints", "num_rows", "num_eval_rows", "max_seq_len",
          "max_prompt_len", "min_prompt_len", "prompts_per_iteration", "samples_per_prompt", "epochs",
-         "num_minibatches", "eval_prompts", "max_new_tokens", "slots", "kv_tokens", "num_layers", "hidden_size",
-         "num_attention_heads", "num_key_value_heads", "intermediate_size", "head_dim", "vocab_size",
-         "max_position_embeddings", "tp", "pp", "dp", "ep"),
+         "num_minibatches", "eval_prompts", "max_new_tokens", "micro_batch_tokens", "rows", "slots", "kv_tokens",
+         "num_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "head_dim",
+         "vocab_size", "max_position_embeddings", "tp", "pp", "dp", "ep"),
         1,
     ),
     **dict.fromkeys(
         ("iterations", "eval_every", "critic_warmup_iterations", "warmup_steps", "top_k", "min_p", "min_new_tokens",
          "seed", "lr", "min_lr", "weight_decay", "beta1", "beta2", "eps", "clip_grad", "kl_coef", "gamma", "gae_lambda",
-         "clip_ratio", "clip_value", "score_clip", "init_std"),
+         "clip_ratio", "clip_value", "coef", "init_std"),
         0,
     ),
 }  # fmt: skip
@@ -359,9 +374,9 @@ def check(config: RunConfig, mesh: MeshConfig, model: ModelConfig, reward: Model
     dp = mesh.dp
     phases = set(config.phases)
     if "sft" in phases:
-        _check_batch("sft.batch_size", config.sft.batch_size, dp, "sft", config.sft.micro_batch_size)
+        _check_batch(config, "sft.batch_size", config.sft.batch_size, dp, "sft")
     if "reward" in phases:
-        _check_batch("reward.batch_size", config.reward.batch_size, dp, "reward", config.reward.micro_batch_size)
+        _check_batch(config, "reward.batch_size", config.reward.batch_size, dp, "reward")
     if "ppo" in phases:
         _check_ppo(config, dp)
     if phases & JOBS:
@@ -447,14 +462,14 @@ def check_model(mesh: MeshConfig, model: ModelConfig) -> None:
         )
 
 
-def _check_batch(key: str, rows: int, dp: int, phase: str, micro_batch_size: int) -> None:
-    unit = dp * micro_batch_size
+def _check_batch(config: RunConfig, key: str, rows: int, dp: int, phase: str) -> None:
+    unit, of = dp, f"mesh.dp={dp}"
+    if config.schedule.micro_batch_tokens is None:
+        size = getattr(config, phase).micro_batch_size
+        unit, of = dp * size, f"{of} x {phase}.micro_batch_size={size}"
     if rows < 1 or rows % unit:
         lower, upper = rows // unit * unit, (rows // unit + 1) * unit
-        raise ConfigError(
-            f"{key}={rows} is not a multiple of mesh.dp={dp} x {phase}.micro_batch_size={micro_batch_size}:"
-            f" use {f'{lower} or ' if lower else ''}{upper}"
-        )
+        raise ConfigError(f"{key}={rows} is not a multiple of {of}: use {f'{lower} or ' if lower else ''}{upper}")
 
 
 def _check_ppo(config: RunConfig, dp: int) -> None:
@@ -466,7 +481,16 @@ def _check_ppo(config: RunConfig, dp: int) -> None:
             " (ppo.prompts_per_iteration x ppo.samples_per_prompt)"
         )
     minibatch = samples // ppo.num_minibatches
-    _check_batch("rows per minibatch", minibatch, dp, "ppo", ppo.micro_batch_size)
+    _check_batch(config, "rows per minibatch", minibatch, dp, "ppo")
+    if ppo.ptx.sources:
+        _check_batch(config, "ppo.ptx.rows", ppo.ptx.rows, dp, "ppo")
+    if ppo.score_min is not None and ppo.score_max is not None and ppo.score_min > ppo.score_max:
+        raise ConfigError(f"ppo.score_min={ppo.score_min} exceeds ppo.score_max={ppo.score_max}")
+    if 0 < ppo.iterations <= ppo.critic_warmup_iterations:
+        raise ConfigError(
+            f"ppo.critic_warmup_iterations={ppo.critic_warmup_iterations} leaves the policy none of"
+            f" ppo.iterations={ppo.iterations}"
+        )
     sampling = config.rollout
     if sampling.top_k or sampling.top_p < 1 or sampling.min_p or sampling.greedy:
         raise ConfigError(

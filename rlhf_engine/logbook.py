@@ -112,7 +112,9 @@ def show_run(plan: Plan, ctx: Context) -> None:
 
     def split(rows: int, what: str, micro_batch_size: int, tokens: int) -> str:
         """How `rows` of an optimizer step reach the replicas, and the most tokens of one micro-batch."""
-        per_replica = rows // mesh.dp
+        per_replica, budget = rows // mesh.dp, config.schedule.micro_batch_tokens
+        if budget is not None:
+            return f"{rows} {what} a step = {mesh.dp} replicas x {per_replica}, in micro-batches of {budget} tokens"
         return (
             f"{rows} {what} a step = {mesh.dp} replicas x {per_replica // micro_batch_size} micro-batches"
             f" x {micro_batch_size}, at most {micro_batch_size * tokens} tokens each"
@@ -147,7 +149,7 @@ def _mixture(plan: Plan, ctx: Context) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="")
     for title in ("source", "rows", "held out", *ctx.datasets, "left out"):
         table.add_column(title, overflow="fold")
-    for source in plan.sources:
+    for source in (*plan.sources, *plan.ptx_sources):
         spec, used, reasons = source.spec, [], []
         for phase, dataset in ctx.datasets.items():
             part = next((part for part in dataset.parts if part.source is source), None)

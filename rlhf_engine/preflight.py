@@ -33,6 +33,7 @@ class Plan:
     device: str
     tokenizer: Tokenizer | None  # None: one is trained on the data
     sources: list[Source]  # of the training phases; empty for a job
+    ptx_sources: list[Source]  # that PPO mixes into the policy's update
 
     @property
     def world_size(self) -> int:
@@ -81,20 +82,27 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
     if reward is not policy:
         check_vocabulary(tokenizer, reward)
     sources: list[Source] = []
+    ptx_sources: list[Source] = []
     if jobs:
         for source in config.data.sources:
-            for where, row in read_rows(parse_spec(source).name):
+            spec = parse_spec(source)
+            if (spec.system, spec.reward) != ("default", None):
+                raise ConfigError(f"data.sources={source}: the {config.phases[0]} job reads rows without presets")
+            for where, row in read_rows(spec.name):
                 check_job_row(row, where, config.phases[0], tokenizer)
     else:
         data = config.data
         sources = read_sources(data.sources or HH_MINI, data.num_rows, data.num_eval_rows, config.seed)
         check_sources(sources, config.phases)
+        if "ppo" in config.phases and config.ppo.ptx.sources:
+            ptx_sources = read_sources(config.ppo.ptx.sources, data.num_rows, 0, config.seed, "ppo.ptx.sources")
+            check_sources(ptx_sources, ["ptx"], "ppo.ptx.sources")
         if not config.rerun:
             check_output_dir(config)
     check_reward(config)
     if config.reward.kind == "function" and "ppo" in config.phases:
         load_function(config.reward.fn or "")
-    return Plan(config, mesh, {"policy": policy, "reward": reward}, device, tokenizer, sources)
+    return Plan(config, mesh, {"policy": policy, "reward": reward}, device, tokenizer, sources, ptx_sources)
 
 
 def read_base(path: str) -> Base:

@@ -181,7 +181,9 @@ def build_context(plan: Plan, mesh: ParallelMesh) -> Context:
         for name, base in plan.bases.items()
     }
     phases = [phase for phase in config.phases if phase not in JOBS]
-    datasets = build_datasets(phases, sources, tokenizer, config.data, config.seed)
+    datasets = build_datasets(phases, sources, tokenizer, config)
+    if plan.ptx_sources:
+        datasets |= build_datasets(["ptx"], plan.ptx_sources, tokenizer, config)
     reward_fn = None
     if config.reward.kind == "function" and "ppo" in config.phases:
         reward_fn = load_function(config.reward.fn or "")
@@ -215,6 +217,7 @@ def build_role(ctx: Context, name: str, spec: RoleSpec) -> RoleModel:
         spec.total_steps,
         spec.offload,
         config.schedule.recompute,
+        config.schedule.micro_batch_tokens,
     )
     for phase, source in spec.weights:
         if iterations_of_finished(ctx, phase) >= 0 and (found := latest_checkpoint(ctx, phase)):

@@ -39,7 +39,7 @@ def preference_loss(output: Tensor, batch: Batch):
 
 def train_reward(ctx: Context, reward: RoleModel, x) -> Works:
     batch = score_batch(reward, x.tokens, x.lengths)
-    yield Work(reward, batch, preference_loss, 2 * ctx.config.reward.micro_batch_size)
+    yield Work(reward, batch, preference_loss, 2 * ctx.config.reward.micro_batch_size, together=2)
     return None
 
 

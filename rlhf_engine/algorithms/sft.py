@@ -33,7 +33,7 @@ def cross_entropy(role: RoleModel):
 
 
 def train_policy(ctx: Context, policy: RoleModel, x) -> Works:
-    batch = {"tokens": x.tokens, "loss_mask": x.loss_mask}
+    batch = {"tokens": x.tokens, "lengths": x.lengths, "loss_mask": x.loss_mask}
     yield Work(policy, batch, cross_entropy(policy), ctx.config.sft.micro_batch_size)
     ctx.metrics.record("train/tokens", x.lengths.sum())
     return None
@@ -69,12 +69,12 @@ class SFT:
         """Held-out loss per token; at the end, what the policy says to held-out prompts."""
         policy, held_out = ctx.roles["policy"], ctx.datasets[self.name].held_out
         x = supervised(held_out, ctx.mesh.tp)
-        assert x.tokens is not None and x.loss_mask is not None
+        assert x.tokens is not None and x.lengths is not None and x.loss_mask is not None
 
         def log_probs(hidden: Tensor, batch: Batch) -> Tensor:
             return policy_log_probs(policy, hidden, batch, batch["loss_mask"])[0]
 
-        batch = {"tokens": x.tokens, "loss_mask": x.loss_mask}
+        batch = {"tokens": x.tokens, "lengths": x.lengths, "loss_mask": x.loss_mask}
         result = policy.infer(batch, log_probs, self.config.micro_batch_size)
         loss = float(-result.sum() / x.loss_mask[:, 1:].sum())
         evaluation = Evaluation({"eval/loss": loss, "eval/perplexity": float(torch.tensor(loss).exp())})

@@ -11,10 +11,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ..config import ConfigError, DataConfig
+from ..config import ConfigError, DataConfig, RunConfig
 from .chat import Messages, text_of
 from .formats import Row
-from .sources import PRESETS, Source, serves
+from .sources import NEEDS, PRESETS, Source, serves
 from .tokenizer import Tokenizer
 
 
@@ -36,7 +36,7 @@ class Part:
 
     Args:
         share: of the rows that the phase draws.
-        left_out: rows that it cannot use, by the reason.
+        left_out: rows to train on that it cannot use, by the reason.
     """
 
     source: Source
@@ -98,7 +98,7 @@ class Dataset:
 
 
 def build_datasets(
-    phases: Sequence[str], sources: Sequence[Source], tokenizer: Tokenizer, config: DataConfig, seed: int
+    phases: Sequence[str], sources: Sequence[Source], tokenizer: Tokenizer, config: RunConfig
 ) -> dict[str, Dataset]:
     """What each phase (of `sources.NEEDS`) draws from: the rows that it can use, of the sources that have any.
 
@@ -106,56 +106,54 @@ def build_datasets(
         ConfigError: nothing of a source, or nothing held out, is of a length that the configuration allows; or the
             chat template refuses a row.
     """
-    examples = [[list(_tokenise(rows, s, tokenizer, config)) for rows in (s.train, s.held_out)] for s in sources]
-    return {phase: _dataset(phase, sources, examples, config, seed) for phase in phases}
+    examples = [[list(_tokenise(rows, s, tokenizer, config.data)) for rows in (s.train, s.held_out)] for s in sources]
+    return {phase: _dataset(phase, sources, examples, config) for phase in phases}
 
 
 def _dataset(
-    phase: str, sources: Sequence[Source], examples: list[list[list[Example]]], config: DataConfig, seed: int
+    phase: str, sources: Sequence[Source], examples: list[list[list[tuple[Row, Example]]]], config: RunConfig
 ) -> Dataset:
+    data = config.data
     of_use = [any(serves(row, phase) for row in source.train) for source in sources]
     total = sum(source.share for source, used in zip(sources, of_use, strict=True) if used)
     parts = []
     for source, (train, held_out), used in zip(sources, examples, of_use, strict=True):
         if not used:
             continue
-        left_out: Counter[str] = Counter()
-        kept: list[list[Example]] = []
-        for rows in (train, held_out):
-            reasons = [_obstacle(example, phase, config) for example in rows]
-            left_out.update(reason for reason in reasons if reason)
-            kept.append([example for example, reason in zip(rows, reasons, strict=True) if not reason])
-        if not kept[0]:
+        found = [(example, _obstacle(row, example, phase, config)) for row, example in train]
+        kept = [example for example, reason in found if reason is None]
+        left_out = Counter(reason for _, reason in found if reason is not None)
+        for_evaluation = [example for row, example in held_out if not _obstacle(row, example, phase, config)]
+        if not kept:
             raise ConfigError(
-                f"no row of {source.spec.name} fits data.max_seq_len={config.max_seq_len}, data.max_prompt_len="
-                f"{config.max_prompt_len} and data.min_prompt_len={config.min_prompt_len} in phase {phase}"
+                f"no row of {source.spec.name} fits data.max_seq_len={data.max_seq_len}, data.max_prompt_len="
+                f"{data.max_prompt_len} and data.min_prompt_len={data.min_prompt_len} in phase {phase}"
+                + (f" with rollout.max_new_tokens={config.rollout.max_new_tokens}" if phase == "ppo" else "")
             )
-        parts.append(Part(source, source.share / total, kept[0], kept[1], left_out))
+        parts.append(Part(source, source.share / total, kept, for_evaluation, left_out))
     if not any(part.held_out for part in parts) and any(source.held_out for source in sources):
         names = ", ".join(part.source.spec.name for part in parts)
         raise ConfigError(f"no held-out row of {names} is of use in phase {phase}: raise data.num_eval_rows")
-    return Dataset(parts, seed, config.strategy)
+    return Dataset(parts, config.seed, data.strategy)
 
 
-def _obstacle(example: Example, phase: str, config: DataConfig) -> str | None:
-    """Why a phase cannot use an example; None where it can."""
-    answers = {"sft": [example.chosen], "reward": [example.chosen, example.rejected], "ptx": [example.chosen]}
-    found = answers.get(phase, [])
-    if any(answer is None for answer in found):
-        return "no pair" if phase == "reward" else "no answer"
-    if phase in ("reward", "ppo") and not example.prompt:
-        return "no prompt"
-    longest = max(len(example.prompt), len(example.reward_prompt))
-    if example.prompt and longest < config.min_prompt_len:
+def _obstacle(row: Row, example: Example, phase: str, config: RunConfig) -> str | None:
+    """Why a phase cannot use an example of a row; None where it can."""
+    if not serves(row, phase):
+        return f"without {NEEDS[phase]}"
+    data, length = config.data, max(len(example.prompt), len(example.reward_prompt))
+    if example.prompt and length < data.min_prompt_len:
         return "prompt too short"
-    if longest > config.max_prompt_len:
+    if length > data.max_prompt_len:
         return "prompt too long"
-    if any(longest + len(answer or ()) > config.max_seq_len for answer in found):
-        return "too long"
-    return None
+    answers = [example.chosen, example.rejected] if phase == "reward" else [example.chosen]
+    room = config.rollout.max_new_tokens if phase == "ppo" else max(len(answer or ()) for answer in answers)
+    return "too long" if length + room > data.max_seq_len else None
 
 
-def _tokenise(rows: Sequence[Row], source: Source, tokenizer: Tokenizer, config: DataConfig) -> Iterator[Example]:
+def _tokenise(
+    rows: Sequence[Row], source: Source, tokenizer: Tokenizer, config: DataConfig
+) -> Iterator[tuple[Row, Example]]:
     """Every row as an example; plain text in pieces of `data.max_seq_len`."""
     system = PRESETS[source.spec.system]
     reward = PRESETS[source.spec.reward] if source.spec.reward is not None else system
@@ -163,10 +161,10 @@ def _tokenise(rows: Sequence[Row], source: Source, tokenizer: Tokenizer, config:
         if not row.prompt:
             text = tokenizer.encode(row.chosen or "")
             for start in range(0, len(text), config.max_seq_len):
-                yield Example([], [], text[start : start + config.max_seq_len], None, [], "")
+                yield row, Example([], [], text[start : start + config.max_seq_len], None, [], "")
             continue
         try:
-            yield _dialogue(row, system, reward, tokenizer)
+            yield row, _dialogue(row, system, reward, tokenizer)
         except ConfigError as error:
             raise ConfigError(f"{row.where}: {error}") from None
 

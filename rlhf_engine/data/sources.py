@@ -121,7 +121,7 @@ def read_sources(
     for spec in specs:
         share = spec.weight / total
         num_eval = max(1, round(num_eval_rows * share)) if num_eval_rows else 0
-        if spec.name.startswith("hh_mini/"):
+        if spec.name.split("/")[0] == "hh_mini":
             if spec.name not in HH_MINI:
                 raise ConfigError(f"{key}={spec.name}: {nearest(spec.name, HH_MINI)}")
             train = _generate(spec.name, "train", max(1, round(num_rows * share)), seed)
@@ -140,13 +140,21 @@ def _generate(name: str, split: str, num_rows: int, seed: int) -> list[Row]:
     return [read_row(row, f"{name}:{i}") for i, row in enumerate(rows, 1)]
 
 
-NEEDS = {"sft": "an answer or text", "reward": "a pair of answers to one prompt", "ppo": "a prompt", "ptx": "text"}
+NEEDS = {
+    "sft": "an answer or text",
+    "reward": "a pair of answers to one prompt",
+    "ppo": "a prompt",
+    "ptx": "an answer or text",
+}
 
 
 def serves(row: Row, phase: str) -> bool:
     """Whether a row has what a phase of `NEEDS` learns from."""
-    has = {"reward": bool(row.prompt) and row.rejected is not None, "ppo": bool(row.prompt)}
-    return has.get(phase, row.chosen is not None)
+    if phase == "reward":
+        return bool(row.prompt) and row.rejected is not None
+    if phase == "ppo":
+        return bool(row.prompt and row.prompt[-1]["content"].strip())
+    return bool(row.chosen and row.chosen.strip())
 
 
 def check_sources(sources: Sequence[Source], phases: Sequence[str], key: str = "data.sources") -> None:

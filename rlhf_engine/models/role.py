@@ -38,6 +38,7 @@ class RoleModel:
         total_steps: optimizer steps of the whole phase, for the learning-rate schedule.
         recompute: activations that a trained role's backward computes again.
         offload: keep the weights of a frozen role on the CPU between its stages.
+        micro_batch_tokens: tokens of one forward, padding included, that rows are packed to; None: rows as they come.
     """
 
     def __init__(
@@ -51,11 +52,13 @@ class RoleModel:
         total_steps: int = 1,
         offload: bool = False,
         recompute: Recompute = "none",
+        micro_batch_tokens: int | None = None,
     ):
         self.name, self.model, self.mesh, self.head, self.dtype = name, model, mesh, head, dtype
         self.gpt = build_model(model, mesh, head, dtype, recompute=recompute)
         self.is_trained = optimizer is not None
         self.is_offloaded = offload
+        self.micro_batch_tokens = micro_batch_tokens
         self._users = 0
         self.module = self.gpt
         self._optimizer_config, self._total_steps = optimizer, total_steps
