@@ -195,7 +195,7 @@ def our_side(
 
     def experience(step: int) -> Experience:
         prompts = prompts_of(step, rows, bases["policy"].model.vocab_size or 0)
-        return Experience(prompts=prompts, sample_ids=torch.arange(rows))
+        return Experience(prompts=prompts, reward_prompts=prompts, sample_ids=torch.arange(rows))
 
     schedule = Schedule(algorithm.stages, algorithm.provided, specs)
     theirs = mesh.from_main(pipe.recv() if mesh.is_main else None)
@@ -226,12 +226,13 @@ def compare(ctx, algorithm, specs, theirs: dict[str, Any]) -> dict[str, float]:
     tokens = theirs["tokens"]
     rows, width = tokens.shape
     mask = torch.arange(width).expand(rows, width) >= PROMPT
+    prompts = [row[:PROMPT] for row in tokens.tolist()]
     x = Experience(
-        prompts=[row[:PROMPT] for row in tokens.tolist()], tokens=tokens, response_mask=mask,
+        prompts=prompts, reward_prompts=prompts, tokens=tokens, response_mask=mask,
         lengths=torch.full((rows,), width), finished=torch.ones(rows, dtype=torch.bool),
         sampler_log_probs=torch.zeros(rows, width),
     )  # fmt: skip
-    given = frozenset({"prompts", "tokens", "response_mask", "lengths", "finished", "sampler_log_probs"})
+    given = frozenset(name for name in vars(x) if getattr(x, name) is not None)
     names = ("log_probs", "ref_log_probs", "score", "values", "advantage")
     Schedule([s for s in algorithm.stages if s.name in names], given, specs).run(ctx, x)
     assert x.log_probs is not None and x.advantages is not None and x.advantage_moments is not None
@@ -244,7 +245,8 @@ def compare(ctx, algorithm, specs, theirs: dict[str, Any]) -> dict[str, float]:
     x.advantage_moments[:, 2] *= count / (count - 1)
     chosen = torch.as_tensor(theirs["order"][: ctx.config.ppo.micro_batch_size])
     chosen = chosen.repeat(ctx.mesh.dp)  # as many on every replica, so that the mean is the same
-    for name in ("tokens", "response_mask", "log_probs", "values", "returns", "advantages", "advantage_moments"):
+    whole = ("tokens", "lengths", "response_mask", "log_probs", "values", "returns", "advantages", "advantage_moments")
+    for name in whole:
         setattr(x, name, getattr(x, name)[chosen])
     epochs, ctx.config.ppo.epochs = ctx.config.ppo.epochs, 1
     given = frozenset(name for name in vars(x) if getattr(x, name) is not None)

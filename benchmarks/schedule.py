@@ -44,6 +44,7 @@ class Sleeper:
     """A role whose every stage takes `seconds` for a forward."""
 
     is_trained = False
+    micro_batch_tokens = None
 
     def __init__(self, name: str, mesh, seconds: float):
         from rlhf_engine.config import ModelConfig

@@ -21,6 +21,7 @@ class Experience:
 
     # what an iteration starts from
     prompts: list[list[int]] | None = None  # B lists of token ids
+    reward_prompts: list[list[int]] | None = None  # the same as the reward model reads them
     sample_ids: Tensor | None = None  # (B,) int64, the key of each sample's noise
     # sequences
     tokens: Tensor | None = None  # (B, T) int64
@@ -34,6 +35,7 @@ class Experience:
     ref_log_probs: Tensor | None = None  # (B, T) float32
     values: Tensor | None = None  # (B, T) float32, the critic before this iteration's updates
     scores: Tensor | None = None  # (B,) float32, one per response
+    golds: Tensor | None = None  # (B,) float32, the true preference; None where it is not known
     # what the updates aim at
     advantages: Tensor | None = None  # (B, T) float32, not whitened yet
     advantage_moments: Tensor | None = None  # (B, 3) float32, count, mean and variance of the whole batch's

@@ -14,7 +14,9 @@ from torch import Tensor
 from .algorithms.context import Context
 from .algorithms.heads import policy_log_probs
 from .config import ConfigError
-from .data.sources import parse_weight, read_json_rows
+from .data.chat import clean
+from .data.files import read_rows
+from .data.sources import parse_spec
 from .experience import pad_rows, spans
 from .models.role import RoleModel
 from .models.stream import Batch
@@ -26,7 +28,7 @@ _MICRO_BATCH = 8
 
 
 def _rows(ctx: Context) -> list[dict[str, Any]]:
-    return [row for source in ctx.config.data.sources for _, row in read_json_rows(parse_weight(source)[0])]
+    return [row for source in ctx.config.data.sources for _, row in read_rows(parse_spec(source).name)]
 
 
 def score(ctx: Context, policy: RoleModel) -> None:
@@ -51,7 +53,7 @@ def score(ctx: Context, policy: RoleModel) -> None:
             part = order[start : start + _ROWS_AT_ONCE]
             padded, lengths = pad_rows([tokens[i] for i in part], ctx.mesh.tp)
             mask = spans(torch.ones_like(lengths), lengths, padded.shape[1])
-            both = policy.infer({"tokens": padded, "mask": mask}, fn, _MICRO_BATCH)
+            both = policy.infer({"tokens": padded, "lengths": lengths, "mask": mask}, fn, _MICRO_BATCH)
             for k, i in enumerate(part):
                 log_probs, entropy = both[k, :, : len(tokens[i])].tolist()
                 output.rows[i] = {
@@ -85,7 +87,7 @@ def generate(ctx: Context, policy: RoleModel) -> None:
             )
             for i, response in enumerate(found, start):
                 output.rows[i] = {
-                    "prompt": rows[i].get("prompt", ctx.tokenizer.decode(prompts[i])),
+                    "prompt": clean(rows[i].get("prompt", ctx.tokenizer.decode(prompts[i]))),
                     "response": ctx.tokenizer.decode(response.tokens),
                     "tokens": response.tokens,
                     "log_probs": response.log_probs,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -107,16 +108,13 @@ def show_run(plan: Plan, ctx: Context) -> None:
     table.add_row("policy", config.policy.path or "random weights")
     if config.reward.path is not None:
         table.add_row("reward", config.reward.path)
-    if ctx.dataset is not None:
-        unpaired = sum(source.num_unpaired for source in plan.sources)
-        dropped = f", {ctx.dataset.num_dropped} too long" if ctx.dataset.num_dropped else ""
-        dropped += f", {unpaired} with two prompts" if unpaired else ""
-        table.add_row("data", f"{len(ctx.dataset)} rows, {len(ctx.dataset.held_out)} held out{dropped}")
     sft, reward, ppo, length = config.sft, config.reward, config.ppo, config.data.max_seq_len
 
     def split(rows: int, what: str, micro_batch_size: int, tokens: int) -> str:
         """How `rows` of an optimizer step reach the replicas, and the most tokens of one micro-batch."""
-        per_replica = rows // mesh.dp
+        per_replica, budget = rows // mesh.dp, config.schedule.micro_batch_tokens
+        if budget is not None:
+            return f"{rows} {what} a step = {mesh.dp} replicas x {per_replica}, in micro-batches of {budget} tokens"
         return (
             f"{rows} {what} a step = {mesh.dp} replicas x {per_replica // micro_batch_size} micro-batches"
             f" x {micro_batch_size}, at most {micro_batch_size * tokens} tokens each"
@@ -140,4 +138,26 @@ def show_run(plan: Plan, ctx: Context) -> None:
         table.add_row("", f"{ppo.epochs} epochs x {ppo.num_minibatches} minibatches, {steps}")
     table.add_row("output", config.output or config.output_dir)
     console = Console()
-    (console if console.is_terminal else Console(width=140)).print(table)
+    console = console if console.is_terminal else Console(width=140)
+    console.print(table)
+    if ctx.datasets:
+        console.print(_mixture(plan, ctx))
+
+
+def _mixture(plan: Plan, ctx: Context) -> Table:
+    """A line for each source: rows read, rows that each phase uses with their share of its draws, rows left out."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="")
+    for title in ("source", "rows", "held out", *ctx.datasets, "left out"):
+        table.add_column(title, overflow="fold")
+    for source in (*plan.sources, *plan.ptx_sources):
+        spec, used, reasons = source.spec, [], []
+        for phase, dataset in ctx.datasets.items():
+            part = next((part for part in dataset.parts if part.source is source), None)
+            used.append(f"{len(part.train)} ({part.share:.1%})" if part else "-")
+            if part and part.left_out:
+                reasons.append(f"{phase}: " + ", ".join(f"{n} {reason}" for reason, n in part.left_out.items()))
+        presets = {"system": spec.system, "reward": spec.reward or "default"}
+        name = spec.name + "".join(f" [{key}={preset}]" for key, preset in presets.items() if preset != "default")
+        counts = str(len(source.train)), str(len(source.held_out))
+        table.add_row(escape(name), *counts, *used, "; ".join(reasons) or "-")
+    return table

@@ -85,12 +85,9 @@ class ParallelMesh:
 
     # -- rows of a batch, split over data parallel replicas --------------------------------------------------
 
-    def take(self, rows: Tensor) -> Tensor:
-        """This replica's contiguous part of the rows, `(B, ...)` to `(B / dp, ...)`."""
-        return rows.chunk(self.dp)[self.dp_rank]
-
     def gather(self, rows: Tensor | None) -> Tensor:
-        """Inverse of `take`: `(B / dp, ...)` held by the last pipeline stage becomes `(B, ...)` on every CPU.
+        """Rows of each replica, one replica after the other: `(B / dp, ...)` held by the last pipeline stage becomes
+        `(B, ...)` on every CPU.
 
         Args:
             rows: on any device; None on stages that are not the last.

@@ -8,11 +8,14 @@ import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from .config import JOBS, Base, ConfigError, MeshConfig, RunConfig, check, resolve_mesh
-from .data.sources import Source, parse_weight, read_json_rows, read_sources
+from .data.files import read_rows
+from .data.formats import check_messages
+from .data.sources import HH_MINI, Source, check_sources, parse_spec, read_sources
 from .data.tokenizer import Tokenizer
 from .hf.config import read_model_config
 from .hf.index import index
@@ -30,6 +33,7 @@ class Plan:
     device: str
     tokenizer: Tokenizer | None  # None: one is trained on the data
     sources: list[Source]  # of the training phases; empty for a job
+    ptx_sources: list[Source]  # that PPO mixes into the policy's update
 
     @property
     def world_size(self) -> int:
@@ -78,18 +82,27 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
     if reward is not policy:
         check_vocabulary(tokenizer, reward)
     sources: list[Source] = []
+    ptx_sources: list[Source] = []
     if jobs:
         for source in config.data.sources:
-            for where, row in read_json_rows(parse_weight(source)[0]):
+            spec = parse_spec(source)
+            if (spec.system, spec.reward) != ("default", None):
+                raise ConfigError(f"data.sources={source}: the {config.phases[0]} job reads rows without presets")
+            for where, row in read_rows(spec.name):
                 check_job_row(row, where, config.phases[0], tokenizer)
     else:
-        sources = read_sources(config.data, config.seed)
+        data = config.data
+        sources = read_sources(data.sources or HH_MINI, data.num_rows, data.num_eval_rows, config.seed)
+        check_sources(sources, config.phases)
+        if "ppo" in config.phases and config.ppo.ptx.sources:
+            ptx_sources = read_sources(config.ppo.ptx.sources, data.num_rows, 0, config.seed, "ppo.ptx.sources")
+            check_sources(ptx_sources, ["ptx"], "ppo.ptx.sources")
         if not config.rerun:
             check_output_dir(config)
     check_reward(config)
     if config.reward.kind == "function" and "ppo" in config.phases:
         load_function(config.reward.fn or "")
-    return Plan(config, mesh, {"policy": policy, "reward": reward}, device, tokenizer, sources)
+    return Plan(config, mesh, {"policy": policy, "reward": reward}, device, tokenizer, sources, ptx_sources)
 
 
 def read_base(path: str) -> Base:
@@ -177,25 +190,22 @@ def check_vocabulary(tokenizer: Tokenizer | None, reward: Base) -> None:
             raise ConfigError(f"reward.path={reward.path} has another tokenizer than the policy")
 
 
-def check_job_row(row: dict, where: str, job: str, tokenizer: Tokenizer | None) -> None:
+def check_job_row(row: Any, where: str, job: str, tokenizer: Tokenizer | None) -> None:
     """A row of a score or generate job.
 
     Raises:
         ConfigError: it has neither text nor messages, or messages that the chat template refuses.
     """
     key = {"score": "text", "generate": "prompt"}[job]
+    if not isinstance(row, dict):
+        raise ConfigError(f"{where}: a row of the {job} job is a JSON object, not {type(row).__name__}")
     if key in row:
         if not isinstance(row[key], str):
             raise ConfigError(f"{where}: {key!r} must be text")
         return
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise ConfigError(f"{where}: a row of the {job} job has {key!r} or 'messages', this one {sorted(row)}")
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise ConfigError(f"{where}: each message is {{'role': …, 'content': text}}")
-        if message.get("role") not in (roles := ("system", "user", "assistant")):
-            raise ConfigError(f"{where}: role {message.get('role')!r} is not one of {', '.join(roles)}")
+    if "messages" not in row:
+        raise ConfigError(f"{where}: a row of the {job} job has {key!r} or 'messages', this one {sorted(row)!s:.99}")
+    check_messages(messages := row["messages"], where, "messages")
     assert tokenizer is not None  # of the policy, which a job has
     try:
         tokenizer.template.parts(messages, prompt=job == "generate")

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from .models.stream import Work
 
 Fields = Mapping[str, Tensor]
-# What the body of an infer or a train stage is: it yields work for its role and gets an infer's result back.
-Works = Generator["Work", Tensor, Fields | None]
+# What the body of an infer or a train stage is: it yields work for its role and gets an infer's result back. A train
+# stage may yield several works at once, for one step.
+Works = Generator["Work | list[Work]", Tensor, Fields | None]
 # ctx, the stage's role, the fields that it reads -> the fields that it writes
 Body = Callable[["Context", Any, SimpleNamespace], Fields | Works | None]
 
@@ -188,10 +189,12 @@ def together(bodies: Sequence[Works], kind: str, ctx: Context) -> list[Fields | 
                 works[i] = bodies[i].send(answer)
             except StopIteration as stop:
                 results[i] = stop.value
+        steps = [step if isinstance(step, list) else [step] for step in works.values()]
+        flat = [work for step in steps for work in step]
         if kind == "infer":
-            answers = dict(zip(works, stream.infer(list(works.values()), ctx.trace) if works else (), strict=True))
+            answers = dict(zip(works, stream.infer(flat, ctx.trace) if flat else (), strict=True))
         else:
-            if works:
-                stream.train_step(list(works.values()), ctx.metrics, ctx.trace)
+            if flat:
+                stream.train_step(flat, ctx.metrics, ctx.trace)
             answers = dict.fromkeys(works)
     return results

@@ -19,7 +19,7 @@ from .algorithms import ALGORITHMS
 from .algorithms.context import Algorithm, Context, Evaluation, RoleSpec, TrainState
 from .config import JOBS, ConfigError, RunConfig
 from .data import sources as data_sources
-from .data.dataset import Dataset
+from .data.dataset import build_datasets
 from .data.sources import gold_rule
 from .data.tokenizer import Tokenizer, train_tokenizer
 from .hf.export import export_role, head_config
@@ -119,7 +119,7 @@ def finish(ctx: Context, folder: Path, algorithm: Algorithm, evaluation: Evaluat
     mesh, figures = ctx.mesh, evaluation.figures
     logbook.finish(figures)
     about = {
-        "data": ctx.config.data.kind,
+        "data": ", ".join(part.source.spec.name for part in ctx.datasets[algorithm.name].parts),
         "policy": ctx.config.policy.path or "random weights",
         "mesh": f"tp {mesh.tp} x pp {mesh.pp} x dp {mesh.dp}",
     }
@@ -180,23 +180,23 @@ def build_context(plan: Plan, mesh: ParallelMesh) -> Context:
         name: replace(base, model=replace(base.model, vocab_size=base.model.vocab_size or tokenizer.vocab_size))
         for name, base in plan.bases.items()
     }
-    dataset = Dataset(sources, tokenizer, config.data, config.seed) if sources else None
+    phases = [phase for phase in config.phases if phase not in JOBS]
+    datasets = build_datasets(phases, sources, tokenizer, config)
+    if plan.ptx_sources:
+        datasets |= build_datasets(["ptx"], plan.ptx_sources, tokenizer, config)
     reward_fn = None
     if config.reward.kind == "function" and "ppo" in config.phases:
         reward_fn = load_function(config.reward.fn or "")
-    return Context(config, bases, mesh, tokenizer, dataset, gold_rule(config.data), reward_fn)  # type: ignore[arg-type]
+    return Context(config, bases, mesh, tokenizer, datasets, gold_rule(sources), reward_fn)
 
 
 def trained_tokenizer(config: RunConfig, mesh: ParallelMesh, sources: list[data_sources.Source]) -> Tokenizer:
     """A tokenizer trained on the data, at first use."""
     path = Path(config.output_dir) / "tokenizer" / "tokenizer.model"
     if mesh.is_main and not path.is_file():
-        texts = [
-            turn["content"]
-            for source in sources
-            for row in source.train
-            for turn in [*row.prompt, {"content": row.chosen}, {"content": row.rejected}]
-        ]
+        rows = [row for source in sources for row in source.train]
+        said = [[*(turn["content"] for turn in row.prompt), row.chosen, row.rejected] for row in rows]
+        texts = [text for texts in said for text in texts if text is not None]
         spoken = ("\n\nHuman: ", "\n\nAssistant: ")
         train_tokenizer([speaker + text for text in texts for speaker in spoken], path, config.tokenizer.vocab_size)
     mesh.barrier()
@@ -217,6 +217,7 @@ def build_role(ctx: Context, name: str, spec: RoleSpec) -> RoleModel:
         spec.total_steps,
         Path(config.output_dir) / "offloaded" if config.schedule.moves(name) else None,
         config.schedule.recompute,
+        config.schedule.micro_batch_tokens,
     )
     for phase, source in spec.weights:
         if iterations_of_finished(ctx, phase) >= 0 and (found := latest_checkpoint(ctx, phase)):

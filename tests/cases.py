@@ -63,6 +63,21 @@ def first_iteration(overrides: list[str], layout: tuple, phase: str) -> dict:
     return {"tokens": rows, "figures": figures, "weights": digest.hexdigest(), "times": times, "away": away}
 
 
+def grad_norm_of_text(overrides: list[str], layout: tuple) -> float:
+    """Of the policy's mean loss per token on the first rows that PPO mixes in."""
+    from rlhf_engine.algorithms import ALGORITHMS
+    from rlhf_engine.algorithms.sft import cross_entropy, supervised
+    from rlhf_engine.models.stream import Work, train_step
+    from rlhf_engine.trainer import build_role
+
+    ctx = context(overrides, layout)
+    policy = build_role(ctx, "policy", ALGORITHMS["ppo"](ctx.config).roles()["policy"])
+    x = supervised(ctx.datasets["ptx"].batch(0, ctx.config.ppo.ptx.rows), ctx.mesh.tp)
+    batch = {"tokens": x.tokens, "lengths": x.lengths, "loss_mask": x.loss_mask}
+    train_step([Work(policy, batch, cross_entropy(policy), 4)], ctx.metrics, ctx.trace)
+    return ctx.metrics.reduce(ctx.mesh)["policy/grad_norm"]
+
+
 def generate(
     overrides: list[str],
     layout: tuple,

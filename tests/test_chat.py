@@ -245,6 +245,8 @@ def test_a_row_that_the_template_refuses(refused, shared, tmp_path):  # noqa: F8
         "".join(json.dumps({"messages": m}) + "\n" for m in (DIALOGUE[:1], [{"role": "system", "content": "x"}]))
     )
     job = [f"policy.path={model}", f"data.sources=[{rows}]", "output=o.jsonl"]
+    preset = refused(f"policy.path={model}", f"data.sources=['{rows}[system=math]']", "output=o", "phases=[score]")
+    assert "[system=math]" in preset and "without presets" in preset
     for phase in ("generate", "score"):
         message = refused(*job, f"phases=[{phase}]")
         assert f"{rows}:2:" in message and "roles must alternate" in message

@@ -6,17 +6,20 @@ from collections import Counter
 
 import pytest
 
-from rlhf_engine.config import ConfigError, DataConfig
+from rlhf_engine.config import ConfigError, DataConfig, RolloutConfig, RunConfig
 from rlhf_engine.data.chat import text_of
-from rlhf_engine.data.dataset import Dataset
-from rlhf_engine.data.sources import parse_hh, parse_weight, read_sources
+from rlhf_engine.data.dataset import Dataset, Part, build_datasets
+from rlhf_engine.data.formats import Row, parse_hh
+from rlhf_engine.data.sources import HH_MINI, PRESETS, Source, Spec, read_sources
 from rlhf_engine.data.tokenizer import Tokenizer, train_tokenizer
+
+HELPFUL, HARMLESS = HH_MINI
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> Tokenizer:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    sources = read_sources(DataConfig(num_rows=200, num_eval_rows=10), 1)
+    sources = read_sources(HH_MINI, 200, 10, 1)
     train_tokenizer([r.chosen for s in sources for r in s.train] + ["\n\nHuman: \n\nAssistant:"] * 20, path, 500)
     return Tokenizer(str(path))
 
@@ -29,17 +32,6 @@ def test_hh_text_to_messages():
         {"role": "user", "content": "Three\nFour"},
         {"role": "assistant", "content": ""},
     ]
-
-
-@pytest.mark.parametrize(("source", "parsed"), [("a.jsonl", ("a.jsonl", 1.0)), ("a::b::0.5", ("a::b", 0.5))])
-def test_weights(source, parsed):
-    assert parse_weight(source) == parsed
-
-
-@pytest.mark.parametrize("source", ["a::0", "a::-1", "a::inf", "a::nan", "a::"])
-def test_bad_weights(source):
-    with pytest.raises(ConfigError, match="weight"):
-        parse_weight(source)
 
 
 def test_a_prompt_is_the_beginning_of_its_dialogue(tokenizer):
@@ -62,20 +54,58 @@ def test_hostile_text_is_text(tokenizer, text):
     assert tokenizer.decode(ids) == ("a" + text).encode("utf-8", "replace").decode()
 
 
-def dataset(tokenizer, **changes) -> Dataset:
-    config = DataConfig(num_rows=90, num_eval_rows=10, **changes)
-    return Dataset(read_sources(config, 1), tokenizer, config, seed=5)
+def datasets(tokenizer, *sources: str, phases=("sft", "reward", "ppo"), **changes) -> dict[str, Dataset]:
+    config = RunConfig(data=DataConfig(**{"max_seq_len": 512, **changes}), seed=5)
+    return build_datasets(phases, read_sources(sources or HH_MINI, 90, 10, 1), tokenizer, config)
 
 
-def test_shares_are_exact(tokenizer):
-    mixed = dataset(tokenizer, sources=["helpful-base::1.0", "harmless-base::0.5"], max_seq_len=512)
-    helpful = {id(row) for row in mixed._parts[0]}
-    for start in range(0, 300, 3):
-        assert sum(id(mixed[i]) in helpful for i in range(start, start + 3)) == 2
+def source_of(dataset: Dataset) -> dict[int, str]:
+    return {id(row): part.source.spec.name for part in dataset.parts for row in part.train}
+
+
+def named(shares: dict[str, float], rows: int = 100, **settings) -> Dataset:
+    """A mixture whose examples are their source's name and a number."""
+    total = sum(shares.values())
+    parts = [
+        Part(
+            Source(Spec(name), weight / total, [], []), weight / total, [(name, i) for i in range(rows)], [], Counter()
+        )
+        for name, weight in shares.items()
+    ]
+    return Dataset(parts, 3, **settings)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [{"helpful": 1.0, "harmless": 0.5}, {"a": 1.0, "b": 1.0, "c": 1.0}, {"a": 5.0, "b": 0.3, "c": 1.1, "d": 0.02}],
+    ids=len,
+)
+def test_each_batch_has_the_shares_and_the_run_has_them_exactly(weights):
+    mixed, size = named(weights), 64
+    whole, total = Counter(), sum(weights.values())
+    for start in range(0, size * 1000, size):
+        found = Counter(name for name, _ in mixed.batch(start, size))
+        whole += found
+        if len(weights) == 2:
+            assert (found["helpful"], found["harmless"]) in ((43, 21), (42, 22))
+        for name, weight in weights.items():
+            assert abs(found[name] - weight / total * size) < 2  # less than a row, and what the last batch owed
+            assert abs(whole[name] - weight / total * (start + size)) < 1
+
+
+def test_in_data_keeps_the_shares_over_the_data_alone():
+    weights = {"helpful": 1.0, "harmless": 0.5}
+    mixed = named(weights, strategy="in_data")
+    blocks = [Counter(name for name, _ in mixed.batch(start, 200)) for start in range(0, 6000, 200)]
+    assert all(abs(block["helpful"] - 133.3) < 1 for block in blocks)
+    batches = [Counter(name for name, _ in mixed.batch(start, 20))["helpful"] for start in range(0, 6000, 20)]
+    assert min(batches) < 11 and max(batches) > 15
+    again = named(weights, strategy="in_data")
+    assert again.batch(777, 300) == [mixed[i] for i in range(777, 1077)]
 
 
 def test_every_row_is_seen_before_one_is_seen_again(tokenizer):
-    one = dataset(tokenizer, sources=["helpful-base"], max_seq_len=512)
+    one = datasets(tokenizer, HELPFUL)["sft"]
     n = len(one)
     for epoch in range(3):
         assert Counter(id(one[epoch * n + i]) for i in range(n)).most_common(1)[0][1] == 1
@@ -83,13 +113,72 @@ def test_every_row_is_seen_before_one_is_seen_again(tokenizer):
 
 
 def test_the_order_is_a_function_of_the_position(tokenizer):
-    first, second = dataset(tokenizer), dataset(tokenizer)
+    first, second = datasets(tokenizer)["ppo"], datasets(tokenizer)["ppo"]
     assert first.batch(70, 20) == [second[i] for i in range(70, 90)]
 
 
-def test_rows_that_are_too_long_are_dropped_and_counted(tokenizer):
-    short = dataset(tokenizer, max_seq_len=100)
-    assert 0 < short.num_dropped < 100 and len(short) + len(short.held_out) + short.num_dropped == 100
-    assert all(len(short[i].prompt + short[i].chosen) <= 100 for i in range(50))
-    with pytest.raises(ConfigError, match=r"no row of helpful-base fits data\.max_seq_len=5"):
-        dataset(tokenizer, max_seq_len=5)
+def test_rows_that_do_not_fit_are_left_out_and_counted(tokenizer):
+    everything = datasets(tokenizer)["sft"]
+    prompts = sorted(len(everything[i].prompt) for i in range(len(everything)))
+    limits = {"min_prompt_len": prompts[10], "max_prompt_len": prompts[-10], "max_seq_len": prompts[-10] + 60}
+    for phase, dataset in datasets(tokenizer, **limits).items():
+        reasons = sum((part.left_out for part in dataset.parts), Counter())
+        assert len(dataset) + reasons.total() == 90 and len(dataset.held_out) < 10
+        assert reasons["prompt too long"] and reasons["prompt too short"]
+        assert reasons["too long"]  # in PPO with a response of 64 tokens, the longest
+        assert all(limits["min_prompt_len"] <= len(e.prompt) <= limits["max_prompt_len"] for e in dataset.batch(0, 80))
+        if phase == "reward":
+            assert all(len(e.prompt + e.rejected) <= limits["max_seq_len"] for e in dataset.batch(0, 80))
+    with pytest.raises(ConfigError, match=r"no row of hh_mini/helpful-base fits data\.max_seq_len=5"):
+        datasets(tokenizer, max_seq_len=5)
+
+
+def rows_of(name: str, rows: list[Row], share: float = 1.0, **presets) -> Source:
+    return Source(Spec(name, **presets), share, rows[1:], rows[:1])
+
+
+USER = [{"role": "user", "content": "Which way?"}]
+BLANK = Row("f:5", [{"role": "user", "content": " "}], "", "Right!")
+PAIR, ANSWER = Row("f:1", USER, "Left.", "Right!"), Row("f:2", USER, "Left.")
+PROMPT, TEXT = Row("f:3", USER), Row("f:4", [], "Once upon a time. " * 20)
+
+
+def test_each_phase_takes_what_it_can_use(tokenizer):
+    sources = [
+        rows_of("pairs", [PAIR] * 5 + [ANSWER, BLANK], 0.5),
+        rows_of("prompts", [PROMPT] * 5, 0.25),
+        rows_of("text", [TEXT] * 3, 0.25),
+    ]
+    config = RunConfig(data=DataConfig(max_seq_len=50), rollout=RolloutConfig(max_new_tokens=8))
+    found = build_datasets(["sft", "reward", "ppo", "ptx"], sources, tokenizer, config)
+    shares = {phase: {p.source.spec.name: p.share for p in data.parts} for phase, data in found.items()}
+    assert shares["sft"] == shares["ptx"] == {"pairs": pytest.approx(2 / 3), "text": pytest.approx(1 / 3)}
+    assert shares["reward"] == {"pairs": 1.0}
+    assert shares["ppo"] == {"pairs": pytest.approx(2 / 3), "prompts": pytest.approx(1 / 3)}
+    assert found["reward"].parts[0].left_out == {"without a pair of answers to one prompt": 1} and [
+        len(found[name].parts[0].train) for name in ("sft", "reward", "ppo")
+    ] == [5, 5, 5]
+    pieces = [example.chosen for example in found["ptx"].parts[1].train]
+    assert max(map(len, pieces)) == 50
+    assert [i for piece in pieces for i in piece] == tokenizer.encode(TEXT.chosen) * 2
+
+
+def test_presets_stand_in_front(tokenizer):
+    """The policy's in front of its dialogue, and in front of the reward model's where that has none of its own."""
+
+    def example(**presets):
+        prompt = [{"role": "system", "content": "Be brief."}, *USER]
+        source = rows_of("a", [Row("f:1", prompt, "Left.", "Right!")] * 2, **presets)
+        return build_datasets(["reward"], [source], tokenizer, RunConfig())["reward"][0]
+
+    plain, system = example(), example(system="math")
+    own, only = example(system="math", reward="harmless"), example(reward="harmless")
+    back = example(system="math", reward="default")
+    assert tokenizer.decode(plain.prompt) == "Be brief.\n\nHuman: Which way?\n\nAssistant:"
+    assert tokenizer.decode(system.prompt) == PRESETS["math"] + "\n\nHuman: Which way?\n\nAssistant:"
+    assert system.reward_prompt == system.prompt == own.prompt == back.prompt
+    assert own.reward_prompt == only.reward_prompt and tokenizer.decode(own.reward_prompt).startswith(
+        PRESETS["harmless"]
+    )
+    assert only.prompt == plain.prompt == back.reward_prompt
+    assert {tuple(e.chosen) for e in (plain, system, own, only, back)} == {tuple(plain.chosen)}

@@ -61,12 +61,55 @@ def test_optimizer_without_distribution(worlds, small_run, reference):
     assert_same(found["figures"], reference["sft"]["figures"], "sft without the distributed optimizer")
 
 
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("budget", [150, 600])
+@pytest.mark.parametrize("layout", [(1, 1, 1), (2, 1, 1, True), (1, 2, 1), (1, 1, 2)], ids=str)
+def test_packed_micro_batches_change_nothing(worlds, small_run, reference, phase, layout, budget):
+    """Rows by length in micro-batches of a token budget, some longer than it."""
+    settings = [*SETTINGS, f"output_dir={small_run}", f"schedule.micro_batch_tokens={budget}"]
+    for rank, found in enumerate(worlds(layout[0] * layout[1] * layout[2]).run(
+        cases.first_iteration, settings, layout, phase
+    )):  # fmt: skip
+        assert found["tokens"] == reference[phase]["tokens"]
+        assert_same(found["figures"], reference[phase]["figures"], f"{phase} on {layout}, rank {rank}")
+
+
+def test_packed_micro_batches_of_experts(worlds, small_run):
+    settings = [*SETTINGS, f"output_dir={small_run}/experts", "model.architecture=mixtral", "model.num_experts=4"]
+    settings.append(f"tokenizer.path={small_run}/tokenizer/tokenizer.model")
+    wanted = worlds(1).run(cases.first_iteration, settings, (1, 1, 1), "sft")[0]
+    packed = [*settings, "schedule.micro_batch_tokens=300"]
+    found = worlds(2).run(cases.first_iteration, packed, (1, 1, 2, False, 2), "sft")[0]
+    assert_same(found["figures"], wanted["figures"], "experts")
+
+
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 @pytest.mark.parametrize("layout", [(1, 1, 1), (2, 1, 1, True), (1, 2, 1)], ids=str)
 def test_recomputed_activations_change_nothing(worlds, small_run, reference, recompute, layout):
     settings = [*SETTINGS, f"output_dir={small_run}", f"schedule.recompute={recompute}"]
     found = worlds(layout[0] * layout[1]).run(cases.first_iteration, settings, layout, "sft")[0]
     assert_same(found["figures"], reference["sft"]["figures"], f"{recompute} recompute on {layout}")
+
+
+PTX = ["ppo.ptx.sources=[hh_mini/helpful-base]", "ppo.ptx.rows=8"]
+
+
+@pytest.mark.parametrize("extra", [[], ["schedule.micro_batch_tokens=400"]], ids=["rows", "packed"])
+@pytest.mark.parametrize("layout", [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2)], ids=str)
+def test_text_mixed_into_the_update(worlds, small_run, reference, layout, extra):
+    """One step on the policy's gradient plus `coef` times that of the text's mean loss over its own tokens."""
+    world = worlds(layout[0] * layout[1] * layout[2])
+    settings = [*SETTINGS, *PTX, *extra, f"output_dir={small_run}", "phases=[ppo]"]
+    squares = []
+    for coef in (0, 1, 2):
+        found = world.run(cases.first_iteration, [*settings, f"ppo.ptx.coef={coef}"], layout, "ppo")[0]["figures"]
+        squares.append(found["policy/grad_norm"] ** 2)
+        loss = reference["ppo"]["figures"]["policy/loss"] + coef * found["ptx/loss"]
+        assert found["policy/loss"] == pytest.approx(loss, rel=1e-5)
+    assert squares[0] == pytest.approx(reference["ppo"]["figures"]["policy/grad_norm"] ** 2, rel=1e-4)
+    # |p + c t|^2 is a parabola in c, whose second difference is 2 |t|^2
+    text = world.run(cases.grad_norm_of_text, settings, layout)[0]
+    assert (squares[2] - 2 * squares[1] + squares[0]) / 2 == pytest.approx(text**2, rel=1e-3)
 
 
 def test_golden_losses(reference):

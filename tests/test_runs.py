@@ -159,20 +159,38 @@ def test_reward_function(tmp_path, monkeypatch):
 
 
 def test_options_of_ppo(phases, tmp_path):
-    """Adaptive KL, score scaling and clipping, several samples a prompt, offloaded roles, critic warm-up."""
+    """Adaptive KL, score scaling and clipping, several samples a prompt, offloaded roles, critic warm-up, presets, text
+    mixed in, packed micro-batches, rollouts written."""
     folder = tmp_path / "run"
     shutil.copytree(phases, folder)
     launch(
         *SMALL, f"output_dir={folder}", "ppo.kl_controller=adaptive", "ppo.kl_target=0.001", "ppo.score_scale=true",
-        "ppo.score_clip=1.5", "ppo.samples_per_prompt=2", "schedule.residency=offload",
-        "schedule.offload=[reference,reward]", "ppo.critic_warmup_iterations=1", "ppo.iterations=3",
-        "rollout.temperature=0.8", "rollout.min_new_tokens=3",
+        "ppo.score_min=-1.5", "ppo.score_max=1.0", "ppo.samples_per_prompt=2",
+        "schedule.residency=offload", "schedule.offload=[reference,reward]",
+        "ppo.critic_warmup_iterations=1", "ppo.iterations=3", "rollout.temperature=0.8", "rollout.min_new_tokens=3",
+        "ppo.write_rollouts=true", "schedule.micro_batch_tokens=500", "data.strategy=in_data",
+        "data.sources=['hh_mini/helpful-base::1.0[system=helpful]','hh_mini/harmless-base::0.5[reward=hhh]']",
+        "ppo.ptx.sources=[hh_mini/helpful-base]", "ppo.ptx.rows=6",
     )  # fmt: skip
     rows = figures(folder / "ppo")
     assert "policy/loss" not in rows[0] and "policy/loss" in rows[1]
     assert rows[0]["kl/coef"] == 0.05 and rows[1]["kl/coef"] < 0.05  # a KL of 0 lies below its target
     assert abs(rows[1]["kl/mean"]) <= 1e-6 and rows[2]["kl/mean"] != 0
     assert all(row["rollout/log_prob_gap"] <= 1e-5 for row in rows)  # temperature and minimum length on both sides
+    assert "ptx/loss" not in rows[0] and "ptx/loss" in rows[1]
+    for i, row in enumerate(rows):
+        written = [json.loads(line) for line in (folder / "ppo" / "rollouts" / f"{i}.jsonl").read_text().splitlines()]
+        assert len(written) == 32 and all(
+            found.keys() == {"prompt", "response", "score", "gold", "kl"} for found in written
+        )
+        for name, values in {
+            "score/mean": [found["score"] for found in written],
+            "gold/mean": [found["gold"] for found in written],
+            "kl/mean": [sum(found["kl"]) for found in written],
+            "rollout/response_length": [len(found["kl"]) for found in written],
+        }.items():
+            assert sum(values) / 32 == pytest.approx(row[name], abs=1e-4)
+        assert all(found["prompt"].endswith("\n\nAssistant:") for found in written)
 
 
 # -- real weights and data -----------------------------------------------------------------------------------
@@ -203,7 +221,7 @@ def test_score_and_generate_with_real_weights(shared, tmp_path, layout):
         assert row["entropy"][1:] == pytest.approx(entropy, abs=2e-5)
 
     source = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "Once upon a time"}, {"messages": [
-        {"role": "user", "content": "Tell me a story"}]}])  # fmt: skip
+        {"role": "user", "content": "Tell me a story"}]}, {"prompt": "Once \ud800"}])  # fmt: skip
     out = tmp_path / "stories.jsonl"
     settings = [f"policy.path={model}", f"data.sources=[{source}]", f"output={out}", "rollout.greedy=true"]
     launch("+exp=generate", *settings, "rollout.max_new_tokens=40", *mesh)
@@ -211,7 +229,7 @@ def test_score_and_generate_with_real_weights(shared, tmp_path, layout):
     assert rows[0]["prompt"] == "Once upon a time"
     assert rows[0]["response"].startswith(", there was a little girl named Lily")
     assert all(len(row["tokens"]) == len(row["log_probs"]) <= 40 for row in rows)
-    assert rows[1]["prompt"].endswith("Assistant:")
+    assert rows[1]["prompt"].endswith("Assistant:") and rows[2]["prompt"] == "Once ?"
 
 
 def test_real_hh_rlhf_from_real_weights(shared, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlhf_engine.algorithms.ppo import PPO, stage_table
-from rlhf_engine.config import RewardConfig, RunConfig
+from rlhf_engine.config import PPOConfig, RewardConfig, RunConfig
 from rlhf_engine.experience import Experience
 from rlhf_engine.metrics import Metrics
 from rlhf_engine.schedule import Schedule, ScheduleError, Stage
@@ -40,7 +40,7 @@ def test_tables_that_cannot_run(stage, message):
 
 
 def test_every_row_of_ppo_is_needed():
-    table = stage_table(RunConfig())
+    table = stage_table(RunConfig(ppo=PPOConfig(write_rollouts=True)))
     Schedule(table, PPO.provided, ROLES)
     for dropped in table:
         if dropped.writes:

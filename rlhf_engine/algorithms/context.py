@@ -80,7 +80,7 @@ class Context:
     bases: Mapping[str, Base]
     mesh: ParallelMesh
     tokenizer: Tokenizer
-    dataset: Dataset
+    datasets: Mapping[str, Dataset]  # by phase, and "ptx"
     gold: GoldFn | None
     reward_fn: RewardFn | None
     roles: dict[str, RoleModel] = field(default_factory=dict)
@@ -93,9 +93,9 @@ class Context:
         """The policy's."""
         return self.bases["policy"].model
 
-    def draw(self, count: int) -> list[Example]:
-        """The next rows of the data set."""
-        examples = self.dataset.batch(self.state.position, count)
+    def draw(self, phase: str, count: int) -> list[Example]:
+        """The next rows of a phase's data."""
+        examples = self.datasets[phase].batch(self.state.position, count)
         self.state.position += count
         return examples
 

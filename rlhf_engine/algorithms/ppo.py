@@ -4,17 +4,18 @@
 |---------------|-----------|---------|------------------------------------------------|-----------------------------|
 | rollout       | policy    | rollout | prompts, sample_ids                            | tokens, lengths, finished,  |
 |               |           |         |                                                | response_mask, sampler_...  |
-| log_probs     | policy    | infer   | tokens, response_mask, sampler_log_probs       | log_probs                   |
-| ref_log_probs | reference | infer   | tokens, response_mask                          | ref_log_probs               |
-| score         | reward    | infer   | tokens, lengths                                | scores                      |
-| values        | critic    | infer   | tokens, response_mask                          | values                      |
+| log_probs     | policy    | infer   | tokens, lengths, response_mask, sampler_...    | log_probs                   |
+| ref_log_probs | reference | infer   | tokens, lengths, response_mask                 | ref_log_probs               |
+| score         | reward    | infer   | prompts, reward_prompts, tokens, lengths       | scores                      |
+| values        | critic    | infer   | tokens, lengths, response_mask                 | values                      |
 | advantage     | -         | local   | log_probs, ref_log_probs, values, scores, ...  | advantages, ..., returns    |
-| train_critic  | critic    | train   | tokens, response_mask, values, returns         | -                           |
-| train_policy  | policy    | train   | tokens, response_mask, log_probs, advantages   | -                           |
-| gold          | -         | local   | prompts, tokens, lengths                       | -                           |
+| train_critic  | critic    | train   | tokens, ..., values, returns                   | -                           |
+| train_policy  | policy    | train   | tokens, ..., log_probs, advantages, ...        | -                           |
+| gold          | -         | local   | prompts, tokens, lengths                       | golds                       |
+| write         | -         | local   | prompts, tokens, scores, golds, log_probs, ... | -                           |
 
 With a reward function, score is a local stage. Gold is measured where the true preference is known, and never
-learned from.
+learned from. The last stage is there with `ppo.write_rollouts=true`.
 
 Where it deviates from the papers:
 1. Old log-probs come from the trainer's forward, so the first ratio of an iteration is exactly 1.
@@ -25,9 +26,12 @@ Where it deviates from the papers:
 from __future__ import annotations
 
 import functools
+import json
 import math
+import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -46,6 +50,7 @@ from ..schedule import Stage, Works
 from .context import Context, Evaluation, RoleSpec
 from .heads import last_scores, policy_log_probs, score_batch, token_values
 from .samples import NUM_CARDS, sample_dialogues
+from .sft import cross_entropy, supervised
 
 # -- the stages ----------------------------------------------------------------------------------------------
 
@@ -125,7 +130,8 @@ def score_by_function(ctx: Context, _, x):
 
 def values(ctx: Context, critic: RoleModel, x) -> Works:
     """The critic's expectation before each response token."""
-    values = yield Work(critic, {"tokens": x.tokens}, token_values, ctx.config.ppo.micro_batch_size)
+    batch = {"tokens": x.tokens, "lengths": x.lengths}
+    values = yield Work(critic, batch, token_values, ctx.config.ppo.micro_batch_size)
     return {"values": values * x.response_mask}
 
 
@@ -179,7 +185,7 @@ def train_critic(ctx: Context, critic: RoleModel, x) -> Works:
         )
         return result.loss, mask.sum(), {"clip_fraction": result.clip_fraction, "error": result.error}
 
-    for _, batch in minibatches(ctx, x, "tokens", "response_mask", "values", "returns"):
+    for _, batch in minibatches(ctx, x, "tokens", "lengths", "response_mask", "values", "returns"):
         yield Work(critic, batch, loss, ctx.config.ppo.micro_batch_size)
     return None
 
@@ -189,6 +195,7 @@ def train_policy(ctx: Context, policy: RoleModel, x) -> Works:
     config = ctx.config.ppo
     if ctx.state.iteration < config.critic_warmup_iterations:
         return None
+    moments = x.advantage_moments[0].to(ctx.mesh.device)  # of the whole batch, and so the same in each row
 
     def loss(hidden: Tensor, batch: Batch, is_first: bool):
         mask = batch["response_mask"]
@@ -199,7 +206,7 @@ def train_policy(ctx: Context, policy: RoleModel, x) -> Works:
             batch["advantages"],
             mask,
             clip_ratio=config.clip_ratio,
-            moments=batch["advantage_moments"][0],
+            moments=moments,
         )
         statistics = {
             "clip_fraction": result.clip_fraction,
@@ -210,19 +217,70 @@ def train_policy(ctx: Context, policy: RoleModel, x) -> Works:
             statistics["ratio_first"] = result.ratio
         return result.loss - config.entropy_coef * entropy.sum(), mask.sum(), statistics
 
-    fields = ("tokens", "response_mask", "log_probs", "advantages", "advantage_moments")
-    for i, batch in minibatches(ctx, x, *fields):
-        yield Work(policy, batch, functools.partial(loss, is_first=i == 0), config.micro_batch_size)
+    for i, batch in minibatches(ctx, x, "tokens", "lengths", "response_mask", "log_probs", "advantages"):
+        work = Work(policy, batch, functools.partial(loss, is_first=i == 0), config.micro_batch_size)
+        yield [work, *pretraining(ctx, policy, i, batch["response_mask"].sum())]
     return None
 
 
-def gold(ctx: Context, _, x) -> None:
+def pretraining(ctx: Context, policy: RoleModel, minibatch: int, num_tokens: Tensor) -> list[Work]:
+    """PPO-ptx (Ouyang et al. 2022, eq. 2): the log-likelihood of other text, in the same step as a minibatch's loss.
+
+    Args:
+        minibatch: its number in this iteration, which says which rows are next.
+        num_tokens: response tokens of the minibatch, by which the step divides all losses. The text's own is to be a
+            mean over its own tokens, so its sum is multiplied by the one count and divided by the other.
+    """
+    config = ctx.config.ppo
+    if not config.ptx.sources:
+        return []
+    number = ctx.state.iteration * config.epochs * config.num_minibatches + minibatch
+    x = supervised(ctx.datasets["ptx"].batch(number * config.ptx.rows, config.ptx.rows), ctx.mesh.tp)
+    assert x.tokens is not None and x.lengths is not None and x.loss_mask is not None
+    weight = float(config.ptx.coef * num_tokens / x.loss_mask[:, 1:].sum().clamp_min(1))
+
+    def loss(hidden: Tensor, batch: Batch):
+        total, count, _ = cross_entropy(policy)(hidden, batch)
+        ctx.metrics.add("ptx/loss", total.detach(), count)
+        return weight * total, torch.zeros_like(count), {}
+
+    batch = {"tokens": x.tokens, "lengths": x.lengths, "loss_mask": x.loss_mask}
+    return [Work(policy, batch, loss, config.micro_batch_size)]
+
+
+def gold(ctx: Context, _, x):
     """Where the true preference is known, how the responses fare by it. It is measured and never learned from."""
     if ctx.gold is None:
-        return
+        return {"golds": None}
     rows = zip(x.prompts, x.tokens.tolist(), x.lengths.tolist(), strict=True)
     golds = [ctx.gold(ctx.tokenizer.decode(p), ctx.tokenizer.decode(row[len(p) : n])) for p, row, n in rows]
     ctx.metrics.mean("gold/mean", torch.tensor(golds))
+    return {"golds": torch.tensor(golds)}
+
+
+def write(ctx: Context, _, x) -> None:
+    """The responses and what was found of them, OUTPUT_DIR/ppo/rollouts/ITERATION.jsonl: an object for each.
+
+    Keys: prompt, response, score, gold (null where it is not known), kl (nats, of each response token).
+    """
+    if not ctx.mesh.is_main:
+        return
+    path = Path(ctx.config.output_dir) / "ppo" / "rollouts" / f"{ctx.state.iteration}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kl = kl_estimate(x.log_probs, x.ref_log_probs).tolist()
+    golds = x.golds.tolist() if x.golds is not None else [None] * len(kl)
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        for i, (prompt, n) in enumerate(zip(x.prompts, x.lengths.tolist(), strict=True)):
+            row = {
+                "prompt": ctx.tokenizer.decode(prompt),
+                "response": ctx.tokenizer.decode(x.tokens[i, len(prompt) : n].tolist()),
+                "score": float(x.scores[i]),
+                "gold": golds[i],
+                "kl": kl[i][len(prompt) : n],
+            }
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    os.replace(temporary, path)
 
 
 # -- what they share -----------------------------------------------------------------------------------------
@@ -253,13 +311,15 @@ def _log_probs(ctx: Context, role: RoleModel, x) -> Work:
     def fn(hidden: Tensor, batch: Batch) -> Tensor:
         return torch.stack(_response_log_probs(ctx, role, hidden, batch), 1)
 
-    batch = {"tokens": x.tokens, "response_mask": x.response_mask}
+    batch = {"tokens": x.tokens, "lengths": x.lengths, "response_mask": x.response_mask}
     return Work(role, batch, fn, ctx.config.ppo.micro_batch_size)
 
 
 def _scores(ctx: Context, reward: RoleModel, x) -> Work:
-    """One score a row, `(B,)`."""
-    return Work(reward, score_batch(reward, x.tokens, x.lengths), last_scores, ctx.config.ppo.micro_batch_size)
+    """One score a row, `(B,)`, of the responses behind the prompts that the reward model reads."""
+    rows = zip(x.reward_prompts, x.prompts, x.tokens.tolist(), x.lengths.tolist(), strict=True)
+    tokens, lengths = pad_rows([own + row[len(prompt) : n] for own, prompt, row, n in rows], ctx.mesh.tp)
+    return Work(reward, score_batch(reward, tokens, lengths), last_scores, ctx.config.ppo.micro_batch_size)
 
 
 def _call_reward(ctx: Context, x) -> Tensor:
@@ -288,8 +348,8 @@ def _shape_scores(ctx: Context, scores: Tensor, finished: Tensor) -> Tensor:
     if config.score_scale:
         ctx.state.scores.update(scores.tolist())
         scores = scores / (ctx.state.scores.std + 1e-8)
-    if config.score_clip is not None:
-        scores = scores.clamp(-config.score_clip, config.score_clip)
+    if config.score_min is not None or config.score_max is not None:
+        scores = scores.clamp(config.score_min, config.score_max)
     return scores - config.missing_eos_penalty * (~finished).float()
 
 
@@ -302,17 +362,18 @@ def _explained_variance(values: Tensor, returns: Tensor) -> Tensor:
 
 def stage_table(config: RunConfig) -> tuple[Stage, ...]:
     """PPO's stages; a reward function takes the place of the reward model's row."""
-    sequence = ("tokens", "response_mask")
+    sequence = ("tokens", "lengths", "response_mask")
     by_function = config.reward.kind == "function"
     score_stage = (
         Stage("score", "local", score_by_function, None, ("prompts", "tokens", "lengths"), ("scores",))
         if by_function
-        else Stage("score", "infer", score, "reward", ("tokens", "lengths"), ("scores",))
+        else Stage("score", "infer", score, "reward", ("prompts", "reward_prompts", "tokens", "lengths"), ("scores",))
     )
     measured = ("log_probs", "ref_log_probs", "values", "scores", "finished", "response_mask")
     whitened = ("advantages", "advantage_moments")
     written = ("tokens", "lengths", "response_mask", "finished", "sampler_log_probs")
-    return (
+    recorded = ("prompts", "tokens", "lengths", "scores", "golds", "log_probs", "ref_log_probs")
+    table = (
         Stage("rollout", "rollout", rollout, "policy", ("prompts", "sample_ids"), written),
         Stage("log_probs", "infer", log_probs, "policy", (*sequence, "sampler_log_probs"), ("log_probs",)),
         Stage("ref_log_probs", "infer", ref_log_probs, "reference", sequence, ("ref_log_probs",)),
@@ -321,13 +382,15 @@ def stage_table(config: RunConfig) -> tuple[Stage, ...]:
         Stage("advantage", "local", advantage, None, measured, ("returns", *whitened)),
         Stage("train_critic", "train", train_critic, "critic", (*sequence, "values", "returns")),
         Stage("train_policy", "train", train_policy, "policy", (*sequence, "log_probs", *whitened)),
-        Stage("gold", "local", gold, None, ("prompts", "tokens", "lengths")),
+        Stage("gold", "local", gold, None, ("prompts", "tokens", "lengths"), ("golds",)),
+        Stage("write", "local", write, None, recorded),
     )
+    return table if config.ppo.write_rollouts else table[:-1]
 
 
 class PPO:
     name = "ppo"
-    provided = frozenset({"prompts", "sample_ids"})
+    provided = frozenset({"prompts", "reward_prompts", "sample_ids"})
 
     def __init__(self, config: RunConfig):
         self.run, self.config = config, config.ppo
@@ -358,13 +421,17 @@ class PPO:
         config = self.config
         if ctx.state.iteration == 0:
             ctx.state.kl_coef = config.kl_coef
-        examples = ctx.draw(config.prompts_per_iteration)
-        prompts = [example.prompt for example in examples for _ in range(config.samples_per_prompt)]
-        return Experience(prompts=prompts, sample_ids=torch.arange(len(prompts)))
+        drawn = ctx.draw(self.name, config.prompts_per_iteration)
+        examples = [example for example in drawn for _ in range(config.samples_per_prompt)]
+        return Experience(
+            prompts=[example.prompt for example in examples],
+            reward_prompts=[example.reward_prompt for example in examples],
+            sample_ids=torch.arange(len(examples)),
+        )
 
     def evaluate(self, ctx: Context, final: bool) -> Evaluation:
         """Before against after on held-out prompts: gold and reward model's scores, win rate, KL per response."""
-        examples = ctx.dataset.held_out[: self.config.eval_prompts]
+        examples = ctx.datasets[self.name].held_out[: self.config.eval_prompts]
         before = sample_dialogues(ctx, ctx.roles["reference"], examples)
         after = sample_dialogues(ctx, ctx.roles["policy"], examples)
         experience = self._experience(ctx, examples, after.responses)
@@ -397,7 +464,8 @@ class PPO:
         prompts = [example.prompt for example in examples]
         tokens, lengths = pad_rows([p + r.tokens for p, r in zip(prompts, responses, strict=True)], ctx.mesh.tp)
         mask = spans(torch.tensor([len(p) for p in prompts]), lengths, tokens.shape[1])
-        return Experience(prompts=prompts, tokens=tokens, lengths=lengths, response_mask=mask)
+        reward_prompts = [example.reward_prompt for example in examples]
+        return Experience(prompts, reward_prompts, tokens=tokens, lengths=lengths, response_mask=mask)
 
     def _kl(self, ctx: Context, x: Experience) -> Tensor:
         """Sum over each response of k1 between policy and reference, `(B,)`."""

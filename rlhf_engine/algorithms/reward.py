@@ -39,13 +39,13 @@ def preference_loss(output: Tensor, batch: Batch):
 
 def train_reward(ctx: Context, reward: RoleModel, x) -> Works:
     batch = score_batch(reward, x.tokens, x.lengths)
-    yield Work(reward, batch, preference_loss, 2 * ctx.config.reward.micro_batch_size)
+    yield Work(reward, batch, preference_loss, 2 * ctx.config.reward.micro_batch_size, together=2)
     return None
 
 
 def pair_rows(examples: list[Example], multiple: int) -> Experience:
     """Chosen and rejected of each pair in turn, right-padded."""
-    rows = [e.prompt + answer for e in examples for answer in (e.chosen, e.rejected)]
+    rows = [e.reward_prompt + (answer or []) for e in examples for answer in (e.chosen, e.rejected)]
     tokens, lengths = pad_rows(rows, multiple)
     return Experience(tokens=tokens, lengths=lengths)
 
@@ -70,12 +70,12 @@ class Reward:
         }
 
     def batch(self, ctx: Context) -> Experience:
-        return pair_rows(ctx.draw(self.config.batch_size), ctx.mesh.tp)
+        return pair_rows(ctx.draw(self.name, self.config.batch_size), ctx.mesh.tp)
 
     def evaluate(self, ctx: Context, final: bool) -> Evaluation:
         """Accuracy on held-out pairs; at the end, centres the scores."""
         reward = ctx.roles["reward"]
-        x = pair_rows(ctx.dataset.held_out, ctx.mesh.tp)
+        x = pair_rows(ctx.datasets[self.name].held_out, ctx.mesh.tp)
         assert x.tokens is not None and x.lengths is not None
         batch = score_batch(reward, x.tokens, x.lengths)
         scores = reward.infer(batch, last_scores, 2 * self.config.micro_batch_size)
@@ -93,10 +93,10 @@ class Reward:
     def _centre(self, ctx: Context) -> float:
         """Moves the head's bias so that the SFT policy's responses to training prompts score 0 on average."""
         reward, policy = ctx.roles["reward"], ctx.roles["policy"]
-        examples = ctx.dataset.batch(0, 2 * ctx.config.ppo.prompts_per_iteration)
+        examples = ctx.datasets[self.name].batch(0, 2 * ctx.config.ppo.prompts_per_iteration)
         found = sample_dialogues(ctx, policy, examples)
         tokens, lengths = pad_rows(
-            [e.prompt + r.tokens for e, r in zip(examples, found.responses, strict=True)], ctx.mesh.tp
+            [e.reward_prompt + r.tokens for e, r in zip(examples, found.responses, strict=True)], ctx.mesh.tp
         )
         batch = score_batch(reward, tokens, lengths)
         offset = float(reward.infer(batch, last_scores, 2 * self.config.micro_batch_size).mean())

@@ -33,7 +33,7 @@ def cross_entropy(role: RoleModel):
 
 
 def train_policy(ctx: Context, policy: RoleModel, x) -> Works:
-    batch = {"tokens": x.tokens, "loss_mask": x.loss_mask}
+    batch = {"tokens": x.tokens, "lengths": x.lengths, "loss_mask": x.loss_mask}
     yield Work(policy, batch, cross_entropy(policy), ctx.config.sft.micro_batch_size)
     ctx.metrics.record("train/tokens", x.lengths.sum())
     return None
@@ -41,8 +41,10 @@ def train_policy(ctx: Context, policy: RoleModel, x) -> Works:
 
 def supervised(examples: list[Example], multiple: int) -> Experience:
     """Whole dialogues, right-padded, with a mask of what the assistant said."""
-    tokens, lengths = pad_rows([e.prompt + e.chosen for e in examples], multiple)
-    mask, _ = pad_rows([[*map(int, e.prompt_spoken), *[1] * len(e.chosen)] for e in examples], multiple)
+    answers = [e.chosen or [] for e in examples]
+    tokens, lengths = pad_rows([e.prompt + a for e, a in zip(examples, answers, strict=True)], multiple)
+    spoken = [[*map(int, e.prompt_spoken), *[1] * len(a)] for e, a in zip(examples, answers, strict=True)]
+    mask, _ = pad_rows(spoken, multiple)
     return Experience(tokens=tokens, lengths=lengths, loss_mask=mask.bool())
 
 
@@ -61,23 +63,24 @@ class SFT:
         return {"policy": RoleSpec("lm", optimizer=self.config.optimizer, total_steps=self.iterations)}
 
     def batch(self, ctx: Context) -> Experience:
-        return supervised(ctx.draw(self.config.batch_size), ctx.mesh.tp)
+        return supervised(ctx.draw(self.name, self.config.batch_size), ctx.mesh.tp)
 
     def evaluate(self, ctx: Context, final: bool) -> Evaluation:
         """Held-out loss per token; at the end, what the policy says to held-out prompts."""
-        policy = ctx.roles["policy"]
-        x = supervised(ctx.dataset.held_out, ctx.mesh.tp)
-        assert x.tokens is not None and x.loss_mask is not None
+        policy, held_out = ctx.roles["policy"], ctx.datasets[self.name].held_out
+        x = supervised(held_out, ctx.mesh.tp)
+        assert x.tokens is not None and x.lengths is not None and x.loss_mask is not None
 
         def log_probs(hidden: Tensor, batch: Batch) -> Tensor:
             return policy_log_probs(policy, hidden, batch, batch["loss_mask"])[0]
 
-        batch = {"tokens": x.tokens, "loss_mask": x.loss_mask}
+        batch = {"tokens": x.tokens, "lengths": x.lengths, "loss_mask": x.loss_mask}
         result = policy.infer(batch, log_probs, self.config.micro_batch_size)
         loss = float(-result.sum() / x.loss_mask[:, 1:].sum())
         evaluation = Evaluation({"eval/loss": loss, "eval/perplexity": float(torch.tensor(loss).exp())})
-        if final:
-            found = sample_dialogues(ctx, policy, ctx.dataset.held_out[: ctx.config.ppo.eval_prompts])
+        prompts = [example for example in held_out if example.prompt][: ctx.config.ppo.eval_prompts]
+        if final and prompts:
+            found = sample_dialogues(ctx, policy, prompts)
             if found.golds is not None:
                 evaluation.figures["eval/gold"] = float(torch.tensor(found.golds).mean())
             evaluation.samples = found.cards()

@@ -16,7 +16,9 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..config import ConfigError
-from .sources import Messages
+
+# A dialogue: {"role": "user" | "assistant" | "system", "content": str} for each turn
+Messages = list[dict[str, str]]
 
 # `bos_token` is here what the tokenizer puts in front of any text, which may be nothing.
 _CHATML = (

@@ -1,4 +1,4 @@
-"""Tokenised rows and the order in which a run sees them.
+"""Tokenised rows, and the order in which a phase sees them.
 
 The order is a function of the seed and a position, so a run resumes at a position and nothing else, and it is the
 same for every mesh.
@@ -7,84 +7,186 @@ same for every mesh.
 from __future__ import annotations
 
 import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ..config import ConfigError, DataConfig
-from .chat import text_of
-from .sources import PreferenceRow, Source
+from ..config import ConfigError, DataConfig, RunConfig
+from .chat import Messages, text_of
+from .formats import Row
+from .sources import NEEDS, PRESETS, Source, serves
 from .tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Example:
-    """A tokenised preference row."""
+    """A tokenised row. Plain text is an answer without a prompt."""
 
     prompt: list[int]
     prompt_spoken: list[bool]  # which prompt tokens the assistant said in earlier turns
-    chosen: list[int]  # the end token included
-    rejected: list[int]
+    chosen: list[int] | None  # the end token included
+    rejected: list[int] | None
+    reward_prompt: list[int]  # the prompt as the reward model reads it
     prompt_text: str
 
 
-class Dataset:
-    """A mixture of sources.
+@dataclass
+class Part:
+    """What a phase has of one source.
 
-    Each position takes the source that lags most behind its share, and a source deals its rows from one shuffle
-    after the other; so shares are exact over a run and every row is seen before one is seen again.
+    Args:
+        share: of the rows that the phase draws.
+        left_out: rows to train on that it cannot use, by the reason.
     """
 
-    def __init__(self, sources: list[Source], tokenizer: Tokenizer, config: DataConfig, seed: int):
-        self.seed = seed
-        self.weights = [source.weight for source in sources]
-        self.num_dropped = 0
-        self._parts = [self._tokenise(source.train, tokenizer, config) for source in sources]
-        self.held_out = [e for s in sources for e in self._tokenise(s.held_out, tokenizer, config)]
-        for source, part in zip(sources, self._parts, strict=True):
-            if not part:
-                raise ConfigError(
-                    f"no row of {source.name} fits data.max_seq_len={config.max_seq_len}"
-                    f" and data.max_prompt_len={config.max_prompt_len}"
-                )
-        if not self.held_out:
-            raise ConfigError("no held-out row fits data.max_seq_len and data.max_prompt_len")
+    source: Source
+    share: float
+    train: list[Example]
+    held_out: list[Example]
+    left_out: Counter[str]
+
+
+class Dataset:
+    """The mixture that a phase draws from.
+
+    Under the strategy `in_batch` each position takes the source that lags most behind its share, so each batch has
+    the shares, with a remainder that the next one makes up for. Under `in_data` as many positions as there are rows
+    are shuffled together: the shares hold for each such block, and within it chance rules. Either way they are exact
+    over a run, and a source deals its rows from one shuffle after the other, so that every row is seen before one is
+    seen again.
+    """
+
+    def __init__(self, parts: Sequence[Part], seed: int, strategy: str = "in_batch"):
+        self.parts, self.seed, self.strategy = parts, seed, strategy
+        self.held_out = [example for part in parts for example in part.held_out]
         self._dealt: list[tuple[int, int]] = []  # position -> source, how many that source dealt before
-        self._counts = [0] * len(sources)
+        self._lag_counts = [0] * len(parts)
+        self._counts = [0] * len(parts)
         self._shuffles: dict[tuple[int, int], list[int]] = {}
 
-    def _tokenise(self, rows: list[PreferenceRow], tokenizer: Tokenizer, config: DataConfig) -> list[Example]:
-        found = []
-        for row in rows:
-            prompt = tokenizer.render_prompt(row.prompt)
-            (chosen, spoken), (rejected, _) = (
-                tokenizer.render([*row.prompt, {"role": "assistant", "content": answer}])
-                for answer in (row.chosen, row.rejected)
-            )
-            n = len(prompt)
-            if n > config.max_prompt_len or max(len(chosen), len(rejected)) > config.max_seq_len:
-                self.num_dropped += 1
-                continue
-            found.append(Example(prompt, spoken[:n], chosen[n:], rejected[n:], text_of(row.prompt)))
-        return found
-
     def __len__(self) -> int:
-        return sum(map(len, self._parts))
+        return sum(len(part.train) for part in self.parts)
 
     def __getitem__(self, position: int) -> Example:
         """The row at any position of an endless run."""
         while len(self._dealt) <= position:
-            step = len(self._dealt) + 1
-            part = max(range(len(self.weights)), key=lambda i: self.weights[i] * step - self._counts[i])
-            self._dealt.append((part, self._counts[part]))
-            self._counts[part] += 1
-        part, index = self._dealt[position]
-        rows = self._parts[part]
+            self._deal()
+        i, index = self._dealt[position]
+        rows = self.parts[i].train
         epoch, offset = divmod(index, len(rows))
-        key = (part, epoch)
-        if key not in self._shuffles:
+        if (i, epoch) not in self._shuffles:
             order = list(range(len(rows)))
-            random.Random(f"{self.seed}/{part}/{epoch}").shuffle(order)
-            self._shuffles[key] = order
-        return rows[self._shuffles[key][offset]]
+            random.Random(f"{self.seed}/{i}/{epoch}").shuffle(order)
+            self._shuffles[i, epoch] = order
+        return rows[self._shuffles[i, epoch][offset]]
 
     def batch(self, start: int, size: int) -> list[Example]:
         return [self[i] for i in range(start, start + size)]
+
+    def _deal(self) -> None:
+        """Names the sources of the next positions, and which of its rows each deals there."""
+        size = len(self) if self.strategy == "in_data" else 1
+        start, counts, block = len(self._dealt), list(self._counts), []
+        for step in range(start + 1, start + 1 + size):
+            block.append(max(range(len(counts)), key=lambda i: self.parts[i].share * step - counts[i]))
+            counts[block[-1]] += 1
+        if self.strategy == "in_data":
+            random.Random(f"{self.seed}/block/{start}").shuffle(block)
+        for i in block:
+            self._dealt.append((i, self._counts[i]))
+            self._counts[i] += 1
+
+
+def build_datasets(
+    phases: Sequence[str], sources: Sequence[Source], tokenizer: Tokenizer, config: RunConfig
+) -> dict[str, Dataset]:
+    """What each phase (of `sources.NEEDS`) draws from: the rows that it can use, of the sources that have any.
+
+    Raises:
+        ConfigError: nothing of a source, or nothing held out, is of a length that the configuration allows; or the
+            chat template refuses a row.
+    """
+    examples = [[list(_tokenise(rows, s, tokenizer, config.data)) for rows in (s.train, s.held_out)] for s in sources]
+    return {phase: _dataset(phase, sources, examples, config) for phase in phases}
+
+
+def _dataset(
+    phase: str, sources: Sequence[Source], examples: list[list[list[tuple[Row, Example]]]], config: RunConfig
+) -> Dataset:
+    data = config.data
+    of_use = [any(serves(row, phase) for row in source.train) for source in sources]
+    total = sum(source.share for source, used in zip(sources, of_use, strict=True) if used)
+    parts = []
+    for source, (train, held_out), used in zip(sources, examples, of_use, strict=True):
+        if not used:
+            continue
+        found = [(example, _obstacle(row, example, phase, config)) for row, example in train]
+        kept = [example for example, reason in found if reason is None]
+        left_out = Counter(reason for _, reason in found if reason is not None)
+        for_evaluation = [example for row, example in held_out if not _obstacle(row, example, phase, config)]
+        if not kept:
+            raise ConfigError(
+                f"no row of {source.spec.name} fits data.max_seq_len={data.max_seq_len}, data.max_prompt_len="
+                f"{data.max_prompt_len} and data.min_prompt_len={data.min_prompt_len} in phase {phase}"
+                + (f" with rollout.max_new_tokens={config.rollout.max_new_tokens}" if phase == "ppo" else "")
+            )
+        parts.append(Part(source, source.share / total, kept, for_evaluation, left_out))
+    if not any(part.held_out for part in parts) and any(source.held_out for source in sources):
+        names = ", ".join(part.source.spec.name for part in parts)
+        raise ConfigError(f"no held-out row of {names} is of use in phase {phase}: raise data.num_eval_rows")
+    return Dataset(parts, config.seed, data.strategy)
+
+
+def _obstacle(row: Row, example: Example, phase: str, config: RunConfig) -> str | None:
+    """Why a phase cannot use an example of a row; None where it can."""
+    if not serves(row, phase):
+        return f"without {NEEDS[phase]}"
+    data, length = config.data, max(len(example.prompt), len(example.reward_prompt))
+    if example.prompt and length < data.min_prompt_len:
+        return "prompt too short"
+    if length > data.max_prompt_len:
+        return "prompt too long"
+    answers = [example.chosen, example.rejected] if phase == "reward" else [example.chosen]
+    room = config.rollout.max_new_tokens if phase == "ppo" else max(len(answer or ()) for answer in answers)
+    return "too long" if length + room > data.max_seq_len else None
+
+
+def _tokenise(
+    rows: Sequence[Row], source: Source, tokenizer: Tokenizer, config: DataConfig
+) -> Iterator[tuple[Row, Example]]:
+    """Every row as an example; plain text in pieces of `data.max_seq_len`."""
+    system = PRESETS[source.spec.system]
+    reward = PRESETS[source.spec.reward] if source.spec.reward is not None else system
+    for row in rows:
+        if not row.prompt:
+            text = tokenizer.encode(row.chosen or "")
+            for start in range(0, len(text), config.max_seq_len):
+                yield row, Example([], [], text[start : start + config.max_seq_len], None, [], "")
+            continue
+        try:
+            yield row, _dialogue(row, system, reward, tokenizer)
+        except ConfigError as error:
+            raise ConfigError(f"{row.where}: {error}") from None
+
+
+def _dialogue(row: Row, system: str | None, reward: str | None, tokenizer: Tokenizer) -> Example:
+    messages = _under(system, row.prompt)
+    prompt = tokenizer.render_prompt(messages)
+    spoken: list[bool] = []
+
+    def answer(text: str | None) -> list[int] | None:
+        if text is None:
+            return None
+        whole, spoken[:] = tokenizer.render([*messages, {"role": "assistant", "content": text}])
+        return whole[len(prompt) :]
+
+    rejected, chosen = answer(row.rejected), answer(row.chosen)
+    reward_prompt = prompt if reward == system else tokenizer.render_prompt(_under(reward, row.prompt))
+    return Example(prompt, spoken[: len(prompt)], chosen, rejected, reward_prompt, text_of(messages))
+
+
+def _under(preset: str | None, prompt: Messages) -> Messages:
+    """A prompt with a preset's system message in the place of its own."""
+    if preset is None:
+        return prompt
+    return [{"role": "system", "content": preset}, *(m for m in prompt if m["role"] != "system")]

@@ -1,160 +1,179 @@
-"""Where rows come from: the embedded generator or files, checked row by row. Standard library alone, so that a bad
-file is refused before torch is imported.
+"""The mixture: which sources, in which shares, under which presets; read and checked row by row.
 
-A dialogue is a list of messages, `{"role": "user" | "assistant" | "system", "content": str}`.
+Neither torch nor a library that is not needed is imported, so that a bad file is refused early.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from ..config import ConfigError, DataConfig, nearest
+from ..config import ConfigError, nearest
 from . import hh_mini
+from .files import read_rows
+from .formats import Row, read_row
 
-Messages = list[dict[str, str]]
 GoldFn = Callable[[str, str], float]  # prompt text, response text -> score
+
+HH_MINI = tuple(f"hh_mini/{subset}" for subset in hh_mini.SUBSETS)  # the embedded sources
+
+# System messages that a source can have in front of its dialogues. `default` leaves them as they are.
+PRESETS = {
+    "default": None,
+    "helpful": "You are an assistant who does what is asked, correctly and completely, and says what it does not know.",
+    "harmless": "You are an assistant who does not help anyone to do harm, and says so kindly and without lecturing.",
+    "hhh": "You are an assistant who is helpful, honest and harmless: useful wherever you can be, truthful about what"
+    " you do not know, and unwilling to do harm.",
+    "summarization": "Summarise the text that you are given: briefly, in your own words, with nothing that it does not"
+    " say.",
+    "math": "Solve the problem step by step, check each step, and end with the result on a line of its own.",
+}
 
 
 @dataclass(frozen=True)
-class PreferenceRow:
-    """A prompt, ending with a user turn, and two answers to it."""
+class Spec:
+    """What `name::weight[system=PRESET][reward=PRESET]` says.
 
-    prompt: Messages
-    chosen: str
-    rejected: str
+    Args:
+        name: a file, a folder, a data set of the hub, or one of `HH_MINI`.
+        system: preset that the policy reads in front of each dialogue.
+        reward: preset that the reward model reads instead; None: it reads what the policy reads.
+    """
+
+    name: str
+    weight: float = 1.0
+    system: str = "default"
+    reward: str | None = None
 
 
 @dataclass
 class Source:
-    """One source of a mixture: rows to train on and rows held out."""
+    """One source of a mixture: rows to train on and rows held out, and its share of the mixture."""
 
-    name: str
-    weight: float
-    train: list[PreferenceRow]
-    held_out: list[PreferenceRow]
-    num_unpaired: int = 0  # rows left out because their two sides answer different prompts
+    spec: Spec
+    share: float
+    train: list[Row]
+    held_out: list[Row]
 
 
-def read_sources(config: DataConfig, seed: int) -> list[Source]:
-    """Every source of the mixture, read and checked.
+_SUFFIX = re.compile(r"\[(\w+)(?:=([^\[\]]*)\]|\]:([^\[\]]*))")
+_SPEC = re.compile(rf"(.+?)(?:::([^:\[\]]*))?((?:{_SUFFIX.pattern})*)")
+# XTuner-RLHF's names beside our own
+_PRESET_KEYS = {
+    "system": "system", "SYS_PROMPT": "system", "META": "system",
+    "reward": "reward", "RM_PROMPT": "reward", "REWARD_META": "reward",
+}  # fmt: skip
+
+
+def parse_spec(text: str, key: str = "data.sources") -> Spec:
+    """`name::weight[system=PRESET][reward=PRESET]`; all but the name may be left out, and the weight is 1 then.
+
+    XTuner-RLHF's suffixes `[SYS_PROMPT]:PRESET` or `[META]:PRESET` (system) and `[RM_PROMPT]:PRESET` or
+    `[REWARD_META]:PRESET` (reward) are read too.
+
+    Args:
+        key: of the configuration, that errors name.
+
+    Raises:
+        ConfigError: the weight is not a positive number, or there is no such preset.
+    """
+    match = _SPEC.fullmatch(text)
+    if match is None:
+        raise ConfigError(f"{key}={text!r} is not of the form name::weight[system=PRESET][reward=PRESET]")
+    name, weight = match[1], 1.0
+    if match[2] is not None:
+        try:
+            weight = float(match[2])
+        except ValueError:
+            raise ConfigError(f"{key}={text}: the weight {match[2]!r} is not a number") from None
+        if not 0 < weight < float("inf"):
+            raise ConfigError(f"{key}={text}: the weight must be positive")
+    presets: dict[str, str] = {}
+    for suffix in _SUFFIX.finditer(match[3]):
+        preset = suffix[2] if suffix[2] is not None else suffix[3]
+        if suffix[1] not in _PRESET_KEYS:
+            raise ConfigError(f"{key}={text}: [{suffix[1]}…]: {nearest(suffix[1], _PRESET_KEYS)}")
+        if preset not in PRESETS:
+            raise ConfigError(f"{key}={text}: no preset {preset!r}: {nearest(preset, PRESETS)}")
+        presets[_PRESET_KEYS[suffix[1]]] = preset
+    return Spec(name, weight, **presets)
+
+
+def read_sources(
+    names: Sequence[str], num_rows: int, num_eval_rows: int, seed: int, key: str = "data.sources"
+) -> list[Source]:
+    """Every source of a mixture, read and checked.
+
+    Args:
+        names: as `parse_spec` reads them.
+        num_rows: generated for all of `HH_MINI` together.
+        num_eval_rows: held out of all sources together: the test split of `HH_MINI`, the last rows of others. May be 0.
 
     Raises:
         ConfigError: names the source, the file and the row, and what would be right.
     """
-    names = config.sources or [*(hh_mini.SUBSETS if config.kind == "hh_mini" else ())]
-    if not names:
-        raise ConfigError("data.sources is empty: data.sources=[FILE.jsonl::1.0] names files in hh-rlhf's format")
-    parsed = [parse_weight(name) for name in names]
-    if config.num_eval_rows < len(parsed):
-        raise ConfigError(f"data.num_eval_rows={config.num_eval_rows}: each source needs one row held out at least")
-    total = sum(weight for _, weight in parsed)
+    specs = [parse_spec(name, key) for name in names]
+    if 0 < num_eval_rows < len(specs):
+        raise ConfigError(f"data.num_eval_rows={num_eval_rows}: each source needs one row held out at least")
+    total = sum(spec.weight for spec in specs)
     sources = []
-    for name, weight in parsed:
-        num_unpaired = 0
-        num_eval = max(1, round(config.num_eval_rows * weight / total))
-        if config.kind == "hh_mini":
-            if name not in hh_mini.SUBSETS:
-                raise ConfigError(f"data.sources={name}: {nearest(name, hh_mini.SUBSETS)}")
-            num_train = max(1, round(config.num_rows * weight / total))
-            train, held_out = (
-                [row for raw in hh_mini.pairs(name, split, num_rows, seed) if (row := _pair(raw, name))]
-                for split, num_rows in (("train", num_train), ("test", num_eval))
-            )
+    for spec in specs:
+        share = spec.weight / total
+        num_eval = max(1, round(num_eval_rows * share)) if num_eval_rows else 0
+        if spec.name.split("/")[0] == "hh_mini":
+            if spec.name not in HH_MINI:
+                raise ConfigError(f"{key}={spec.name}: {nearest(spec.name, HH_MINI)}")
+            train = _generate(spec.name, "train", max(1, round(num_rows * share)), seed)
+            held_out = _generate(spec.name, "test", num_eval, seed)
         else:
-            found = [_pair(row, where) for where, row in read_json_rows(name)]
-            rows = [row for row in found if row is not None]
-            num_unpaired = len(found) - len(rows)
+            rows = [read_row(row, where) for where, row in read_rows(spec.name, key)]
             if len(rows) <= num_eval:
-                raise ConfigError(f"{name} has {len(rows)} rows, no more than the {num_eval} held out of it")
-            train, held_out = rows[:-num_eval], rows[-num_eval:]
-        sources.append(Source(name, weight / total, train, held_out, num_unpaired))
+                raise ConfigError(f"{spec.name} has {len(rows)} rows, no more than the {num_eval} held out of it")
+            train, held_out = rows[: len(rows) - num_eval], rows[len(rows) - num_eval :]
+        sources.append(Source(spec, share, train, held_out))
     return sources
 
 
-def gold_rule(config: DataConfig) -> GoldFn | None:
+def _generate(name: str, split: str, num_rows: int, seed: int) -> list[Row]:
+    rows = hh_mini.pairs(name.removeprefix("hh_mini/"), split, num_rows, seed)
+    return [read_row(row, f"{name}:{i}") for i, row in enumerate(rows, 1)]
+
+
+NEEDS = {
+    "sft": "an answer or text",
+    "reward": "a pair of answers to one prompt",
+    "ppo": "a prompt",
+    "ptx": "an answer or text",
+}
+
+
+def serves(row: Row, phase: str) -> bool:
+    """Whether a row has what a phase of `NEEDS` learns from."""
+    if phase == "reward":
+        return bool(row.prompt) and row.rejected is not None
+    if phase == "ppo":
+        return bool(row.prompt and row.prompt[-1]["content"].strip())
+    return bool(row.chosen and row.chosen.strip())
+
+
+def check_sources(sources: Sequence[Source], phases: Sequence[str], key: str = "data.sources") -> None:
+    """Each phase has a row to learn from, and each source a phase that learns from it.
+
+    Raises:
+        ConfigError: names the phase, or the file.
+    """
+    served = {phase: [any(serves(row, phase) for row in s.train) for s in sources] for phase in phases}
+    needs = {phase: f"{phase} needs {NEEDS[phase]} in each row" for phase in phases}
+    for phase, found in served.items():
+        if not any(found):
+            raise ConfigError(f"{key}: {needs[phase]}, and none in {', '.join(s.spec.name for s in sources)} has it")
+    for i, source in enumerate(sources):
+        if not any(found[i] for found in served.values()):
+            raise ConfigError(f"{key}: no row of {source.spec.name} is of use: {', '.join(needs.values())}")
+
+
+def gold_rule(sources: Sequence[Source]) -> GoldFn | None:
     """The true preference behind the data, where it is known."""
-    return hh_mini.gold_score if config.kind == "hh_mini" else None
-
-
-def parse_weight(source: str) -> tuple[str, float]:
-    """`path::weight`, the weight 1 where it is left out."""
-    name, separator, text = source.rpartition("::")
-    if not separator:
-        return source, 1.0
-    try:
-        weight = float(text)
-    except ValueError:
-        raise ConfigError(f"data.sources={source}: the weight {text!r} is not a number") from None
-    if not 0 < weight < float("inf"):
-        raise ConfigError(f"data.sources={source}: the weight must be positive")
-    return name, weight
-
-
-def read_json_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Objects of a .jsonl or .jsonl.gz file, each with its place "file:line".
-
-    Raises:
-        ConfigError: no such file, an empty one, or a line that is not a JSON object.
-    """
-    if not Path(path).is_file():
-        raise ConfigError(f"data.sources: {path} is not there")
-    opened = gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")  # noqa: SIM115
-    number = count = 0
-    with opened as file:
-        try:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                row = json.loads(line.decode("utf-8"))
-                if not isinstance(row, dict):
-                    raise ConfigError(f"{path}:{number}: a row is a JSON object, not {type(row).__name__}")
-                count += 1
-                yield f"{path}:{number}", row
-        except (ValueError, EOFError, OSError) as error:
-            if isinstance(error, ConfigError):
-                raise
-            raise ConfigError(f"{path}:{number + isinstance(error, OSError | EOFError)}: {error}") from None
-    if not count:
-        raise ConfigError(f"data.sources: {path} has no rows")
-
-
-_TURN = re.compile(r"\n\n(Human|Assistant):")
-
-
-def parse_hh(text: Any, where: str, field: str) -> Messages:
-    """hh-rlhf's text, "\\n\\nHuman: … \\n\\nAssistant: …", to messages. Turns of one speaker in a row are joined.
-
-    Raises:
-        ConfigError: the text has another form.
-    """
-    parts = _TURN.split(text) if isinstance(text, str) else [""]
-    if len(parts) < 3 or parts[0].strip() or parts[1] != "Human" or parts[-2] != "Assistant":
-        raise ConfigError(
-            f"{where}: {field!r} must be text that begins with a '\\n\\nHuman:' turn and ends with an"
-            " '\\n\\nAssistant:' turn"
-        )
-    messages: Messages = []
-    for speaker, content in zip(parts[1::2], parts[2::2], strict=True):
-        role = "user" if speaker == "Human" else "assistant"
-        if messages and messages[-1]["role"] == role:
-            messages[-1]["content"] += "\n" + content.strip()
-        else:
-            messages.append({"role": role, "content": content.strip()})
-    return messages
-
-
-def _pair(row: dict[str, Any], where: str) -> PreferenceRow | None:
-    """A checked row; None where its two sides answer different prompts."""
-    for key in ("chosen", "rejected"):
-        if key not in row:
-            raise ConfigError(f"{where}: no {key!r}; a row has 'chosen' and 'rejected', this one {sorted(row)}")
-    chosen, rejected = (parse_hh(row[key], where, key) for key in ("chosen", "rejected"))
-    if chosen[:-1] != rejected[:-1]:
-        return None
-    return PreferenceRow(chosen[:-1], chosen[-1]["content"], rejected[-1]["content"])
+    embedded = all(source.spec.name in HH_MINI for source in sources)
+    return hh_mini.gold_score if sources and embedded else None

@@ -15,8 +15,7 @@ from typing import Any
 import sentencepiece
 
 from ..config import ConfigError
-from .chat import BUILT_IN, Template, clean
-from .sources import Messages
+from .chat import BUILT_IN, Messages, Template, clean
 from .vocabulary import HFVocabulary, PieceVocabulary, read_json
 
 

@@ -41,6 +41,7 @@ class RoleModel:
         total_steps: optimizer steps of the whole phase, for the learning-rate schedule.
         recompute: activations that a trained role's backward computes again.
         offload: where the role goes while no stage needs it, in files if the device is a CPU; None: it stays.
+        micro_batch_tokens: tokens of one forward, padding included, that rows are packed to; None: rows as they come.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class RoleModel:
         total_steps: int = 1,
         offload: Path | None = None,
         recompute: Recompute = "none",
+        micro_batch_tokens: int | None = None,
     ):
         self.name, self.model, self.mesh, self.head, self.dtype = name, model, mesh, head, dtype
         self.gpt = build_model(model, mesh, head, dtype, recompute=recompute)
@@ -61,6 +63,7 @@ class RoleModel:
         self.presence = Presence.TRAINING
         self._offload = offload
         self._parcels: dict[Presence, list[Parcel]] = {}
+        self.micro_batch_tokens = micro_batch_tokens
         self.module = self.gpt
         self._optimizer_config, self._total_steps = optimizer, total_steps
         if not self.is_trained:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.enums import ModelType
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from .role import RoleModel
 
 Batch = Mapping[str, Tensor]  # field name to (rows, ...)
-InferFn = Callable[[Tensor, Batch], Tensor]  # model output, micro-batch -> (rows, ...)
+InferFn = Callable[[Tensor, Batch], Tensor]  # model output, micro-batch -> (rows,) or (rows, ..., T)
 # model output, micro-batch -> sum of losses, count that the sum over the minibatch is divided by, statistics
 LossFn = Callable[[Tensor, Batch], tuple[Tensor, Tensor, Mapping[str, Tensor]]]
 
@@ -40,14 +41,47 @@ class Work:
     """What a role is to do with a batch: `fn` of its output for every row, or a step on the sum of `fn`'s losses.
 
     Args:
-        batch: the rows of all replicas, with `tokens` `(B, T)` among its fields.
-        micro_batch_size: rows of one forward on one replica.
+        batch: the rows of all replicas, with `tokens` `(B, T)` among its fields and, where a step or a token budget
+            asks for them, `lengths` `(B,)`.
+        micro_batch_size: rows of one forward on one replica, where the role has no token budget.
+        together: so many neighbouring rows are never parted.
     """
 
     role: RoleModel
     batch: Batch
     fn: InferFn | LossFn
     micro_batch_size: int
+    together: int = 1
+
+    def split(self) -> list[tuple[Tensor, int]]:
+        """The micro-batches: which rows, `(dp, rows)` with a line for each replica, and the width that they are cut to.
+
+        Under a token budget rows of like length go together, the longest first, as many as it holds and one at least.
+        All replicas get micro-batches of the same shapes, which expert parallelism needs, and nobody waits for others.
+        """
+        mesh, budget = self.role.mesh, self.role.micro_batch_tokens
+        num_rows, width = self.batch["tokens"].shape
+        if budget is None:
+            return [(rows, width) for rows in torch.arange(num_rows).view(mesh.dp, -1).split(self.micro_batch_size, 1)]
+        longest = self.batch["lengths"].view(-1, self.together).amax(1)
+        order, found = longest.argsort(descending=True, stable=True), []
+        while len(order):
+            width = -(-int(longest[order[0]]) // mesh.tp) * mesh.tp
+            count = max(1, budget // (width * self.together))
+            part, order = order[: mesh.dp * count], order[mesh.dp * count :]
+            rows = part.view(-1, mesh.dp).T.unsqueeze(2) * self.together + torch.arange(self.together)
+            found.append((rows.flatten(1), width))
+        return found
+
+    def cut(self, rows: Tensor, width: int) -> dict[str, Tensor]:
+        """One of these micro-batches on this replica's device."""
+        mesh, whole = self.role.mesh, self.batch["tokens"].shape[1]
+        found = {}
+        for name, field in self.batch.items():
+            field = field[rows[mesh.dp_rank]]
+            per_token = field.dim() > 1 and field.shape[1] == whole
+            found[name] = (field[:, :width].contiguous() if per_token else field).to(mesh.device)
+        return found
 
 
 @torch.no_grad()
@@ -60,7 +94,8 @@ def infer(works: Sequence[Work], trace: Trace | None = None) -> list[Tensor]:
     mesh = works[0].role.mesh
     filled = []
     for work in works:
-        num_rows, unit = len(work.batch["tokens"]), mesh.dp * work.micro_batch_size
+        unit = mesh.dp * (work.micro_batch_size if work.role.micro_batch_tokens is None else 1)
+        num_rows = len(work.batch["tokens"])
         index = torch.arange(-(-num_rows // unit) * unit).clamp_max(num_rows - 1)
         batch = {name: field[index] for name, field in work.batch.items()}
         filled.append(Work(work.role, batch, work.fn, work.micro_batch_size))
@@ -68,32 +103,47 @@ def infer(works: Sequence[Work], trace: Trace | None = None) -> list[Tensor]:
         for work in works:
             stack.enter_context(work.role.on_device())
         parts = _run(filled, trace or Trace(), forward_only=True)
-    local = [torch.cat(part) if mesh.is_last_stage else None for part in parts]
-    return [mesh.gather(part)[: len(work.batch["tokens"])] for part, work in zip(local, works, strict=True)]
+    results = []
+    for work, whole, part in zip(works, filled, parts, strict=True):
+        length = whole.batch["tokens"].shape[1]
+        wide = [
+            F.pad(found, (0, length - width)) if found.dim() > 1 else found
+            for found, (_, width) in zip(part, whole.split(), strict=False)
+        ]  # none on other stages than the last
+        found = mesh.gather(torch.cat(wide) if mesh.is_last_stage else None)
+        order = torch.cat([rows for rows, _ in whole.split()], 1).flatten()
+        results.append(found[order.argsort()][: len(work.batch["tokens"])])
+    return results
 
 
 def train_step(works: Sequence[Work], metrics: Metrics, trace: Trace) -> None:
-    """One optimizer step of each work's role on its rows (a multiple of dp x micro_batch_size).
+    """One optimizer step of each role on its works; rows are a multiple of dp (x micro_batch_size without a budget).
 
     The loss is the sum of `fn`'s losses over the whole batch divided by the sum of its counts, whatever the split into
-    replicas and micro-batches. Statistics (sums over the same count) become `role/name` metrics.
+    replicas and micro-batches; of several works of one role, the sum of all their losses divided by that of all counts.
+    Statistics (sums over the same count) become `role/name` metrics.
     """
+    roles = list(dict.fromkeys(work.role for work in works))
     with contextlib.ExitStack() as stack:
-        for work in works:
-            stack.enter_context(work.role.on_device(Presence.TRAINING))
-            work.role.module.zero_grad_buffer()
-            work.role.optimizer.zero_grad()
-        _step(works, metrics, trace)
+        for role in roles:
+            stack.enter_context(role.on_device(Presence.TRAINING))
+            role.module.zero_grad_buffer()
+            role.optimizer.zero_grad()
+        _step(works, roles, metrics, trace)
 
 
-def _step(works: Sequence[Work], metrics: Metrics, trace: Trace) -> None:
+def _step(works: Sequence[Work], roles: Sequence[RoleModel], metrics: Metrics, trace: Trace) -> None:
+    totals = [torch.zeros([], dtype=torch.int, device=role.mesh.device) for role in roles]
     for work, results in zip(works, _run(works, trace, forward_only=False), strict=True):
-        role, total = work.role, torch.zeros([], dtype=torch.int, device=work.role.mesh.device)
+        name = work.role.name
         for loss, count, statistics in results:
-            total += count
-            metrics.add(f"{role.name}/loss", loss, count)
+            totals[roles.index(work.role)] += count
+            metrics.add(f"{name}/loss", loss, count)
             for key, value in statistics.items():
-                metrics.add(f"{role.name}/{key}", value, count)
+                metrics.add(f"{name}/{key}", value, count)
+        padded = sum(rows.numel() * width for rows, width in work.split())
+        metrics.add(f"throughput/{name}_padding", padded - int(work.batch["lengths"].sum()), padded)
+    for role, total in zip(roles, totals, strict=True):
         # Reduces the gradients over the replicas and divides them by the total of all counts. Neither the schedule nor
         # DDP has divided them by anything, as `calculate_per_token_loss` asks.
         finalize_model_grads([role.module], total)
@@ -107,15 +157,11 @@ def _step(works: Sequence[Work], metrics: Metrics, trace: Trace) -> None:
 def _run(works: Sequence[Work], trace: Trace, forward_only: bool) -> list[list[Any]]:
     """What the last pipeline stage made of each micro-batch, by work; nothing on the other stages."""
     mesh = works[0].role.mesh
-    counts, micro_batches = [], []
-    for work in works:
-        local = {name: mesh.take(rows).to(mesh.device) for name, rows in work.batch.items()}
-        starts = range(0, len(local["tokens"]), work.micro_batch_size)
-        counts.append(len(starts))
-        for i in starts:
-            rows = slice(i, i + work.micro_batch_size)
-            micro_batches.append((work, {name: field[rows] for name, field in local.items()}))
-    stream = _Stream([work.role for work in works], trace)
+    splits = [work.split() for work in works]
+    micro_batches = [(work, work.cut(*part)) for work, split in zip(works, splits, strict=True) for part in split]
+    roles = list(dict.fromkeys(work.role for work in works))
+    shapes = [batch["tokens"].shape for _, batch in micro_batches]
+    stream = _Stream(roles, trace, varies=len(roles) > 1 or len(set(shapes)) > 1)
     neighbours: dict[str, Any] = {}
     if mesh.pp > 1:
         neighbours["p2p_communicator"] = _Neighbours(mesh.pp_group, stream.config, trace)
@@ -126,28 +172,28 @@ def _run(works: Sequence[Work], trace: Trace, forward_only: bool) -> list[list[A
             data_iterator=iter(micro_batches),
             model=[stream],
             num_microbatches=len(micro_batches),
-            seq_length=works[0].batch["tokens"].shape[1],
-            micro_batch_size=works[0].micro_batch_size,
+            seq_length=shapes[0][1],
+            micro_batch_size=shapes[0][0],
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
             **neighbours,
         )
     found = iter(results)
-    return [[next(found) for _ in range(count)] if mesh.is_last_stage else [] for count in counts]
+    return [[next(found) for _ in split] if mesh.is_last_stage else [] for split in splits]
 
 
 class _Stream:
-    """Stands where megatron's schedules expect a model."""
+    """Stands where megatron's schedules expect a model. `varies`: its micro-batches differ in shape."""
 
     model_type = ModelType.encoder_or_decoder
 
-    def __init__(self, roles: Sequence[RoleModel], trace: Trace):
+    def __init__(self, roles: Sequence[RoleModel], trace: Trace, varies: bool):
         self.trace = trace
         self.config = copy.copy(roles[0].gpt.config)
         # `train_step` finalises the gradients of each role by itself
         self.config.finalize_model_grads_func = self.config.grad_scale_func = None
         self.config.no_sync_func = lambda: _without_sync([role for role in roles if role.is_trained])
-        self.config.variable_seq_lengths = len(roles) > 1
+        self.config.variable_seq_lengths = varies
         self.input: Any = None
 
     def set_input_tensor(self, tensor) -> None:

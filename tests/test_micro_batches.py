@@ -1,0 +1,70 @@
+"""How rows are split into micro-batches."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlhf_engine.config import DataConfig, RunConfig
+from rlhf_engine.data.dataset import build_datasets
+from rlhf_engine.data.sources import read_sources
+from rlhf_engine.data.tokenizer import Tokenizer
+from rlhf_engine.experience import pad_rows
+from rlhf_engine.models.stream import Work
+
+
+def work(lengths: list[int], budget: int | None, dp=1, dp_rank=0, tp=1, size=2, together=1) -> Work:
+    role = SimpleNamespace(mesh=SimpleNamespace(dp=dp, dp_rank=dp_rank, tp=tp, device="cpu"), micro_batch_tokens=budget)
+    tokens, found = pad_rows([[1] * length for length in lengths], tp)
+    return Work(role, {"tokens": tokens, "lengths": found}, None, size, together)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_packing(data):
+    """Every row once, what belongs together on one replica, alike on all replicas, no more padding than told."""
+    dp, tp, together = (data.draw(st.sampled_from([1, 2, 3])) for _ in range(3))
+    groups = dp * data.draw(st.integers(1, 12))
+    lengths = data.draw(st.lists(st.integers(1, 40), min_size=groups * together, max_size=groups * together))
+    budget = data.draw(st.integers(1, 300))
+    packed = work(lengths, budget, dp, 0, tp, together=together)
+    split = packed.split()
+    assert sorted(row for rows, _ in split for row in rows.flatten().tolist()) == list(range(len(lengths)))
+    for rows, width in split:
+        assert width % tp == 0 and (rows.shape[1] * width <= budget or rows.shape[1] == together)
+        assert max(lengths[i] for i in rows.flatten()) + tp > width >= max(lengths[i] for i in rows.flatten())
+        first = rows.view(dp, -1, together)[:, :, :1]
+        assert torch.equal(rows.view(dp, -1, together), first + torch.arange(together)) and not (first % together).any()
+    assert [width for _, width in split] == sorted((width for _, width in split), reverse=True)
+    for dp_rank in range(dp):
+        mine = [work(lengths, budget, dp, dp_rank, tp, together=together).cut(*part) for part in split]
+        assert sum(int(batch["tokens"].sum()) for batch in mine) == sum(int(batch["lengths"].sum()) for batch in mine)
+
+
+def test_without_a_budget_rows_stay_as_they_come():
+    assert [(rows.tolist(), width) for rows, width in work([3, 9, 1, 2], None, dp=2, size=1).split()] == [
+        ([[0], [2]], 9),
+        ([[1], [3]], 9),
+    ]
+
+
+@pytest.mark.parametrize(("phase", "limit"), [("sft", 0.1), ("reward", 0.15)])
+def test_padding_of_real_dialogues(shared, phase, limit):
+    """On hh-rlhf's lengths padding is most of what is computed, and a tenth with a budget. The two sides of a pair
+    differ in length, which alone is a tenth."""
+    sources = read_sources([str(shared / "data" / "hh_harmless_base_test.jsonl.gz")], 0, 0, 1)
+    tokenizer = Tokenizer(str(shared / "tokenizers" / "mistral_instruct_tokenizer_240323.model.v3"))
+    config = RunConfig(data=DataConfig(max_seq_len=1024, max_prompt_len=900))
+    drawn = build_datasets([phase], sources, tokenizer, config)[phase].batch(0, 256)
+    sides = [[e.chosen] if phase == "sft" else [e.chosen, e.rejected] for e in drawn]
+    lengths = [len(e.prompt) + len(answer) for e, answers in zip(drawn, sides, strict=True) for answer in answers]
+
+    def padding(budget: int | None) -> float:
+        split = work(lengths, budget, dp=2, size=8, together=len(sides[0])).split()
+        return 1 - sum(lengths) / sum(rows.numel() * width for rows, width in split)
+
+    assert padding(None) > 0.6 and padding(1024) < limit
