@@ -15,7 +15,9 @@ MEASURED = ("time/", "throughput/", "idle/")  # figures of the machine and the m
 
 def compose(overrides: list[str]):
     """The RunConfig of a command line, as launch/run.py makes it."""
-    return worlds.launcher.compose(overrides)
+    from rlhf_engine.compose import compose
+
+    return compose(overrides)
 
 
 def context(overrides: list[str], layout: tuple):
@@ -46,7 +48,7 @@ def first_iteration(overrides: list[str], layout: tuple, phase: str) -> dict:
             weight = role.gpt.output_layer.weight
             weight.data.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
     experience = Schedule(algorithm.stages, algorithm.provided, specs).run(ctx, algorithm.batch(ctx))
-    figures = ctx.metrics.reduce(ctx.mesh)
+    figures, _ = ctx.metrics.reduce(ctx.mesh)
     rows = [row[:n] for row, n in zip(experience.tokens.tolist(), experience.lengths.tolist(), strict=True)]
     digest = hashlib.sha256()
     for name in sorted(ctx.roles):
