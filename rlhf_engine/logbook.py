@@ -77,9 +77,7 @@ class Logbook:
             return
         self.file.close()
         self.tensorboard.close()
-        print(
-            f"{self.phase}: stopped and saved at iteration {done} of {self.total}; the same command goes on", flush=True
-        )
+        print(f"{self.phase}: stopped at iteration {done} of {self.total} and saved: start the same again", flush=True)
 
     def finish(self, figures: dict[str, float]) -> None:
         """The held-out figures at the end of the phase."""
