@@ -108,17 +108,20 @@ def ray() -> Iterator[tuple[str, list[subprocess.Popen]]]:
             nodes.append(
                 subprocess.Popen([*start, *role], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             )
-            wait_until(lambda: _answers(port), 60, "Ray's head")
+            wait_until(lambda: _num_ray_nodes(port) == len(nodes), 60, "Ray's nodes")
         yield f"127.0.0.1:{port}", nodes
     finally:
         end(nodes)
 
 
-def _answers(port: int) -> bool:
-    with contextlib.suppress(OSError):
+def _num_ray_nodes(port: int) -> int:
+    try:
         socket.create_connection(("127.0.0.1", port), timeout=1).close()
-        return True
-    return False
+    except OSError:
+        return 0
+    script = f"import ray; ray.init('127.0.0.1:{port}'); print(sum(node['Alive'] for node in ray.nodes()))"
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    return int(found.stdout or 0)
 
 
 def end(daemons: list[subprocess.Popen]) -> None:

@@ -23,7 +23,7 @@ from test_runs import figures
 from rlhf_engine.signals import STOPPED
 
 RUN = [sys.executable, "launch/run.py"]
-PPO = [*SMALL, "phases=[ppo]", "reward=function", "ppo.iterations=6", "ppo.save_every=6"]
+PPO = [*SMALL, "phases=[ppo]", "reward=function", "ppo.iterations=6", "ppo.save_every=6", "mesh.dp=2"]
 # figures are those of the quick function, and there is time to interfere
 SLOWLY = [*PPO, "reward.fn=rewards:slowly"]
 
