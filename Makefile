@@ -1,6 +1,7 @@
 # make run    install into .venv and run SFT, reward model and PPO on the embedded data
 # make test   install and run the tests
 # make check  style, types, layers
+# make docs   write docs/configuration.md from conf/ and rlhf_engine/config.py
 # make bench-kernels   the kernels beside plain torch and public ones: benchmarks/results/kernels.csv and kernels.png
 # make bench-schedule  idle time of pipelines, roles apart and in one stream: benchmarks/results/schedule.csv
 # make bench-rollout  generation against transformers' generate; BENCH='--stories DIR --layout 1x2t dp2 tp2'
@@ -13,7 +14,7 @@ VENV := .venv$(shell $(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: install run test check bench-kernels bench-schedule bench-rollout format clean
+.PHONY: install run test check docs bench-kernels bench-schedule bench-rollout format clean
 
 install: $(STAMP)
 
@@ -35,6 +36,9 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_layers.py
+
+docs: install
+	$(BIN)/python -m rlhf_engine.reference > docs/configuration.md
 
 bench-kernels: install
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[bench]"

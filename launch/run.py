@@ -6,38 +6,20 @@ launcher (torchrun, srun, launch/ray/run.py) already did.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
 import time
 import traceback
-from dataclasses import asdict
 
-from rlhf_engine.compose import compose, config_groups
-from rlhf_engine.config import ConfigError, RunConfig
+from rlhf_engine.compose import compose
+from rlhf_engine.config import ConfigError
 from rlhf_engine.preflight import Plan, plan
 from rlhf_engine.ranks import PARENT, Ranks, end_with_parent, free_port, launched_world
+from rlhf_engine.reference import text
 from rlhf_engine.signals import SIGNALS
 
 _SECONDS_OF_SILENCE = 5.0  # of a rank that has only an echo of another one's failure to report
-
-
-def show_help() -> None:
-    """What can be said on the command line: groups, their options, keys and defaults."""
-    print(__doc__)
-    for group, options in sorted(config_groups().items()):
-        print(f"  {'+' if group == 'exp' else ' '}{group}={' | '.join(options)}")
-    print("\nkeys and their defaults (rlhf_engine/config.py says what each is):")
-
-    def show(section: dict, prefix: str = "") -> None:
-        for name, value in section.items():
-            if isinstance(value, dict):
-                show(value, f"{prefix}{name}.")
-            else:
-                print(f"  {prefix}{name}={json.dumps(value) if not isinstance(value, str) else value}")
-
-    show(asdict(RunConfig()))
 
 
 def start_ranks(world_size: int, argv: list[str]) -> int:
@@ -82,7 +64,7 @@ def run_rank(checked: Plan) -> int:
 
 def main(argv: list[str]) -> int:
     if {"--help", "-h"} & set(argv):
-        show_help()
+        print(__doc__, text(), sep="\n")
         return 0
     if PARENT in os.environ:
         end_with_parent()

@@ -16,6 +16,7 @@ LAYERS = {
     "rlhf_engine.experience": 0,
     "rlhf_engine.compose": 0,
     "rlhf_engine.ranks": 0,
+    "rlhf_engine.reference": 0,
     "rlhf_engine.report": 0,
     "rlhf_engine.signals": 0,
     "rlhf_engine.timeline": 0,
