@@ -17,7 +17,7 @@ from rlhf_engine.config import ConfigError
 from rlhf_engine.preflight import Plan, plan
 from rlhf_engine.ranks import PARENT, Ranks, end_with_parent, free_port, launched_world
 from rlhf_engine.reference import text
-from rlhf_engine.signals import SIGNALS
+from rlhf_engine.signals import SIGNALS, leave_at_once
 
 _SECONDS_OF_SILENCE = 5.0  # of a rank that has only an echo of another one's failure to report
 
@@ -68,7 +68,8 @@ def main(argv: list[str]) -> int:
         return 0
     if PARENT in os.environ:
         end_with_parent()
-    world_size = launched_world()
+    if (world_size := launched_world()) is not None:
+        leave_at_once()
     try:
         checked = plan(compose(argv), world_size)
     except ConfigError as error:

@@ -95,9 +95,9 @@ def markdown() -> str:
     lines = [
         "# Configuration",
         "",
-        "Written by `make docs` from `conf/` and `rlhf_engine/config.py`; a test keeps it current. A command line names",
-        "an experiment, options of groups, and keys. A key has the last word over options, the later of two keys over",
-        "the earlier:",
+        "Written by `make docs` from `conf/` and `rlhf_engine/config.py`; a test keeps it current. A command line says",
+        "an experiment, options of groups, and keys. A key has the last word over options, and of two equal keys the",
+        "later one:",
         "",
         "    python launch/run.py +exp=hh_rlhf data=hh_rlhf mesh.tp=2 ppo.kl_coef=0.02",
     ]

@@ -1,7 +1,8 @@
 """Stopping a run from outside, so that the same command goes on from there.
 
-A phase of training notes SIGTERM, SIGUSR1 and SIGINT (Ctrl-C). When the iteration is done the ranks agree to stop if
-any of them has noted one, save, and exit with `STOPPED`. A second Ctrl-C ends a rank at once.
+SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) end a rank with the exit code `STOPPED`. While it trains it notes them instead:
+when the iteration is done the ranks agree to stop if any of them has noted one, save, and exit with that code. A second
+Ctrl-C ends a rank at once.
 """
 
 from __future__ import annotations
@@ -9,14 +10,20 @@ from __future__ import annotations
 import os
 import signal
 
-STOPPED = os.EX_TEMPFAIL  # 75, of sysexits.h: all is saved, start the same command again
+STOPPED = os.EX_TEMPFAIL  # 75, of sysexits.h: nothing that was saved is lost, start the same command again
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 _noted = False
 
 
-def listen() -> None:
-    """From now on the signals are noted; before, they end a process as they end any other."""
+def leave_at_once() -> None:
+    """From now on a signal ends this process: there is nothing to save."""
+    for signum in SIGNALS:
+        signal.signal(signum, lambda signum, frame: os._exit(STOPPED))
+
+
+def take_note() -> None:
+    """From now on a signal is noted."""
     for signum in SIGNALS:
         signal.signal(signum, _note)
 

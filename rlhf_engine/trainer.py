@@ -83,7 +83,7 @@ def train(ctx: Context, algorithm: Algorithm) -> bool:
     if mesh.is_main:
         (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
 
-    signals.listen()
+    signals.take_note()
     while ctx.state.iteration < algorithm.iterations:
         started = time.perf_counter()
         experience = algorithm.batch(ctx)
@@ -100,6 +100,7 @@ def train(ctx: Context, algorithm: Algorithm) -> bool:
         if is_stopping:
             logbook.stop(done)
             return False
+    signals.leave_at_once()
 
     evaluation = algorithm.evaluate(ctx, final=True)
     if algorithm.changes_at_end:

@@ -93,6 +93,18 @@ def test_stopped_and_started_again(plain, tmp_path, case):
     assert figures(tmp_path / "ppo") == plain
 
 
+def test_stopped_before_it_trains(tmp_path):
+    with started([*RUN, *SLOWLY, f"output_dir={tmp_path}"], tmp_path) as launcher:
+        ranks = psutil.Process(launcher.pid).children
+
+        def is_importing() -> bool:
+            return len(ranks()) == 2 and all("libtorch" in str(rank.memory_maps()) for rank in ranks())
+
+        wait_until(is_importing, 30, "the import of torch")
+        launcher.terminate()
+        assert launcher.wait(5) == STOPPED and not launcher.output()
+
+
 def test_second_interrupt_ends_at_once(tmp_path):
     with started([*RUN, *SLOWLY, f"output_dir={tmp_path}"], tmp_path) as launcher:
         wait_until(lambda: num_iterations(tmp_path) >= 1, 60, "an iteration")
