@@ -125,14 +125,17 @@ def _num_ray_nodes(port: int) -> int:
 
 
 def end(daemons: list[subprocess.Popen]) -> None:
-    """Ends processes that we started and all that they have started."""
-    family = [psutil.Process(daemon.pid) for daemon in daemons if daemon.poll() is None]
-    family += [child for process in family for child in process.children(recursive=True)]
-    for process in family:
+    """Ends processes that we started, and what is left of those that they have started."""
+    running = [daemon for daemon in daemons if daemon.poll() is None]
+    family = [child for daemon in running for child in psutil.Process(daemon.pid).children(recursive=True)]
+    for daemon in running:
+        daemon.terminate()
+    for daemon in running:
+        try:
+            daemon.wait(15)
+        except subprocess.TimeoutExpired:
+            daemon.kill()
+            daemon.wait()
+    for child in family:
         with contextlib.suppress(psutil.NoSuchProcess):
-            process.terminate()
-    _, alive = psutil.wait_procs(family, timeout=10)
-    for process in alive:
-        process.kill()
-    for daemon in daemons:
-        daemon.wait()
+            child.kill()
