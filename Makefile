@@ -1,8 +1,10 @@
 # make run    install into .venv and run SFT, reward model and PPO on the embedded data
 # make test   install and run the tests
 # make check  style, types, layers
+# make docs   write docs/configuration.md from conf/ and rlhf_engine/config.py
 # make bench-kernels   the kernels beside plain torch and public ones: benchmarks/results/kernels.csv and kernels.png
 # make bench-schedule  idle time of pipelines, roles apart and in one stream: benchmarks/results/schedule.csv
+# make bench-ppo      a whole PPO step against TRL's PPOTrainer: benchmarks/results/ppo.csv
 # make bench-rollout  generation against transformers' generate; BENCH='--stories DIR --layout 1x2t dp2 tp2'
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -13,7 +15,7 @@ VENV := .venv$(shell $(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: install run test check bench-kernels bench-schedule bench-rollout format clean
+.PHONY: install run test check docs bench-kernels bench-schedule bench-rollout bench-ppo format clean
 
 install: $(STAMP)
 
@@ -36,6 +38,9 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_layers.py
 
+docs: install
+	$(BIN)/python -m rlhf_engine.reference > docs/configuration.md
+
 bench-kernels: install
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[bench]"
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/kernels.py $(BENCH)
@@ -48,7 +53,11 @@ format: install
 	$(BIN)/ruff format .
 
 bench-rollout: install
-	$(BIN)/python benchmarks/rollout.py $(BENCH)
+	$(BIN)/python -W ignore benchmarks/rollout.py $(BENCH)
+
+bench-ppo: install
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[bench]"
+	$(BIN)/python -W ignore benchmarks/ppo.py $(BENCH)
 
 clean:
 	rm -rf .venv .venv-* build *.egg-info .pytest_cache .mypy_cache .ruff_cache

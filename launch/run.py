@@ -1,163 +1,39 @@
 """python launch/run.py +exp=NAME [key=value ...]
 
 Hydra composes the configuration; the engine checks it, and this script starts one process per rank unless a
-launcher (torchrun, srun) already did.
+launcher (torchrun, srun, launch/ray/run.py) already did.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import random
 import signal
-import socket
-import subprocess
 import sys
 import time
 import traceback
-from dataclasses import asdict
-from pathlib import Path
 
-from rlhf_engine.config import ConfigError, RunConfig, from_dict, keys, nearest
+from rlhf_engine.compose import compose
+from rlhf_engine.config import ConfigError
 from rlhf_engine.preflight import Plan, plan
+from rlhf_engine.ranks import PARENT, Ranks, end_with_parent, free_port, launched_world
+from rlhf_engine.reference import text
+from rlhf_engine.signals import SIGNALS, leave_at_once
 
-PARENT = "RLHF_ENGINE_PARENT"  # process id of the launcher, in the environment of ranks that this script started
-CONF = Path(__file__).resolve().parent.parent / "conf"
-
-
-def config_groups() -> dict[str, list[str]]:
-    """Groups of conf/ and the options of each."""
-    return {folder.name: sorted(f.stem for f in folder.glob("*.yaml")) for folder in CONF.iterdir() if folder.is_dir()}
-
-
-def show_help() -> None:
-    """What can be said on the command line: groups, their options, keys and defaults."""
-    print(__doc__)
-    for group, options in sorted(config_groups().items()):
-        print(f"  {'+' if group == 'exp' else ' '}{group}={' | '.join(options)}")
-    print("\nkeys and their defaults (rlhf_engine/config.py says what each is):")
-
-    def show(section: dict, prefix: str = "") -> None:
-        for name, value in section.items():
-            if isinstance(value, dict):
-                show(value, f"{prefix}{name}.")
-            else:
-                print(f"  {prefix}{name}={json.dumps(value) if not isinstance(value, str) else value}")
-
-    show(asdict(RunConfig()))
-
-
-def compose(overrides: list[str]) -> RunConfig:
-    """Hydra's composition of conf/ and the command line, as the engine's dataclass.
-
-    Raises:
-        ConfigError: an override names a key, a group or an option that is not there.
-    """
-    from hydra import compose, initialize_config_dir
-    from hydra.core.config_store import ConfigStore
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    groups = {
-        folder.name: sorted(f.stem for f in folder.glob("*.yaml")) for folder in CONF.iterdir() if folder.is_dir()
-    }
-    known = keys(RunConfig)
-    try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
-        for override in parsed:
-            key, value = override.key_or_group.split("@")[0], override.value()
-            if key in groups and isinstance(value, str):
-                if value not in groups[key]:
-                    raise ConfigError(f"{key}={value}: {nearest(value, groups[key])}")
-            elif key not in known:
-                raise ConfigError(f"unknown key {key}: {nearest(key, [*known, *groups])}")
-        ConfigStore.instance().store("defaults", asdict(RunConfig()))
-        with initialize_config_dir(str(CONF), version_base=None):
-            composed = compose("config", overrides=overrides)
-        values = OmegaConf.to_container(composed, resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(" ".join(str(error).split())) from None
-    return from_dict(RunConfig, values)  # type: ignore[arg-type]
-
-
-def launched_world() -> int | None:
-    """Ranks that a launcher started, torch's variables set for this one; None where there was no launcher."""
-    env = os.environ
-    if "RANK" not in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
-        env["LOCAL_RANK"] = env["SLURM_LOCALID"]
-        nodes = subprocess.run(
-            ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]], capture_output=True, text=True, check=True
-        )
-        env.setdefault("MASTER_ADDR", nodes.stdout.split()[0])
-        # every task of a job finds the same port, and two jobs on a node hardly ever the same
-        env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
-    return int(env["WORLD_SIZE"]) if {"RANK", "WORLD_SIZE"} <= env.keys() else None
-
-
-def free_port() -> int:
-    """A port for the rendezvous. Below the range that the system deals to outgoing connections, one of which could
-    take it while the ranks are still importing."""
-    while True:
-        port = random.SystemRandom().randrange(20000, 32000)
-        with socket.socket() as listener, contextlib.suppress(OSError):
-            listener.bind(("127.0.0.1", port))
-            return port
+_SECONDS_OF_SILENCE = 5.0  # of a rank that has only an echo of another one's failure to report
 
 
 def start_ranks(world_size: int, argv: list[str]) -> int:
-    """Runs this script once per rank on this machine; the first rank that fails takes the others down."""
-    port = free_port()
-    shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    shared |= {
-        PARENT: str(os.getpid()),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-        "PYTHONWARNINGS": "ignore",
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, *argv],
-            env=os.environ | shared | {"RANK": str(r), "LOCAL_RANK": str(r)},
-        )
-        for r in range(world_size)
-    ]
-
-    def stop(signum, frame) -> None:
-        for rank in ranks:
-            rank.send_signal(signum)
-
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
-    failed = 0
-    while any(rank.poll() is None for rank in ranks):
-        if not failed and (failed := next((r.returncode for r in ranks if r.returncode), 0)):
-            for rank in ranks:
-                rank.terminate()
-            deadline = time.monotonic() + 10
-            while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
-                time.sleep(0.1)
-            for rank in ranks:
-                rank.kill()
+    """Runs this script once per rank on this machine."""
+    ranks = Ranks([sys.executable, __file__, *argv], 0, world_size, world_size, "127.0.0.1", free_port())
+    for signum in SIGNALS:
+        signal.signal(signum, lambda signum, frame: ranks.send(signum))
+    while (code := ranks.poll()) is None:
         time.sleep(0.1)
-    code = failed or next((r.returncode for r in ranks if r.returncode), 0)
-    return code if code >= 0 else 128 - code
+    return code
 
 
-def end_with_parent() -> None:
-    """Asks Linux to end this rank when the process that started it ends, however that happens."""
-    import ctypes
-
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != int(os.environ[PARENT]):
-        sys.exit("the process that started this rank has ended")
-
-
-def run_rank(checked: Plan) -> None:
-    """This process as one rank of the run."""
+def run_rank(checked: Plan) -> int:
+    """This process as one rank of the run; its exit code."""
     import logging
     import warnings
 
@@ -169,37 +45,38 @@ def run_rank(checked: Plan) -> None:
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     try:
-        run(checked)
-    except ConfigError as error:
-        if os.environ["RANK"] != "0":
-            time.sleep(3)  # where every rank found the same, the first to say it ends the others
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(2)
-    except BaseException:
+        code = run(checked)
+    except BaseException as error:
+        for signum in SIGNALS:
+            signal.signal(signum, signal.SIG_DFL)
+        refused = isinstance(error, ConfigError)
+        # An error of a collective follows from another rank's end, and a refusal is found by every rank: the first to
+        # say it ends the others.
+        broken = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+        if broken or (refused and os.environ["RANK"] != "0"):
+            time.sleep(_SECONDS_OF_SILENCE)
+        print(f"error: {error}" if refused else traceback.format_exc(), file=sys.stderr, flush=True)
         # at once, and past every destructor: the other ranks may be waiting for this one in a collective
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
+        os._exit(2 if refused else 1)
     torch.distributed.destroy_process_group()
+    return code
 
 
 def main(argv: list[str]) -> int:
     if {"--help", "-h"} & set(argv):
-        show_help()
+        print(__doc__, text(), sep="\n")
         return 0
     if PARENT in os.environ:
         end_with_parent()
-    world_size = launched_world()
+    if (world_size := launched_world()) is not None:
+        leave_at_once()
     try:
         checked = plan(compose(argv), world_size)
     except ConfigError as error:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr)
         return 2
-    if world_size is None:
-        return start_ranks(checked.world_size, argv)
-    run_rank(checked)
-    return 0
+    return start_ranks(checked.world_size, argv) if world_size is None else run_rank(checked)
 
 
 if __name__ == "__main__":

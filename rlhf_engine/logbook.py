@@ -72,6 +72,14 @@ class Logbook:
                 flush=True,
             )
 
+    def stop(self, done: int) -> None:
+        """The phase was asked to stop, and is saved after so many iterations."""
+        if not self.is_main:
+            return
+        self.file.close()
+        self.tensorboard.close()
+        print(f"{self.phase}: stopped at iteration {done} of {self.total} and saved: start the same again", flush=True)
+
     def finish(self, figures: dict[str, float]) -> None:
         """The held-out figures at the end of the phase."""
         self.file.close()

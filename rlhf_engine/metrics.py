@@ -29,14 +29,15 @@ class Metrics:
         weight = mask.float() if mask is not None else values.new_ones(values.shape)
         self.record(name, (values * weight).sum() / weight.sum().clamp_min(1))
 
-    def reduce(self, mesh: ParallelMesh) -> dict[str, float]:
-        """Every figure, the same on all ranks. Clears the collection."""
+    def reduce(self, mesh: ParallelMesh, flag: bool = False) -> tuple[dict[str, float], bool]:
+        """Every figure, and whether any rank raised its flag, the same on all ranks. Clears the collection."""
         mine = {n: (float(t), float(c)) for n, (t, c) in self._partial.items()} if mesh.tp_rank == 0 else {}
         sums: dict[str, tuple[float, float]] = {}
-        for part in mesh.all_gather_object(mine):
+        parts, flags = zip(*mesh.all_gather_object((mine, flag)), strict=True)
+        for part in parts:
             for name, (total, count) in part.items():
                 old = sums.get(name, (0.0, 0.0))
                 sums[name] = (old[0] + total, old[1] + count)
         result = self._whole | {name: total / max(count, 1e-12) for name, (total, count) in sums.items()}
         self._partial, self._whole = {}, {}
-        return result
+        return result, any(flags)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from . import checkpoint, jobs
+from . import checkpoint, jobs, signals
 from .algorithms import ALGORITHMS
 from .algorithms.context import Algorithm, Context, Evaluation, RoleSpec, TrainState
 from .config import JOBS, ConfigError, RunConfig
@@ -34,29 +34,36 @@ from .schedule import Schedule
 from .trace import append_events
 
 
-def run(plan: Plan) -> None:
-    """Runs every phase of a planned run on this rank."""
+def run(plan: Plan) -> int:
+    """Runs every phase of a planned run on this rank.
+
+    Returns:
+        The process's exit code: 0, or `signals.STOPPED` when the run was asked to stop and has saved.
+    """
     mesh = ParallelMesh(plan.mesh, plan.device)
     ctx = build_context(plan, mesh)
     if mesh.is_main:
         show_run(plan, ctx)
+    code = 0
     for phase in plan.config.phases:
         if phase in JOBS:
             jobs.BODIES[phase](ctx, base_policy(ctx))
-        else:
-            train(ctx, ALGORITHMS[phase](plan.config))
+        elif not train(ctx, ALGORITHMS[phase](plan.config)):
+            code = signals.STOPPED
+            break
     mesh.barrier()
+    return code
 
 
-def train(ctx: Context, algorithm: Algorithm) -> None:
-    """One phase: from its checkpoint, or the beginning, to its end."""
+def train(ctx: Context, algorithm: Algorithm) -> bool:
+    """One phase: from its checkpoint, or the beginning, to its end; False where it was asked to stop before."""
     config, mesh = ctx.config, ctx.mesh
     folder = Path(config.output_dir) / algorithm.name
     if iterations_of_finished(ctx, algorithm.name) >= algorithm.iterations:
         if not config.rerun:
             if mesh.is_main:
                 print(f"{algorithm.name}: finished before, in {folder} (rerun=true runs it again)", flush=True)
-            return
+            return True
         if mesh.is_main:
             (folder / SUMMARY).unlink()
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -76,18 +83,24 @@ def train(ctx: Context, algorithm: Algorithm) -> None:
     if mesh.is_main:
         (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
 
+    signals.take_note()
     while ctx.state.iteration < algorithm.iterations:
         started = time.perf_counter()
         experience = algorithm.batch(ctx)
         schedule.run(ctx, experience)
         ctx.state.iteration += 1
         done = ctx.state.iteration
-        figures = ctx.metrics.reduce(mesh) | close_trace(ctx, folder)
+        figures, is_stopping = ctx.metrics.reduce(mesh, signals.noted())
+        figures |= close_trace(ctx, folder)
         if algorithm.eval_every and done % algorithm.eval_every == 0 and done < algorithm.iterations:
             figures |= algorithm.evaluate(ctx, final=False).figures
         logbook.write({"iteration": done - 1, **figures, "time/iteration": time.perf_counter() - started})
-        if done % algorithm.save_every == 0 or done == algorithm.iterations:
+        if is_stopping or done % algorithm.save_every == 0 or done == algorithm.iterations:
             save(ctx, folder)
+        if is_stopping:
+            logbook.stop(done)
+            return False
+    signals.leave_at_once()
 
     evaluation = algorithm.evaluate(ctx, final=True)
     if algorithm.changes_at_end:
@@ -101,6 +114,7 @@ def train(ctx: Context, algorithm: Algorithm) -> None:
     gc.collect()  # megatron's configuration and its DDP refer to each other
     if mesh.device.type == "cuda":
         torch.cuda.empty_cache()
+    return True
 
 
 def close_trace(ctx: Context, folder: Path) -> dict[str, float]:

@@ -16,7 +16,9 @@ MEASURED = ("time/", "throughput/", "idle/")  # figures of the machine and the m
 
 def compose(overrides: list[str]):
     """The RunConfig of a command line, as launch/run.py makes it."""
-    return worlds.launcher.compose(overrides)
+    from rlhf_engine.compose import compose
+
+    return compose(overrides)
 
 
 def context(overrides: list[str], layout: tuple):
@@ -50,7 +52,7 @@ def first_iteration(overrides: list[str], layout: tuple, phase: str) -> dict:
                 for parcel in itertools.chain(*role._parcels.values()):
                     parcel._is_copied = False  # weights of a frozen role are otherwise copied off once
     experience = Schedule(algorithm.stages, algorithm.provided, specs).run(ctx, algorithm.batch(ctx))
-    figures = ctx.metrics.reduce(ctx.mesh)
+    figures, _ = ctx.metrics.reduce(ctx.mesh)
     rows = [row[:n] for row, n in zip(experience.tokens.tolist(), experience.lengths.tolist(), strict=True)]
     digest = hashlib.sha256()
     for name in sorted(ctx.roles):

@@ -1,4 +1,8 @@
-"""A reward function, as a user writes one."""
+"""Reward functions, as a user writes them."""
+
+import os
+import signal
+import time
 
 
 def short_and_polite(prompts, responses, prompt_tokens, response_tokens):
@@ -9,3 +13,16 @@ def short_and_polite(prompts, responses, prompt_tokens, response_tokens):
 
 def too_few(prompts, responses, prompt_tokens, response_tokens):
     return [0.0]
+
+
+def slowly(*texts_and_tokens):
+    """The same, half a second later: long enough for a test to send a signal to a run, or to take a node from it."""
+    time.sleep(0.5)
+    return short_and_polite(*texts_and_tokens)
+
+
+def dies(*texts_and_tokens):
+    """With an error, or with DIES_BY_SIGNAL suddenly. The main rank scores, and the others wait for it."""
+    if "DIES_BY_SIGNAL" in os.environ:
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise ZeroDivisionError("of the reward function")

@@ -14,7 +14,11 @@ LAYERS = {
     "rlhf_kernels": 0,
     "rlhf_engine.config": 0,
     "rlhf_engine.experience": 0,
+    "rlhf_engine.compose": 0,
+    "rlhf_engine.ranks": 0,
+    "rlhf_engine.reference": 0,
     "rlhf_engine.report": 0,
+    "rlhf_engine.signals": 0,
     "rlhf_engine.timeline": 0,
     "rlhf_engine.cpu": 1,
     "rlhf_engine.mesh": 1,
@@ -95,9 +99,9 @@ def test_only_the_mesh_knows_parallel_state():
     assert users == {"rlhf_engine.mesh"}
 
 
-def test_only_the_launcher_knows_hydra():
+def test_only_one_module_knows_hydra():
     users = {module for module, path in modules() if any(n.split(".")[0] == "hydra" for n in imports(module, path))}
-    assert users == {"launch.run"}
+    assert users == {"rlhf_engine.compose"}
 
 
 @pytest.mark.parametrize("module", ["rlhf_engine.config", "rlhf_engine.preflight", "rlhf_engine.data.sources"])

@@ -1,0 +1,177 @@
+"""python launch/ray/run.py [--address HOST:PORT] +exp=NAME [key=value ...]
+
+Runs launch/run.py on the nodes of a Ray cluster, a rank for each GPU, or for each CPU where there is no GPU. The
+folder that this is started in and the paths that the run names have to be the same on every node.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.placement_group import placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from rlhf_engine.compose import compose
+from rlhf_engine.config import ConfigError, MeshConfig
+from rlhf_engine.ranks import Ranks, free_port
+from rlhf_engine.signals import SIGNALS
+
+RUN = str(Path(__file__).resolve().parent.parent / "run.py")
+_SECONDS_TO_ANSWER = 40.0  # of the nodes that are left, when a run ends
+
+
+def join_cluster(address: str) -> None:
+    """Makes this process a driver of the cluster.
+
+    Raises:
+        ConfigError: there is none at the address.
+    """
+    try:
+        if address != "auto":  # Ray itself would try for ever
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), timeout=10).close()
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--address={address}: no Ray cluster there ({' '.join(str(error).split())})") from None
+
+
+def ranks_per_node(slots: Sequence[int], mesh: MeshConfig) -> list[int]:
+    """How many ranks each of the first nodes gets, so that no tensor parallel group crosses nodes.
+
+    Args:
+        slots: ranks that each node has room for, the roomiest first.
+
+    Raises:
+        ConfigError: the cluster is too small.
+    """
+    groups = [count // mesh.tp for count in slots]
+    wanted = mesh.pp * (mesh.dp if mesh.dp is not None else max(1, sum(groups) // mesh.pp))
+    if sum(groups) < wanted:
+        raise ConfigError(
+            f"mesh.tp={mesh.tp} x mesh.pp={mesh.pp} x mesh.dp={wanted // mesh.pp} needs {wanted} groups of"
+            f" {mesh.tp} ranks, each on one node, and the Ray cluster has room for {sum(groups)}"
+        )
+    counts: list[int] = []
+    for available in groups:
+        counts.append(min(available, wanted - sum(counts)))
+    return [count * mesh.tp for count in counts if count]
+
+
+class Node:
+    """The ranks of one node, in an actor. Its methods return soon, or a signal would wait for the end of the run."""
+
+    def __init__(self, environment: dict[str, str], folder: str):
+        os.environ |= environment
+        os.chdir(folder)
+        self.output = tempfile.TemporaryFile()  # noqa: SIM115
+        self.read = 0
+
+    def place(self) -> tuple[str, int]:
+        """Address of this node, and a port that is free."""
+        return ray.util.get_node_ip_address(), free_port()
+
+    def start(self, argv: list[str], first: int, count: int, world_size: int, address: str, port: int) -> None:
+        command = [sys.executable, RUN, *argv]
+        self.ranks = Ranks(command, first, count, world_size, address, port, self.output.fileno())
+
+    def poll(self) -> tuple[bytes, int | None]:
+        """What the ranks have written since the last call, and their exit code, None while they run."""
+        time.sleep(0.2)
+        code = self.ranks.poll()
+        written = os.pread(self.output.fileno(), os.fstat(self.output.fileno()).st_size - self.read, self.read)
+        self.read += len(written)
+        return written, code
+
+    def send(self, signum: int) -> None:
+        self.ranks.send(signum)
+
+    def end(self, code: int) -> None:
+        self.ranks.end(code)
+
+
+def start_nodes(argv: list[str], counts: Sequence[int], kind: str) -> list[Any]:
+    """An actor on each of as many nodes as there are `counts`, its ranks running."""
+    group = placement_group([{kind: count} for count in counts], strategy="STRICT_SPREAD")
+    while not group.wait(10):
+        print(f"waiting for {sum(counts)} {kind}s on {len(counts)} nodes", flush=True)
+    # as srun does; what belongs to the machine stays its own
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "CUDA_VISIBLE_DEVICES"))}
+    actor: Any = ray.remote(Node)
+    nodes = [
+        actor.options(
+            num_cpus=count if kind == "CPU" else 0,
+            num_gpus=count if kind == "GPU" else 0,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i),
+        ).remote(environment, os.getcwd())
+        for i, count in enumerate(counts)
+    ]
+    address, port = ray.get(nodes[0].place.remote())
+    firsts = [sum(counts[:i]) for i in range(len(counts))]
+    ray.get([
+        node.start.remote(argv, first, count, sum(counts), address, port)
+        for node, first, count in zip(nodes, firsts, counts, strict=True)
+    ])  # fmt: skip
+    return nodes
+
+
+def watch(nodes: Sequence[Any], counts: Sequence[int]) -> int:
+    """Shows what the ranks write, passes signals on to them, and gives the exit code of the first to fail."""
+    received: list[int] = []
+    for signum in SIGNALS:
+        signal.signal(signum, lambda signum, frame: received.append(signum))
+    polls = {node.poll.remote(): i for i, node in enumerate(nodes)}
+    failed, deadline = 0, float("inf")
+    while polls and time.monotonic() < deadline:
+        while received:
+            for i in polls.values():
+                nodes[i].send.remote(received[0])
+            del received[0]
+        done, _ = ray.wait(list(polls), timeout=0.5)
+        for poll in done:
+            i = polls.pop(poll)
+            try:
+                written, code = ray.get(poll)
+            except ray.exceptions.RayError as error:
+                first, last = sum(counts[:i]), sum(counts[: i + 1]) - 1
+                written, code = f"error: the node of ranks {first} to {last}: {type(error).__name__}\n".encode(), 1
+            sys.stdout.buffer.write(written)
+            sys.stdout.flush()
+            if code is None:
+                polls[nodes[i].poll.remote()] = i
+            elif code and not failed:
+                failed, deadline = code, time.monotonic() + _SECONDS_TO_ANSWER
+                for other in polls.values():
+                    nodes[other].end.remote(code)
+    return failed
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False)
+    parser.add_argument("--address", default="auto", help="of the cluster's head; auto: the cluster of this machine")
+    options, argv = parser.parse_known_args(arguments)
+    try:
+        config = compose(argv)
+        join_cluster(options.address)
+        resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        kind = "GPU" if config.device != "cpu" and any("GPU" in found for found in resources) else "CPU"
+        slots = sorted((int(found.get(kind, 0)) for found in resources), reverse=True)
+        counts = ranks_per_node(slots, config.mesh)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return watch(start_nodes(argv, counts, kind), counts)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,49 @@
+"""Hydra's composition of conf/ and a command line. The only importer of hydra."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from .config import ConfigError, RunConfig, from_dict, keys, nearest
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+
+
+def config_groups() -> dict[str, list[str]]:
+    """Groups of conf/ and the options of each."""
+    return {folder.name: sorted(f.stem for f in folder.glob("*.yaml")) for folder in CONF.iterdir() if folder.is_dir()}
+
+
+def compose(overrides: Sequence[str]) -> RunConfig:
+    """The engine's dataclass from `+exp=NAME key=value ...`.
+
+    Raises:
+        ConfigError: an override names a key, a group or an option that is not there.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    groups = config_groups()
+    known = keys(RunConfig)
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        for override in parsed:
+            key, value = override.key_or_group.split("@")[0], override.value()
+            if key in groups and isinstance(value, str):
+                if value not in groups[key]:
+                    raise ConfigError(f"{key}={value}: {nearest(value, groups[key])}")
+            elif key not in known:
+                raise ConfigError(f"unknown key {key}: {nearest(key, [*known, *groups])}")
+        ConfigStore.instance().store("defaults", asdict(RunConfig()))
+        with initialize_config_dir(str(CONF), version_base=None):
+            composed = compose("config", overrides=list(overrides))
+        values = OmegaConf.to_container(composed, resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(" ".join(str(error).split())) from None
+    return from_dict(RunConfig, values)  # type: ignore[arg-type]

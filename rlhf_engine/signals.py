@@ -1,0 +1,40 @@
+"""Stopping a run from outside, so that the same command goes on from there.
+
+SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) end a rank with the exit code `STOPPED`. While it trains it notes them instead:
+when the iteration is done the ranks agree to stop if any of them has noted one, save, and exit with that code. A second
+Ctrl-C ends a rank at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+
+STOPPED = os.EX_TEMPFAIL  # 75, of sysexits.h: nothing that was saved is lost, start the same command again
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+_noted = False
+
+
+def leave_at_once() -> None:
+    """From now on a signal ends this process: there is nothing to save."""
+    for signum in SIGNALS:
+        signal.signal(signum, lambda signum, frame: os._exit(STOPPED))
+
+
+def take_note() -> None:
+    """From now on a signal is noted."""
+    for signum in SIGNALS:
+        signal.signal(signum, _note)
+
+
+def noted() -> bool:
+    """Whether this process was asked to stop."""
+    return _noted
+
+
+def _note(signum: int, frame: object) -> None:
+    global _noted
+    _noted = True
+    if signum == signal.SIGINT:
+        signal.signal(signum, signal.SIG_DFL)  # which acts within a collective as well, where Python does not

@@ -1,0 +1,253 @@
+"""One experiment under every launcher: equal figures, a stop that saves, an end within seconds when a rank fails.
+
+Slurm's and Ray's clusters are real ones of two nodes on this machine (tests/clusters.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import clusters
+import psutil
+import pytest
+from clusters import wait_until
+from conftest import ROOT, SMALL
+from test_runs import figures
+
+from rlhf_engine.signals import STOPPED
+
+RUN = [sys.executable, "launch/run.py"]
+PPO = [*SMALL, "phases=[ppo]", "reward=function", "ppo.iterations=6", "ppo.save_every=6", "mesh.dp=2"]
+# figures are those of the quick function, and there is time to interfere
+SLOWLY = [*PPO, "reward.fn=rewards:slowly"]
+
+
+@pytest.fixture(autouse=True)
+def reward_functions_are_found(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]))
+
+
+@contextlib.contextmanager
+def started(command: list, folder: Path):
+    """A command that runs, its output in a file; ended with the test."""
+    with (folder / "output").open("w+") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        process.output = lambda: (folder / "output").read_text()  # type: ignore[attr-defined]
+        try:
+            yield process
+        finally:
+            clusters.end([process])
+
+
+def num_iterations(folder: Path) -> int:
+    path = folder / "ppo" / "metrics.jsonl"
+    return path.read_text().count("\n") if path.is_file() else 0
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> list[dict]:
+    """Figures of PPO by `python launch/run.py` on two ranks, never interrupted."""
+    folder = tmp_path_factory.mktemp("plain")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])}
+    command = [*RUN, *PPO, "reward.fn=rewards:short_and_polite", f"output_dir={folder}"]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    return figures(folder / "ppo")
+
+
+# -- one node ------------------------------------------------------------------------------------------------
+
+
+def test_torchrun(plain, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "launch/run.py"]
+    command = [*torchrun, *PPO, "reward.fn=rewards:short_and_polite", f"output_dir={tmp_path}"]
+    subprocess.run(command, check=True, capture_output=True)
+    assert figures(tmp_path / "ppo") == plain
+
+
+@pytest.mark.parametrize("case", ["SIGTERM to the launcher", "SIGUSR1 to one rank", "Ctrl-C"])
+def test_stopped_and_started_again(plain, tmp_path, case):
+    """The iteration is finished and saved, the exit code says so, and the same command makes the run whole."""
+    command = [*RUN, *SLOWLY, f"output_dir={tmp_path}"]
+    with started(command, tmp_path) as launcher:
+        wait_until(lambda: num_iterations(tmp_path) >= 2, 60, "two iterations")
+        if case == "SIGTERM to the launcher":
+            launcher.terminate()
+        elif case == "SIGUSR1 to one rank":
+            os.kill(psutil.Process(launcher.pid).children()[1].pid, signal.SIGUSR1)
+        else:
+            os.killpg(launcher.pid, signal.SIGINT)  # as a terminal does
+        assert launcher.wait(20) == STOPPED, launcher.output()
+        assert "start the same again" in launcher.output() and "Traceback" not in launcher.output()
+    done = num_iterations(tmp_path)
+    assert 2 <= done < 6
+    assert (tmp_path / "ppo" / "checkpoints" / "latest").read_text() == f"iteration_{done}"
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0 and f"ppo: resuming at iteration {done} of 6" in result.stdout
+    assert figures(tmp_path / "ppo") == plain
+
+
+def test_stopped_before_it_trains(tmp_path):
+    with started([*RUN, *SLOWLY, f"output_dir={tmp_path}"], tmp_path) as launcher:
+        ranks = psutil.Process(launcher.pid).children
+
+        def is_importing() -> bool:
+            return len(ranks()) == 2 and all("libtorch" in str(rank.memory_maps()) for rank in ranks())
+
+        wait_until(is_importing, 30, "the import of torch")
+        launcher.terminate()
+        assert launcher.wait(5) == STOPPED and not launcher.output()
+
+
+def test_second_interrupt_ends_at_once(tmp_path):
+    with started([*RUN, *SLOWLY, f"output_dir={tmp_path}"], tmp_path) as launcher:
+        wait_until(lambda: num_iterations(tmp_path) >= 1, 60, "an iteration")
+        ranks = psutil.Process(launcher.pid).children()
+        launcher.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+        launcher.send_signal(signal.SIGINT)
+        assert launcher.wait(5) == 128 + signal.SIGINT
+        assert not any(rank.is_running() for rank in ranks)
+    assert not (tmp_path / "ppo" / "checkpoints" / "latest").exists()
+
+
+@pytest.mark.parametrize("by_signal", [False, True], ids=["error", "killed"])
+def test_a_rank_that_dies_is_heard_first(tmp_path, monkeypatch, by_signal):
+    """Its own traceback, or how it was ended, and not what the others make of it."""
+    if by_signal:
+        monkeypatch.setenv("DIES_BY_SIGNAL", "1")
+    result = subprocess.run(
+        [*RUN, *PPO, "reward.fn=rewards:dies", f"output_dir={tmp_path}"], capture_output=True, text=True, timeout=60
+    )
+    if by_signal:
+        assert result.returncode == 128 + signal.SIGKILL and result.stderr == "rank 0 was ended by SIGKILL\n"
+    else:
+        assert result.returncode == 1 and result.stderr.count("Traceback") == 1
+        assert "ZeroDivisionError: of the reward function" in result.stderr
+        assert "in stage score of iteration 0, on rank 0" in result.stderr
+
+
+# -- Slurm ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    """`sbatch(*arguments)` on a cluster of two nodes: gives the job's id."""
+    if not clusters.has_slurm():
+        pytest.skip("no Slurm here (Debian: slurmctld slurmd slurm-client munge), or not root")
+    with clusters.slurm(tmp_path_factory.mktemp("slurm")) as environment:
+
+        def run(*command: str) -> str:
+            env = environment | {"PYTHON": sys.executable, "PYTHONPATH": os.environ["PYTHONPATH"]}
+            return subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout.strip()
+
+        yield run
+
+
+def state(slurm, job: str) -> str:
+    return slurm("squeue", "-h", "-t", "all", "-j", job, "-o", "%T")
+
+
+def submit(slurm, folder: Path, *arguments: str) -> str:
+    return slurm("sbatch", "--parsable", f"--output={folder}/output.%a", *arguments)
+
+
+TWO_NODES = ["--nodes=2", "--ntasks-per-node=1", "launch/slurm/train.sbatch"]
+
+
+def test_slurm_job_is_preempted_and_goes_on(slurm, plain, tmp_path):
+    """On two nodes, which a job of higher priority takes for a while."""
+    job = submit(slurm, tmp_path, *TWO_NODES, *SLOWLY, f"output_dir={tmp_path}")
+    wait_until(lambda: num_iterations(tmp_path) >= 2, 60, "two iterations")
+    slurm("sbatch", "--wait", "--partition=urgent", "--nodes=2", "--output=/dev/null", "--wrap=true")
+    assert 2 <= num_iterations(tmp_path) < 6
+    wait_until(lambda: state(slurm, job) == "COMPLETED", 60, "the end of the job")
+    output = next(tmp_path.glob("output.*")).read_text()
+    assert "start the same again" in output and "ppo: resuming at iteration" in output
+    assert figures(tmp_path / "ppo") == plain
+
+
+def test_cancelled_slurm_job_stays_cancelled(slurm, tmp_path):
+    job = submit(slurm, tmp_path, *TWO_NODES, *SLOWLY, f"output_dir={tmp_path}")
+    wait_until(lambda: num_iterations(tmp_path) >= 1, 60, "an iteration")
+    slurm("scancel", job)
+    wait_until(lambda: state(slurm, job) == "CANCELLED", 30, "the end of the job")
+    assert "start the same again" in next(tmp_path.glob("output.*")).read_text()
+
+
+def test_slurm_array(slurm, tmp_path):
+    """A seed a task, one task at a time; a line that is missing is named."""
+    seeds = tmp_path / "seeds.txt"
+    seeds.write_text("".join(f"seed={n} 'output_dir={tmp_path}/seed {n}'\n" for n in (1, 2)))
+    settings = [*SMALL, "phases=[sft]", "sft.iterations=1", "mesh.dp=1", "export_hf=false"]
+    job = submit(slurm, tmp_path, "--array=1-3%1", "launch/slurm/train.sbatch", f"@{seeds}", *settings)
+    states = []
+
+    def ended() -> bool:
+        states.append(state(slurm, job).split())
+        return not {"PENDING", "RUNNING", "COMPLETING"} & set(states[-1])
+
+    wait_until(ended, 90, "the array")
+    assert sorted(states[-1]) == ["COMPLETED", "COMPLETED", "FAILED"]
+    assert max(found.count("RUNNING") for found in states) == 1
+    losses = {figures(tmp_path / f"seed {n}" / "sft")[0]["policy/loss"] for n in (1, 2)}
+    assert len(losses) == 2
+    assert f"error: {seeds} has no line 3" in (tmp_path / "output.3").read_text()
+
+
+# -- Ray -----------------------------------------------------------------------------------------------------
+
+
+def test_ray(plain, tmp_path):
+    """On two nodes: stopped and started again; then one of the nodes is killed."""
+    pytest.importorskip("ray")
+    run = [sys.executable, "launch/ray/run.py"]
+    with clusters.ray() as (address, nodes):
+        command = [*run, "--address", address, *SLOWLY, f"output_dir={tmp_path}"]
+        with started(command, tmp_path) as driver:
+            wait_until(lambda: num_iterations(tmp_path) >= 2, 90, "two iterations")
+            driver.terminate()
+            assert driver.wait(30) == STOPPED, driver.output()
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0 and "ppo: resuming at iteration" in result.stdout, result.stdout + result.stderr
+        assert figures(tmp_path / "ppo") == plain
+
+        with started([*command, "rerun=true"], tmp_path) as driver:
+            wait_until(lambda: num_iterations(tmp_path) == 1, 90, "an iteration")
+            raylet = next(p for p in psutil.Process(nodes[1].pid).children(True) if p.name() == "raylet")
+            raylet.kill()
+            assert driver.wait(30) == 1, driver.output()
+            assert "error: the node of ranks 1 to 1" in driver.output()
+
+
+def test_ray_without_a_cluster_is_refused(tmp_path):
+    pytest.importorskip("ray")
+    command = [sys.executable, "launch/ray/run.py", "--address=127.0.0.1:9", *PPO]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2 and result.stderr.startswith("error: --address=127.0.0.1:9: no Ray cluster there")
+
+
+@pytest.mark.parametrize(
+    ("slots", "mesh", "counts"),
+    [
+        ([8, 8], {}, [8, 8]),
+        ([8, 8], {"tp": 4, "dp": 3}, [8, 4]),
+        ([7, 6, 1], {"tp": 2}, [6, 6]),
+        ([8, 8, 3], {"tp": 2, "pp": 3, "dp": 2}, [8, 4]),
+        ([3, 3], {"tp": 2, "pp": 2}, [2, 2]),
+    ],
+)
+def test_ray_keeps_tensor_parallel_groups_on_a_node(slots, mesh, counts):
+    pytest.importorskip("ray")
+    from launch.ray.run import ranks_per_node
+    from rlhf_engine.config import ConfigError, MeshConfig
+
+    assert ranks_per_node(slots, MeshConfig(**mesh)) == counts
+    with pytest.raises(ConfigError, match=r"mesh\.tp=16 .* has room for 0"):
+        ranks_per_node(slots, MeshConfig(tp=16))
