@@ -207,7 +207,7 @@ def our_side(
         started = time.perf_counter()
         schedule.run(ctx, experience(step))
         seconds = time.perf_counter() - started
-        figures = ctx.metrics.reduce(mesh)
+        figures, _ = ctx.metrics.reduce(mesh)
         ctx.trace.clear()
         if mesh.is_main:
             pipe.send((figures["time/rollout"], seconds))
@@ -252,7 +252,7 @@ def compare(ctx, algorithm, specs, theirs: dict[str, Any]) -> dict[str, float]:
     given = frozenset(name for name in vars(x) if getattr(x, name) is not None)
     Schedule([s for s in algorithm.stages if s.kind == "train"], given, specs).run(ctx, x)
     ctx.config.ppo.epochs = epochs
-    figures = ctx.metrics.reduce(ctx.mesh)
+    figures, _ = ctx.metrics.reduce(ctx.mesh)
     gaps["loss"] = abs(figures["policy/loss"] + figures["critic/loss"] - theirs["loss"])
     return {key: float(value) for key, value in gaps.items()}
 

@@ -77,7 +77,7 @@ def grad_norm_of_text(overrides: list[str], layout: tuple) -> float:
     x = supervised(ctx.datasets["ptx"].batch(0, ctx.config.ppo.ptx.rows), ctx.mesh.tp)
     batch = {"tokens": x.tokens, "lengths": x.lengths, "loss_mask": x.loss_mask}
     train_step([Work(policy, batch, cross_entropy(policy), 4)], ctx.metrics, ctx.trace)
-    return ctx.metrics.reduce(ctx.mesh)["policy/grad_norm"]
+    return ctx.metrics.reduce(ctx.mesh)[0]["policy/grad_norm"]
 
 
 def generate(
