@@ -128,8 +128,9 @@ def close_trace(ctx: Context, folder: Path, times: Mapping[str, float], peak: fl
         peak: FLOP/s of one rank's device; None where it is not known, and then there is no utilisation.
     """
     figures = ctx.trace.idle_shares(ctx.mesh) if ctx.mesh.pp > 1 else {}
-    for stage, flops in ctx.trace.flops.items() if peak is not None else ():
-        figures[f"mfu/{stage}"] = flops / (times[f"time/{stage}"] * ctx.mesh.world_size * peak)
+    if peak is not None:
+        for stage, flops in ctx.trace.flops.items():
+            figures[f"mfu/{stage}"] = flops / (times[f"time/{stage}"] * ctx.mesh.world_size * peak)
     if ctx.config.trace:
         ranks = ctx.mesh.all_gather_object(ctx.trace.spans)
         if ctx.mesh.is_main:

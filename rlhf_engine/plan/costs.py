@@ -117,7 +117,7 @@ class Costs:
         return moved / self.device.bandwidth + sent
 
     def generate(self, rows: int, slots: int, prompts: int, prompt: int, response: int) -> float:
-        """A replica's rollout.
+        """A replica's work in a rollout.
 
         Args:
             rows: its sequences, of which `slots` are decoded at once.
@@ -128,7 +128,7 @@ class Costs:
         kept = layer_activations(model, 1, prompt, mesh, self.numbers)
         prefill = prompts * (
             forward_flops(model, "lm", [prompt], 1) / mesh.tp / device.flops
-            + model.num_layers * (2 * kept / device.bandwidth + self._tp_seconds(prompt))
+            + model.num_layers * 2 * kept / device.bandwidth
         )
         weights = num_parameters(model, "lm") / mesh.tp  # about: norms are not split
         active = (model.num_layers * matmul_parameters(model) + model.hidden_size * (model.vocab_size or 0)) / mesh.tp
@@ -137,10 +137,18 @@ class Costs:
             max(weights * self.numbers.itemsize / device.bandwidth, 2 * slots * active / device.flops)
             + seen / device.bandwidth
             + 6 * logits(model, slots, mesh, self.numbers) / device.bandwidth  # the sampler's passes
-            + model.num_layers * (_DECODE_OPERATIONS * device.latency + self._tp_seconds(slots))
-            + (_SAMPLER * device.collective if mesh.tp > 1 else 0.0)
+            + model.num_layers * _DECODE_OPERATIONS * device.latency
         )
         return prefill + steps * step
+
+    def exchange(self, rows: int, slots: int, prompts: int, prompt: int, response: int) -> float:
+        """What a replica's rollout waits for besides: its collectives, and the layers of other stages before it."""
+        fold = self.fold_bytes() / self._link(self.mesh.tp * self.dp * self.mesh.pp)
+        if self.mesh.tp == 1:
+            return fold
+        step = self.model.num_layers * self._tp_seconds(slots) + _SAMPLER * self.device.collective
+        steps = response * max(1.0, rows / slots)
+        return fold + prompts * self.model.num_layers * self._tp_seconds(prompt) + steps * step
 
     def fold_bytes(self) -> float:
         """Under PP the layers of the other stages, received before a rollout."""
@@ -149,6 +157,3 @@ class Costs:
         return (
             num_parameters(self.model, "lm") / self.mesh.tp * self.numbers.itemsize * (self.mesh.pp - 1) / self.mesh.pp
         )
-
-    def fold(self) -> float:
-        return self.fold_bytes() / self._link(self.mesh.tp * self.dp * self.mesh.pp)

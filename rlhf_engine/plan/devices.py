@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..config import ConfigError
@@ -38,6 +38,11 @@ class Device:
     latency: float = 5e-6
     collective: float = 20e-6
     base: float = 0.0
+
+    def slowed(self, factor: float) -> Device:
+        """The device where everything but what it sends takes `factor` times as long."""
+        flops, bandwidth = self.flops / factor, self.bandwidth / factor
+        return replace(self, flops=flops, bandwidth=bandwidth, latency=self.latency * factor)
 
     @property
     def peak(self) -> float:

@@ -107,10 +107,6 @@ class Forecaster:
         self.models = {name: models[spec.base] for name, spec in self.specs.items()}
         is_float32 = config.dtype == "float32" or not device.is_gpu
         self.numbers = Numbers(4 if is_float32 else 2, "cuda" if device.is_gpu else "cpu")
-        self.costs = {
-            name: Costs(self.models[name], spec.head, mesh, device, self.numbers, config.schedule.recompute)
-            for name, spec in self.specs.items()
-        }
         schedule = Schedule(self.algorithm.stages, self.algorithm.provided, self.specs)
         offloaded = [name for name in self.specs if config.schedule.moves(name)]
         self.groups = schedule.groups(config.schedule, mesh.pp, offloaded)
@@ -140,7 +136,7 @@ class Forecaster:
         """What roles have on the device while this group is at work."""
         memory, wanted = Memory(process=self.device.base), [needs(group)]
         if self.config.schedule.prefetch:
-            following = self.groups[self.groups.index(group) + 1 :] + self.groups
+            following = self.groups[self.groups.index(list(group)) + 1 :] + self.groups
             wanted.append(needs(next(other for other in following if needs(other))))
         for name, spec in self.specs.items():
             presence = max(each.get(name, Presence.AWAY) for each in wanted)
@@ -222,8 +218,7 @@ class Forecaster:
             seconds, flops, sent, idle = self._rollout(group)
         else:
             seconds, flops, sent, idle = self._pipeline([stage.role or "" for stage in group], kind == "train")
-        seconds = seconds * self.factors.get(kind, 1.0) + self._moving(group)
-        return StageForecast(name, kind, seconds, flops, sent, idle, memory)
+        return StageForecast(name, kind, seconds + self._moving(group), flops, sent, idle, memory)
 
     def _moving(self, group: Sequence[Stage]) -> float:
         """Roles that come for this group and leave; gradients are not copied, nor are weights that nothing changed."""
@@ -236,18 +231,24 @@ class Forecaster:
                 seconds += moved * (2 if is_trained else 1) / self.device.host
         return seconds
 
+    def _costs(self, name: str, kind: str) -> Costs:
+        device = self.device.slowed(self.factors.get(kind, 1.0))
+        head, recompute = self.specs[name].head, self.config.schedule.recompute
+        return Costs(self.models[name], head, self.mesh, device, self.numbers, recompute)
+
     def _shared(self, seconds: float, busy: float) -> float:
         """On a CPU ranks share the cores: `busy` seconds of work, over all ranks, take so long at least."""
         return seconds if self.device.is_gpu else max(seconds, busy / self.device.node)
 
     def _rollout(self, group: Sequence[Stage]) -> tuple[float, float, dict[str, float], float]:
         name = group[0].role or ""
-        costs, model = self.costs[name], self.models[name]
+        costs, model = self._costs(name, "rollout"), self.models[name]
         prompt, response = self.rows.expected
         rows, prompts = self._per_replica()
         positions = min(self._cache(group, p)[1] for p in range(self.mesh.pp))
         slots = max(1, min(rows, self.config.rollout.slots, positions // (prompt + self.rows.response)))
-        seconds = costs.generate(rows, slots, prompts, prompt, response)
+        shape = rows, slots, prompts, prompt, response
+        seconds = costs.generate(*shape)
         world = self.mesh.tp * self.mesh.pp * self.dp
         # prompts once each, then a token at a time
         flops = forward_flops(model, "lm", [prompt] * self.rows.distinct, self.rows.distinct)
@@ -255,7 +256,7 @@ class Forecaster:
         flops += self.rows.total * longer
         tokens = prompts * prompt + rows * response
         sent = {"tp": model.num_layers * costs.tp_bytes(tokens), "pp": costs.fold_bytes()}
-        return self._shared(seconds + costs.fold(), world * seconds), flops, sent, 0.0
+        return self._shared(seconds, world * seconds) + costs.exchange(*shape), flops, sent, 0.0
 
     def _pipeline(self, names: Sequence[str], train: bool) -> tuple[float, float, dict[str, float], float]:
         """One pass of the roles' micro-batches, or for training all steps of the iteration."""
@@ -263,9 +264,9 @@ class Forecaster:
         outputs, tokens = rows.usual[0] * rows.expected[1], rows.usual[0] * rows.usual[1]
         forward, backward, flops = [], [], 0.0
         sent = {"tp": 0.0, "pp": 0.0, "dp": 0.0}
-        steps = rows.steps if train else 1
+        steps, kind = rows.steps if train else 1, "train" if train else "infer"
         for name in names:
-            costs, model, head = self.costs[name], self.models[name], self.specs[name].head
+            costs, model, head = self._costs(name, kind), self.models[name], self.specs[name].head
             shape = (*rows.usual, outputs)
             num_rows = rows.minibatch + (rows.other_text if name == "policy" else 0) if train else rows.total
             count = self._micro_batches(num_rows)
@@ -283,11 +284,11 @@ class Forecaster:
         seconds = self._shared(seconds, busy)
         if train:
             optimizers = {name: spec.optimizer for name in names if (spec := self.specs[name]).optimizer is not None}
-            step = sum(max(self.costs[name].step(p, o) for p in stages) for name, o in optimizers.items())
+            step = sum(max(self._costs(name, kind).step(p, o) for p in stages) for name, o in optimizers.items())
             world = self.mesh.tp * self.mesh.pp * self.dp
             seconds += self._shared(step, world * step)
             for name, optimizer in optimizers.items():
-                sent["dp"] += steps * max(self.costs[name].dp_bytes(p, optimizer) for p in stages)
+                sent["dp"] += steps * max(self._costs(name, kind).dp_bytes(p, optimizer) for p in stages)
         return seconds * steps, flops, sent, idle
 
 

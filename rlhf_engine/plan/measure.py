@@ -16,13 +16,13 @@ def cpu(ranks: int) -> Device:
     """This machine's processor as each of `ranks` ranks with a thread of its own has it; measured in about a second.
 
     Messages go through gloo on the loopback, whose figures are constants: 1 GB/s, as for the files
-    that roles leave to, and 0.6 ms a collective.
+    that roles leave to, and 1 ms a collective.
     """
     threads = int(os.environ.get("OMP_NUM_THREADS", "1"))  # as launch/run.py gives a rank
     torch.set_num_threads(threads)
     return Device(
         "cpu", psutil.virtual_memory().total / ranks, matmul_flops(), copy_bandwidth(), 1e9, 1e9, 1e9,
-        max(1, (os.cpu_count() or 1) // threads), latency=10e-6, collective=6e-4, base=resident_bytes(),
+        max(1, (os.cpu_count() or 1) // threads), latency=10e-6, collective=1e-3, base=resident_bytes(),
     )  # fmt: skip
 
 
