@@ -4,6 +4,7 @@
 # make docs   write docs/configuration.md from conf/ and rlhf_engine/config.py
 # make bench-kernels   the kernels beside plain torch and public ones: benchmarks/results/kernels.csv and kernels.png
 # make bench-schedule  idle time of pipelines, roles apart and in one stream: benchmarks/results/schedule.csv
+# make bench-plan     plans beside measured seconds and memory: benchmarks/results/plan.csv
 # make bench-ppo      a whole PPO step against TRL's PPOTrainer: benchmarks/results/ppo.csv
 # make bench-rollout  generation against transformers' generate; BENCH='--stories DIR --layout 1x2t dp2 tp2'
 PYTHON ?= python3
@@ -15,7 +16,7 @@ VENV := .venv$(shell $(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: install run test check docs bench-kernels bench-schedule bench-rollout bench-ppo format clean
+.PHONY: install run test check docs bench-kernels bench-schedule bench-rollout bench-ppo bench-plan format clean
 
 install: $(STAMP)
 
@@ -47,6 +48,9 @@ bench-kernels: install
 
 bench-schedule: install
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/schedule.py $(BENCH)
+
+bench-plan: install
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/plan.py $(BENCH)
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -21,6 +21,8 @@ from pathlib import Path
 import torch
 import torch.multiprocessing as mp
 
+from rlhf_engine.plan.pipeline import simulate
+
 RESULTS = Path(__file__).resolve().parent / "results" / "schedule.csv"
 ROUNDS = 3
 INFERRED = ("policy", "reference", "reward", "critic")
@@ -126,33 +128,10 @@ def formula(stages: int, micro_batches: int) -> float:
     return (stages - 1) / (micro_batches + stages - 1)
 
 
-def simulate(stages: int, micro_batches: int, has_backward: bool) -> float:
-    """Idle share of megatron's forward-only or 1F1B order, a forward taking 1 and a backward 2."""
-    orders: list[list[tuple[str, int]]] = []
-    for stage in range(stages):
-        warmup = min(stages - stage - 1, micro_batches) if has_backward else micro_batches
-        order = [("f", i) for i in range(warmup)]
-        if has_backward:
-            for i in range(micro_batches - warmup):
-                order += [("f", warmup + i), ("b", i)]
-            order += [("b", i) for i in range(micro_batches - warmup, micro_batches)]
-        orders.append(order)
-    done: dict[tuple[str, int, int], float] = {}
-    clocks = [0.0] * stages
-    left = sum(map(len, orders))
-    while left:
-        for stage, order in enumerate(orders):
-            while order:
-                kind, i = order[0]
-                before = stage - 1 if kind == "f" else stage + 1
-                needs = (kind, i, before) if 0 <= before < stages else None
-                if needs is not None and needs not in done:
-                    break
-                clocks[stage] = max(clocks[stage], done[needs] if needs else 0.0) + (1 if kind == "f" else 2)
-                done[kind, i, stage] = clocks[stage]
-                order.pop(0)
-                left -= 1
-    return 1 - micro_batches * (3 if has_backward else 1) / max(clocks)
+def simulated(stages: int, micro_batches: int, has_backward: bool) -> float:
+    """Idle share by the simulator that plans are made with, a forward taking 1 and a backward 2."""
+    ones = [[1.0] * stages] * micro_batches
+    return simulate(ones, [[2.0] * stages] * micro_batches if has_backward else None)[1]
 
 
 def main() -> None:
@@ -177,7 +156,7 @@ def main() -> None:
     print("simulated, the same number of micro-batches a role:")
     for stages in (2, 4, 8, 16):
         for kind, roles in (("infer", len(INFERRED)), ("train", len(TRAINED))):
-            ways = [simulate(stages, n * args.micro_batches, kind == "train") for n in (1, roles)]
+            ways = [simulated(stages, n * args.micro_batches, kind == "train") for n in (1, roles)]
             print(f"{stages:6}  {kind}  {ways[0]:10.1%} {ways[1]:27.1%} {(1 - ways[1]) / (1 - ways[0]):29.2f}")
     with RESULTS.open("a") as file:
         writer = csv.writer(file)

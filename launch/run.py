@@ -1,7 +1,8 @@
 """python launch/run.py +exp=NAME [key=value ...]
 
 Hydra composes the configuration; the engine checks it, and this script starts one process per rank unless a
-launcher (torchrun, srun, launch/ray/run.py) already did.
+launcher (torchrun, srun, launch/ray/run.py) already did. `plan=true` and `schedule=explain` say what a run would cost
+and do, and start nothing.
 """
 
 from __future__ import annotations
@@ -72,6 +73,12 @@ def main(argv: list[str]) -> int:
         leave_at_once()
     try:
         checked = plan(compose(argv), world_size)
+        if checked.config.starts_nothing:
+            from rlhf_engine.plan.show import show
+
+            if int(os.environ.get("RANK", "0")) == 0:
+                show(checked)
+            return 0
     except ConfigError as error:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .config import ConfigError, RunConfig, from_dict, keys, nearest
 
+_SWITCHES = {"plan=true": "plan.show=true", "schedule=explain": "schedule.explain=true"}  # sections have no values
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
@@ -29,10 +30,10 @@ def compose(overrides: Sequence[str]) -> RunConfig:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    groups = config_groups()
-    known = keys(RunConfig)
+    overrides = [_SWITCHES.get(override, override) for override in overrides]
+    groups, known = config_groups(), keys(RunConfig)
     try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        parsed = OverridesParser.create().parse_overrides(overrides)
         for override in parsed:
             key, value = override.key_or_group.split("@")[0], override.value()
             if key in groups and isinstance(value, str):
@@ -42,7 +43,7 @@ def compose(overrides: Sequence[str]) -> RunConfig:
                 raise ConfigError(f"unknown key {key}: {nearest(key, [*known, *groups])}")
         ConfigStore.instance().store("defaults", asdict(RunConfig()))
         with initialize_config_dir(str(CONF), version_base=None):
-            composed = compose("config", overrides=list(overrides))
+            composed = compose("config", overrides=overrides)
         values = OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(" ".join(str(error).split())) from None

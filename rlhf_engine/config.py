@@ -18,6 +18,7 @@ Recompute = Literal["none", "selective", "full"]
 Phase = Literal["sft", "reward", "ppo", "score", "generate"]
 ROLES = ("policy", "critic", "reference", "reward")
 JOBS = frozenset({"score", "generate"})  # phases that read a file and write a file
+DeviceName = Literal["cpu", "a100", "h100", "h200", "b200"]
 
 
 class ConfigError(ValueError):
@@ -226,10 +227,25 @@ class ScheduleConfig:
     residency: Literal["keep", "offload"] = "keep"
     offload: list[str] = field(default_factory=lambda: list(ROLES))  # the roles that residency=offload moves
     prefetch: bool = False  # bring roles while the stage before them works, which needs room for both
+    explain: bool = False  # `schedule=explain`: say what runs together and where roles are when, and run nothing
 
     def moves(self, role: str) -> bool:
         """Whether a role comes and goes."""
         return self.residency == "offload" and role in self.offload
+
+
+@dataclass
+class PlanConfig:
+    """What a run would cost, by arithmetic: nothing is run, and the devices need not be here (docs/plan.md)."""
+
+    show: bool = False  # `plan=true`
+    search: bool = False  # and the meshes of as many ranks that would be fastest
+    calibrate: bool = False  # seconds by a short run of the same stages on this machine, a few layers on one rank
+    device: DeviceName | None = None  # null: what is here
+    world: int | None = None  # ranks; null: those of the mesh
+    memory: float | None = None  # GB of a device; null: what such a device has
+    prompt_tokens: int | None = None  # of a usual prompt, for FLOPs and seconds; null: data.max_prompt_len
+    response_tokens: int | None = None  # of a usual response; null: rollout.max_new_tokens
 
 
 @dataclass
@@ -254,6 +270,12 @@ class RunConfig:
     ppo: PPOConfig = field(default_factory=PPOConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+
+    @property
+    def starts_nothing(self) -> bool:
+        """Only words about the run are wanted."""
+        return self.plan.show or self.plan.search or self.schedule.explain
 
 
 # The least value of a number, by the last part of its key; the others may have any.
@@ -263,7 +285,8 @@ _AT_LEAST: dict[str, float] = {
          "max_prompt_len", "min_prompt_len", "prompts_per_iteration", "samples_per_prompt", "epochs",
          "num_minibatches", "eval_prompts", "max_new_tokens", "micro_batch_tokens", "rows", "slots", "kv_tokens",
          "num_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "head_dim",
-         "vocab_size", "max_position_embeddings", "tp", "pp", "dp", "ep"),
+         "vocab_size", "max_position_embeddings", "tp", "pp", "dp", "ep", "world", "prompt_tokens",
+         "response_tokens"),
         1,
     ),
     **dict.fromkeys(
@@ -273,7 +296,7 @@ _AT_LEAST: dict[str, float] = {
         0,
     ),
 }  # fmt: skip
-_POSITIVE = {"kl_target", "kl_horizon", "temperature", "top_p", "rope_theta", "rms_norm_eps"}
+_POSITIVE = {"kl_target", "kl_horizon", "temperature", "top_p", "rope_theta", "rms_norm_eps", "memory"}
 
 T = TypeVar("T")
 

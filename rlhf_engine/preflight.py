@@ -25,7 +25,7 @@ SUMMARY = "summary.json"  # of a finished phase
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that may start."""
+    """A run that may start, or whose cost may be foretold."""
 
     config: RunConfig
     mesh: MeshConfig
@@ -39,6 +39,11 @@ class Plan:
     def world_size(self) -> int:
         assert self.mesh.dp is not None
         return self.mesh.tp * self.mesh.pp * self.mesh.dp
+
+    @property
+    def vocab_size(self) -> int:
+        """Of a model that brings none: the tokenizer's."""
+        return self.tokenizer.vocab_size if self.tokenizer is not None else self.config.tokenizer.vocab_size
 
 
 def num_gpus() -> int:
@@ -58,7 +63,11 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
         ConfigError: what is wrong and what would be right.
     """
     device = config.device if config.device != "auto" else ("cuda" if num_gpus() else "cpu")
-    if device == "cuda" and not num_gpus():
+    if config.starts_nothing:  # on devices that need not be here
+        device = device if config.plan.device is None else "cpu" if config.plan.device == "cpu" else "cuda"
+        model_ranks = config.mesh.tp * config.mesh.pp
+        world_size = config.plan.world or model_ranks * (config.mesh.dp or max(1, 2 // model_ranks))
+    elif device == "cuda" and not num_gpus():
         raise ConfigError("device=cuda, and there is no GPU: use device=cpu or device=auto")
     if world_size is None:
         model_ranks = max(1, config.mesh.tp) * max(1, config.mesh.pp)
@@ -77,7 +86,8 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
         raise ConfigError(f"phases={config.phases}: {sorted(jobs)[0]} runs alone")
     policy = read_base(config.policy.path) if config.policy.path else Base(None, config.model)
     reward = read_base(config.reward.path) if config.reward.path else policy
-    check(config, mesh, policy.model, reward.model)
+    if not config.plan.search:  # which looks at other meshes, and checks each
+        check(config, mesh, policy.model, reward.model)
     tokenizer = read_tokenizer(config, policy)
     if reward is not policy:
         check_vocabulary(tokenizer, reward)

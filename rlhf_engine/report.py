@@ -41,6 +41,11 @@ CHARTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         "",
         ("idle/log_probs+ref_log_probs+score+values", "idle/train_critic+train_policy", "idle/train_policy"),
     ),
+    (
+        "Model-FLOPs utilisation",
+        "",
+        ("mfu/train_policy", "mfu/train_critic", "mfu/train_critic+train_policy", "mfu/train_reward"),
+    ),
 )
 TIME_TOTALS = {"time/total", "time/iteration"}  # sums of stages: stacked, they would count every second twice
 STAGES, COLUMNS, LINE_POINTS, HOVER_POINTS = 7, 60, 600, 150

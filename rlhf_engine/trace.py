@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ class Trace:
     def __init__(self) -> None:
         self.spans: list[Span] = []
         self.streams: list[Stream] = []
+        self.flops: Counter[str] = Counter()  # of the models in each stage's updates, over all ranks
         self._stage = ""
 
     @contextlib.contextmanager
@@ -48,6 +50,10 @@ class Trace:
         self._stage = name
         with self.span(name, "stage"):
             yield
+
+    def count(self, flops: int) -> None:
+        """FLOPs of an update in this stage."""
+        self.flops[self._stage] += flops
 
     @contextlib.contextmanager
     def span(self, name: str, kind: Kind) -> Iterator[None]:
@@ -88,7 +94,7 @@ class Trace:
         return {f"idle/{name}": sum(found) / len(found) for name, found in shares.items()}
 
     def clear(self) -> None:
-        self.spans, self.streams = [], []
+        self.spans, self.streams, self.flops = [], [], Counter()
 
 
 def append_events(path: Path, ranks: Sequence[Sequence[Span]], iteration: int) -> None:

@@ -28,6 +28,7 @@ from .hf.weights import RandomWeights, Source, load_weights
 from .logbook import Logbook, show_run
 from .mesh import ParallelMesh
 from .models.role import RoleModel
+from .plan.measure import peak_flops
 from .preflight import SUMMARY, Plan, load_function
 from .report import write_report
 from .schedule import Schedule
@@ -84,6 +85,7 @@ def train(ctx: Context, algorithm: Algorithm) -> bool:
         (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
 
     signals.take_note()
+    peak = peak_flops(mesh.device)
     while ctx.state.iteration < algorithm.iterations:
         started = time.perf_counter()
         experience = algorithm.batch(ctx)
@@ -91,7 +93,7 @@ def train(ctx: Context, algorithm: Algorithm) -> bool:
         ctx.state.iteration += 1
         done = ctx.state.iteration
         figures, is_stopping = ctx.metrics.reduce(mesh, signals.noted())
-        figures |= close_trace(ctx, folder)
+        figures |= close_trace(ctx, folder, figures, peak)
         if algorithm.eval_every and done % algorithm.eval_every == 0 and done < algorithm.iterations:
             figures |= algorithm.evaluate(ctx, final=False).figures
         logbook.write({"iteration": done - 1, **figures, "time/iteration": time.perf_counter() - started})
@@ -117,9 +119,18 @@ def train(ctx: Context, algorithm: Algorithm) -> bool:
     return True
 
 
-def close_trace(ctx: Context, folder: Path) -> dict[str, float]:
-    """Idle shares of the iteration's pipelines; with `trace=true` its spans go to `trace.json`."""
+def close_trace(ctx: Context, folder: Path, times: Mapping[str, float], peak: float | None) -> dict[str, float]:
+    """Idle shares of the iteration's pipelines and utilisation by its train stages; with `trace=true` its spans go to
+    `trace.json`.
+
+    Args:
+        times: `time/<stage>` of the iteration.
+        peak: FLOP/s of one rank's device; None where it is not known, and then there is no utilisation.
+    """
     figures = ctx.trace.idle_shares(ctx.mesh) if ctx.mesh.pp > 1 else {}
+    if peak is not None:
+        for stage, flops in ctx.trace.flops.items():
+            figures[f"mfu/{stage}"] = flops / (times[f"time/{stage}"] * ctx.mesh.world_size * peak)
     if ctx.config.trace:
         ranks = ctx.mesh.all_gather_object(ctx.trace.spans)
         if ctx.mesh.is_main:

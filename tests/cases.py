@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import worlds
 
-MEASURED = ("time/", "throughput/", "idle/")  # figures of the machine and the mesh, and not of the experiment
+MEASURED = ("time/", "throughput/", "idle/", "mfu/")  # figures of the machine and the mesh, and not of the experiment
 
 
 def compose(overrides: list[str]):
@@ -246,3 +246,89 @@ def num_models() -> int:
 
     gc.collect()
     return sum(isinstance(found, GPTModel) for found in gc.get_objects())
+
+
+def build_role(model: dict, head: str, layout: tuple, optimizer: bool = False, recompute: str = "none"):
+    """A role of a ModelConfig's fields with random weights, ready to train where it has an optimizer."""
+    from rlhf_engine.config import ModelConfig, OptimizerConfig
+    from rlhf_engine.models.role import RoleModel
+    from rlhf_engine.trainer import load_base
+
+    settings = OptimizerConfig() if optimizer else None
+    role = RoleModel(
+        "policy", ModelConfig(**model), worlds.mesh(*layout), head, torch.float32, settings, recompute=recompute
+    )
+    if optimizer:
+        load_base(role, None)
+        role.start()
+    return role
+
+
+def held(model: dict, head: str, layout: tuple) -> tuple[int, int, int]:
+    """This rank's pipeline stage, its parameters, and those of experts among them."""
+    role = build_role(model, head, layout)
+    sizes = [(p.numel(), not getattr(p, "allreduce", True)) for p in role.gpt.parameters()]
+    return role.mesh.pp_rank, sum(n for n, _ in sizes), sum(n for n, is_expert in sizes if is_expert)
+
+
+def training_bytes(model: dict, layout: tuple) -> tuple[int, int, int]:
+    """Bytes of this rank's weights, gradient buffers and optimizer state."""
+    from rlhf_engine.models.optim import _torch_optimizers
+
+    role = build_role(model, "lm", layout, optimizer=True)
+    buffers = [*role.module.buffers, *role.module.expert_parallel_buffers]
+    states = [state for adam in _torch_optimizers(role.optimizer) for state in adam.state.values()]
+    moments = sum(state[name].nbytes for state in states for name in ("exp_avg", "exp_avg_sq"))
+    return sum(p.nbytes for p in role.gpt.parameters()), sum(b.grad_data.nbytes for b in buffers), moments
+
+
+def saved_bytes(model: dict, layout: tuple, rows: int, length: int, recompute: str) -> int:
+    """Bytes that a forward keeps for backward, weights aside."""
+    role = build_role(model, "lm", layout, optimizer=True, recompute=recompute)
+    weights = {p.untyped_storage().data_ptr() for p in (*role.gpt.parameters(), *role.gpt.buffers())}
+    found: dict = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, or its place would be taken by another
+        return tensor
+
+    tokens = torch.zeros(rows, length, dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        role.module(tokens, torch.arange(length).expand_as(tokens), None)
+    return sum(size for size, _ in found.values())
+
+
+def matmul_flops(model: dict, layout: tuple, rows: int, length: int) -> int:
+    """FLOPs of a forward's linear layers, as torch counts them."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    role = build_role(model, "lm", layout)
+    tokens = torch.zeros(rows, length, dtype=torch.int64)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        role.module(tokens, torch.arange(length).expand_as(tokens), None)
+    counts = counter.get_flop_counts()["Global"]
+    return sum(n for operator, n in counts.items() if "attention" not in str(operator))
+
+
+def cache_bytes(model: dict, layout: tuple, prompts: list[list[int]], response: int, config: dict) -> int:
+    """Bytes of the KV cache that a replica allocates for these prompts and responses of so many tokens."""
+    from rlhf_engine.config import RolloutConfig
+    from rlhf_engine.rollout.engine import Engine
+    from rlhf_engine.rollout.sampling import Sampler, sample_keys
+
+    role = build_role(model, "lm", layout)
+    settings = RolloutConfig(max_new_tokens=response, **config)
+    engine = Engine(
+        role.gpt,
+        role.mesh,
+        Sampler(settings, role.model.vocab_size, (0,), role.mesh.tp_group),
+        prompts,
+        sample_keys(1, 0, torch.arange(len(prompts))),
+        [response] * len(prompts),
+        range(len(prompts)),
+        settings.slots,
+        settings.kv_tokens or 1 << 20,
+    )
+    return engine.cache.flat.nbytes

@@ -34,7 +34,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from ..checkpoint import IMPORTED
 from ..config import ConfigError, MeshConfig, ModelConfig, check_model
 from ..mesh import ParallelMesh
-from ..models.build import build_model, first_stage_layers, on_meta, padded_vocab_size
+from ..models.build import build_model, on_meta
+from ..plan.partition import padded_vocab_size, stage_layers
 from .config import Head, family, parse, read_json
 from .export import head_config
 from .files import HFFolder, HFWriter, whole_folder, write_assets
@@ -157,7 +158,7 @@ class _Importer(DefaultSavePlanner):
         if not name.startswith("decoder.layers."):
             return 0 if name.startswith("embedding") else self.pp - 1
         layer, total = int(name.split(".")[2]), self.model.num_layers
-        first = first_stage_layers(total, self.pp) or total // self.pp
+        first = stage_layers(total, self.pp)[0]
         return 0 if layer < first else 1 + (layer - first) * (self.pp - 1) // (total - first)
 
     def read_ahead(self, plan: SavePlan) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +28,7 @@ from ..config import ModelConfig, Recompute
 from ..cpu import cuda_calls_stay
 from ..hf.config import Head
 from ..mesh import ParallelMesh
+from ..plan.partition import first_stage_layers, padded_vocab_size
 from .layers import (
     ColumnWithoutBias,
     CoreAttention,
@@ -43,23 +43,6 @@ from .layers import (
 if not hasattr(moe_utils, "te_general_gemm"):
     moe_utils.te_general_gemm = None  # 0.16 asks whether it is None without having defined it
 _ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
-
-
-def padded_vocab_size(vocab_size: int, tp: int) -> int:
-    """Rounded up so that tp divides it. 128 makes every usual tp pad alike, so checkpoints fit any of them."""
-    unit = math.lcm(128, tp)
-    return (vocab_size + unit - 1) // unit * unit
-
-
-def first_stage_layers(num_layers: int, pp: int) -> int | None:
-    """Layers of the first pipeline stage where pp does not divide them all; None where it does.
-
-    The other stages share the rest evenly, and the first gets the count nearest to theirs.
-    """
-    if num_layers % pp == 0:
-        return None
-    choices = [n for n in range(1, num_layers) if (num_layers - n) % (pp - 1) == 0 and num_layers - n >= pp - 1]
-    return min(choices, key=lambda n: abs(n - num_layers / pp))
 
 
 def transformer_config(

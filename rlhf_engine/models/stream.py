@@ -24,6 +24,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from ..metrics import Metrics
+from ..plan.flops import BACKWARD, forward_flops
 from ..trace import Trace
 from .residency import Presence
 
@@ -135,14 +136,17 @@ def train_step(works: Sequence[Work], metrics: Metrics, trace: Trace) -> None:
 def _step(works: Sequence[Work], roles: Sequence[RoleModel], metrics: Metrics, trace: Trace) -> None:
     totals = [torch.zeros([], dtype=torch.int, device=role.mesh.device) for role in roles]
     for work, results in zip(works, _run(works, trace, forward_only=False), strict=True):
-        name = work.role.name
+        name, lengths = work.role.name, work.batch["lengths"]
+        masks = [work.batch[key] for key in ("response_mask", "loss_mask") if key in work.batch]
+        outputs = int(masks[0].sum()) if masks else len(lengths)
+        trace.count((1 + BACKWARD) * forward_flops(work.role.model, work.role.head, lengths.tolist(), outputs))
         for loss, count, statistics in results:
             totals[roles.index(work.role)] += count
             metrics.add(f"{name}/loss", loss, count)
             for key, value in statistics.items():
                 metrics.add(f"{name}/{key}", value, count)
         padded = sum(rows.numel() * width for rows, width in work.split())
-        metrics.add(f"throughput/{name}_padding", padded - int(work.batch["lengths"].sum()), padded)
+        metrics.add(f"throughput/{name}_padding", padded - int(lengths.sum()), padded)
     for role, total in zip(roles, totals, strict=True):
         # Reduces the gradients over the replicas and divides them by the total of all counts. Neither the schedule nor
         # DDP has divided them by anything, as `calculate_per_token_loss` asks.

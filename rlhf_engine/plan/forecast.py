@@ -1,0 +1,304 @@
+"""An experiment on a mesh, foretold: memory of each pipeline stage, FLOPs, traffic and seconds of each stage.
+
+The stages, their groups and their roles are those of the algorithm's table and the schedule that would run it. Memory
+is that of the longest rows that the configuration allows, to which the others are padded; FLOPs, and seconds of a
+rollout, are those of the rows that are expected (`plan.prompt_tokens`, `plan.response_tokens`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ..algorithms import ALGORITHMS
+from ..algorithms.context import Algorithm, RoleSpec
+from ..config import MeshConfig, ModelConfig, RunConfig
+from ..models.residency import Presence
+from ..rollout.generate import _FREE_SHARE
+from ..schedule import Schedule, Stage, needs
+from .costs import Costs
+from .devices import Device
+from .flops import BACKWARD, forward_flops
+from .memory import (
+    Memory,
+    Numbers,
+    at_a_step,
+    generation_workspace,
+    kv_bytes_per_token,
+    kv_positions,
+    resident,
+    stage_activations,
+    workspace,
+)
+from .partition import Parameters, rank_parameters
+from .pipeline import in_flight, simulate
+from .rows import Rows, rows_of
+
+
+@dataclass(frozen=True)
+class StageForecast:
+    """Stages that run together.
+
+    Args:
+        flops: of the models, over all ranks.
+        sent: bytes that a rank sends over each group ("tp", "pp", "dp"), where that is most.
+        idle: share of the pipeline's length that ranks have nothing to do.
+        memory: of a rank of each pipeline stage, at its fullest.
+    """
+
+    name: str
+    kind: str
+    seconds: float
+    flops: float
+    sent: Mapping[str, float]
+    idle: float
+    memory: Sequence[Memory]
+
+
+@dataclass(frozen=True)
+class RoleForecast:
+    name: str
+    parameters: int  # of the whole model
+    held: Parameters  # on the fullest rank
+    memory: Memory
+
+
+@dataclass
+class PhaseForecast:
+    phase: str
+    rows: Rows
+    device: Device
+    world: int
+    roles: list[RoleForecast]
+    stages: list[StageForecast] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def peaks(self) -> list[float]:
+        """Bytes of a rank of each pipeline stage, at the fullest moment."""
+        return [max(m.total for m in column) for column in zip(*(s.memory for s in self.stages), strict=True)]
+
+    @property
+    def fits(self) -> bool:
+        return max(self.peaks) <= self.device.memory
+
+
+class Forecaster:
+    """One phase of a run.
+
+    Args:
+        mesh: resolved.
+        models: "policy" and "reward", their vocabulary known.
+        factors: measured over planned seconds of stages, by kind; 1 where there is none.
+    """
+
+    def __init__(
+        self, phase: str, config: RunConfig, mesh: MeshConfig, models: Mapping[str, ModelConfig], device: Device,
+        factors: Mapping[str, float] | None = None,
+    ):  # fmt: skip
+        assert mesh.dp is not None
+        self.phase, self.config, self.mesh, self.device, self.dp = phase, config, mesh, device, mesh.dp
+        self.rows, self.factors = rows_of(phase, config), factors or {}
+        self.algorithm: Algorithm = ALGORITHMS[phase](config)
+        self.specs: dict[str, RoleSpec] = self.algorithm.roles()
+        self.models = {name: models[spec.base] for name, spec in self.specs.items()}
+        is_float32 = config.dtype == "float32" or not device.is_gpu
+        self.numbers = Numbers(4 if is_float32 else 2, "cuda" if device.is_gpu else "cpu")
+        schedule = Schedule(self.algorithm.stages, self.algorithm.provided, self.specs)
+        offloaded = [name for name in self.specs if config.schedule.moves(name)]
+        self.groups = schedule.groups(config.schedule, mesh.pp, offloaded)
+
+    def run(self) -> PhaseForecast:
+        roles = [self._role(name) for name in self.specs]
+        found = PhaseForecast(self.phase, self.rows, self.device, self.mesh.tp * self.mesh.pp * self.dp, roles)
+        found.stages += [self._stage(group) for group in self.groups]
+        return found
+
+    @property
+    def fits(self) -> bool:
+        """Sooner known than the seconds."""
+        return all(memory.total <= self.device.memory for group in self.groups for memory in self._memory(group))
+
+    # -- memory --------------------------------------------------------------------------------------------
+
+    def _held(self, name: str, stage: int) -> Parameters:
+        return rank_parameters(self.models[name], self.specs[name].head, self.mesh, stage)
+
+    def _role(self, name: str) -> RoleForecast:
+        held = max((self._held(name, p) for p in range(self.mesh.pp)), key=lambda p: p.total)
+        whole = rank_parameters(self.models[name], self.specs[name].head, MeshConfig(1, 1, 1), 0).total
+        return RoleForecast(name, whole, held, resident(held, self.specs[name].optimizer, self.mesh, self.numbers))
+
+    def _resident(self, stage: int, group: Sequence[Stage]) -> Memory:
+        """What roles have on the device while this group is at work."""
+        memory, wanted = Memory(process=self.device.base), [needs(group)]
+        if self.config.schedule.prefetch:
+            following = self.groups[self.groups.index(list(group)) + 1 :] + self.groups
+            wanted.append(needs(next(other for other in following if needs(other))))
+        for name, spec in self.specs.items():
+            presence = max(each.get(name, Presence.AWAY) for each in wanted)
+            if not self.config.schedule.moves(name):
+                presence = Presence.TRAINING
+            if presence > Presence.AWAY:
+                optimizer = spec.optimizer if presence is Presence.TRAINING else None
+                memory += resident(self._held(name, stage), optimizer, self.mesh, self.numbers)
+        return memory
+
+    def _memory(self, group: Sequence[Stage]) -> list[Memory]:
+        """Of a rank of each pipeline stage."""
+        return [self._resident(p, group) + self._working(group, p) for p in range(self.mesh.pp)]
+
+    def _working(self, group: Sequence[Stage], stage: int) -> Memory:
+        """What comes and goes on a rank of pipeline stage `stage`."""
+        kind, rows = group[0].kind, self.rows
+        if kind == "local":
+            return Memory()
+        if kind == "rollout":
+            return self._generating(group, stage)
+        kept = most = step = 0.0
+        for name in (s.role for s in group):
+            assert name is not None
+            shape = (self.models[name], self.specs[name].head, *rows.largest)
+            if kind == "train":
+                each = stage_activations(*shape, self.mesh, self.numbers, stage, self.config.schedule.recompute)
+                count = in_flight(self.mesh.pp, stage, len(group) * self._micro_batches(rows.minibatch))
+                kept = max(kept, each * count)
+                if (optimizer := self.specs[name].optimizer) is not None:
+                    step = max(step, at_a_step(self._held(name, stage), optimizer, self.mesh, self.numbers))
+            outputs = rows.largest[0] * rows.response
+            most = max(most, workspace(
+                *shape, outputs, self.mesh, self.numbers, stage, kind == "train", self.config.schedule.recompute
+            ))  # fmt: skip
+        within = self.numbers.holes * (kept + most)
+        # a heap does not give back what it held before the step
+        return Memory(activations=within + step if self.numbers.device == "cpu" else max(within, step))
+
+    def _generating(self, group: Sequence[Stage], stage: int) -> Memory:
+        """The folded copy of the policy, the cache, and a forward's or the sampler's tensors."""
+        model = self.models[group[0].role or ""]
+        per_replica, prompts = self._per_replica()
+        copy, positions = self._cache(group, stage)
+        per_token = kv_bytes_per_token(model, self.mesh.tp, self.numbers.itemsize)
+        slots = min(self.config.rollout.slots, per_replica)
+        longest = self.rows.largest[1] - self.rows.response
+        work = generation_workspace(model, slots, prompts, longest, self.mesh, self.numbers)
+        return Memory(weights=copy, activations=self.numbers.holes * work, kv_cache=positions * per_token)
+
+    def _cache(self, group: Sequence[Stage], stage: int) -> tuple[float, int]:
+        """Bytes of the folded copy of the policy, and positions of the cache in what is left."""
+        model, copy = self.models[group[0].role or ""], 0.0
+        if self.mesh.pp > 1 or self.mesh.ep > 1:
+            whole = MeshConfig(self.mesh.tp, 1, 1)
+            copy = rank_parameters(model, "lm", whole, 0).total * self.numbers.itemsize
+        left = self.device.memory - copy - self._resident(stage, group).total
+        per_token = kv_bytes_per_token(model, self.mesh.tp, self.numbers.itemsize)
+        most = max(0.0, left) * _FREE_SHARE / per_token
+        return copy, kv_positions(self.config.rollout, self._per_replica()[0], self.rows.largest[1], most)
+
+    # -- time ----------------------------------------------------------------------------------------------
+
+    def _micro_batches(self, rows: int) -> int:
+        """Of one replica."""
+        return -(-rows // (self.dp * self.rows.usual[0]))
+
+    def _per_replica(self) -> tuple[int, int]:
+        """Rows that a replica generates, and different prompts among them."""
+        replicas = self.dp * self.mesh.pp
+        return -(-self.rows.total // replicas), -(-self.rows.distinct // replicas)
+
+    def _stage(self, group: Sequence[Stage]) -> StageForecast:
+        kind, name = group[0].kind, "+".join(stage.name for stage in group)
+        memory = self._memory(group)
+        if kind == "local":
+            return StageForecast(name, kind, 0.0, 0.0, {}, 0.0, memory)
+        if kind == "rollout":
+            seconds, flops, sent, idle = self._rollout(group)
+        else:
+            seconds, flops, sent, idle = self._pipeline([stage.role or "" for stage in group], kind == "train")
+        return StageForecast(name, kind, seconds + self._moving(group), flops, sent, idle, memory)
+
+    def _moving(self, group: Sequence[Stage]) -> float:
+        """Roles that come for this group and leave; gradients are not copied, nor are weights that nothing changed."""
+        seconds = 0.0
+        for name, presence in needs(group).items():
+            if self.config.schedule.moves(name):
+                whole = resident(self._held(name, 0), self.specs[name].optimizer, self.mesh, self.numbers)
+                is_trained = presence is Presence.TRAINING
+                moved = whole.weights + (whole.optimizer if is_trained else 0.0)
+                seconds += moved * (2 if is_trained else 1) / self.device.host
+        return seconds
+
+    def _costs(self, name: str, kind: str) -> Costs:
+        device = self.device.slowed(self.factors.get(kind, 1.0))
+        head, recompute = self.specs[name].head, self.config.schedule.recompute
+        return Costs(self.models[name], head, self.mesh, device, self.numbers, recompute)
+
+    def _shared(self, seconds: float, busy: float) -> float:
+        """On a CPU ranks share the cores: `busy` seconds of work, over all ranks, take so long at least."""
+        return seconds if self.device.is_gpu else max(seconds, busy / self.device.node)
+
+    def _rollout(self, group: Sequence[Stage]) -> tuple[float, float, dict[str, float], float]:
+        name = group[0].role or ""
+        costs, model = self._costs(name, "rollout"), self.models[name]
+        prompt, response = self.rows.expected
+        rows, prompts = self._per_replica()
+        positions = min(self._cache(group, p)[1] for p in range(self.mesh.pp))
+        slots = max(1, min(rows, self.config.rollout.slots, positions // (prompt + self.rows.response)))
+        shape = rows, slots, prompts, prompt, response
+        seconds = costs.generate(*shape)
+        world = self.mesh.tp * self.mesh.pp * self.dp
+        # prompts once each, then a token at a time
+        flops = forward_flops(model, "lm", [prompt] * self.rows.distinct, self.rows.distinct)
+        longer = forward_flops(model, "lm", [prompt + response], response) - forward_flops(model, "lm", [prompt], 0)
+        flops += self.rows.total * longer
+        tokens = prompts * prompt + rows * response
+        sent = {"tp": model.num_layers * costs.tp_bytes(tokens), "pp": costs.fold_bytes()}
+        return self._shared(seconds, world * seconds) + costs.exchange(*shape), flops, sent, 0.0
+
+    def _pipeline(self, names: Sequence[str], train: bool) -> tuple[float, float, dict[str, float], float]:
+        """One pass of the roles' micro-batches, or for training all steps of the iteration."""
+        rows, stages = self.rows, range(self.mesh.pp)
+        outputs, tokens = rows.usual[0] * rows.expected[1], rows.usual[0] * rows.usual[1]
+        forward, backward, flops = [], [], 0.0
+        sent = {"tp": 0.0, "pp": 0.0, "dp": 0.0}
+        steps, kind = rows.steps if train else 1, "train" if train else "infer"
+        for name in names:
+            costs, model, head = self._costs(name, kind), self.models[name], self.specs[name].head
+            shape = (*rows.usual, outputs)
+            num_rows = rows.minibatch + (rows.other_text if name == "policy" else 0) if train else rows.total
+            count = self._micro_batches(num_rows)
+            forward += [[costs.forward(p, *shape) for p in stages]] * count
+            backward += [[costs.backward(p, *shape) for p in stages]] * count if train else []
+            passes = (1 + BACKWARD) if train else 1
+            one = forward_flops(model, head, [sum(rows.expected)], rows.expected[1])
+            flops += passes * one * num_rows * steps
+            both_ways = 2 if train else 1
+            layers = -(-model.num_layers // self.mesh.pp)
+            sent["tp"] += steps * count * both_ways * layers * costs.tp_bytes(tokens)
+            sent["pp"] += steps * count * both_ways * costs.pp_bytes(tokens)
+        seconds, idle = simulate(forward, backward if train else None, costs.transfer(tokens))
+        busy = self.mesh.tp * self.dp * sum(map(sum, forward + backward))
+        seconds = self._shared(seconds, busy)
+        if train:
+            optimizers = {name: spec.optimizer for name in names if (spec := self.specs[name]).optimizer is not None}
+            step = sum(max(self._costs(name, kind).step(p, o) for p in stages) for name, o in optimizers.items())
+            world = self.mesh.tp * self.mesh.pp * self.dp
+            seconds += self._shared(step, world * step)
+            for name, optimizer in optimizers.items():
+                sent["dp"] += steps * max(self._costs(name, kind).dp_bytes(p, optimizer) for p in stages)
+        return seconds * steps, flops, sent, idle
+
+
+def forecast(
+    config: RunConfig, mesh: MeshConfig, models: Mapping[str, ModelConfig], device: Device,
+    factors: Mapping[str, float] | None = None,
+) -> list[PhaseForecast]:  # fmt: skip
+    """Every training phase of a run; a job that reads a file and writes a file has none."""
+    return [Forecaster(phase, config, mesh, models, device, factors).run() for phase in training_phases(config)]
+
+
+def training_phases(config: RunConfig) -> list[str]:
+    return [phase for phase in config.phases if phase in ALGORITHMS]

@@ -1,0 +1,206 @@
+"""Bytes on one rank: what a role's weights and optimizer hold, what a micro-batch leaves for backward, the KV cache.
+
+The formulas follow what torch saves in our layers (`models/layers.py`) and megatron's MLP; `tests/test_plan.py` holds
+them to what is saved. The attention scores and the logits are never held (`docs/architecture.md`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from rlhf_kernels.linear_log_prob import CHUNK_BYTES, KEEP_BYTES
+
+from ..config import MeshConfig, ModelConfig, OptimizerConfig, Recompute, RolloutConfig
+from ..rollout.cache import round_up
+from ..rollout.engine import _LANES, _PREFILL_TOKENS
+from .partition import Parameters, layer_parameters, padded_vocab_size, stage_layers
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a rank."""
+
+    weights: float = 0.0
+    gradients: float = 0.0
+    optimizer: float = 0.0
+    activations: float = 0.0
+    kv_cache: float = 0.0
+    process: float = 0.0  # what it holds before it has a model
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+    def __add__(self, other: Memory) -> Memory:
+        return Memory(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+# Times what tensors that come and go need. glibc's heap keeps what was freed between blocks that are still in use,
+# about as much again; torch's allocator on a GPU hands it out anew.
+_HOLES = {"cpu": 2.0, "cuda": 1.0}
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """How a run stores its numbers.
+
+    Args:
+        itemsize: bytes of a weight and of an activation.
+        device: "cpu" or "cuda".
+    """
+
+    itemsize: int
+    device: str
+
+    @property
+    def holes(self) -> float:
+        """Times what tensors that come and go need."""
+        return _HOLES[self.device]
+
+    @property
+    def optimizer_itemsize(self) -> int:
+        """Two moments in float32, and the float32 weights that bfloat16 ones are rounded from."""
+        return 8 if self.itemsize == 4 else 12
+
+
+def resident(held: Parameters, optimizer: OptimizerConfig | None, mesh: MeshConfig, numbers: Numbers) -> Memory:
+    """A role's weights and, where it trains, its gradients (float32) and optimizer, the latter split over replicas."""
+    weights = held.total * numbers.itemsize
+    if optimizer is None:
+        return Memory(weights)
+    return Memory(weights, 4 * held.total, numbers.optimizer_itemsize * optimized(held, optimizer, mesh))
+
+
+def optimized(held: Parameters, optimizer: OptimizerConfig, mesh: MeshConfig) -> float:
+    """Parameters whose optimizer state a rank holds. Experts have fewer replicas."""
+    assert mesh.dp is not None
+    if not optimizer.distributed:
+        return held.total
+    return held.dense / mesh.dp + held.experts / (mesh.dp // mesh.ep)
+
+
+# -- activations ---------------------------------------------------------------------------------------------
+
+
+def layer_activations(
+    model: ModelConfig, rows: int, length: int, mesh: MeshConfig, numbers: Numbers, recompute: Recompute = "none"
+) -> float:
+    """What one layer keeps of one micro-batch for backward."""
+    tp, tokens, item = mesh.tp, rows * length, numbers.itemsize
+    hidden = model.hidden_size / (tp if mesh.sequence_parallel else 1)
+    if recompute == "full":
+        return tokens * hidden * item
+    size, heads, groups = model.head_size, model.num_attention_heads / tp, model.num_key_value_heads / tp
+    queries, keys, inner = heads * size, groups * size, model.intermediate_size / tp
+    # torch's norm on a CPU keeps the normalised values too; the linear layer behind it keeps the norm's output
+    norm_copies = 2 if numbers.device == "cpu" and model.norm == "rms" else 1
+    norm_floats = 2 if model.norm == "layer" else 1  # mean and deviation, or the latter alone
+    items = 2 * (norm_copies + 1) * hidden
+    floats = 2.0 * norm_floats * hidden / model.hidden_size
+    items += 2 * queries + 2 * keys  # queries, keys and values as they were projected, and the output
+    if model.positions == "rotary":
+        items += queries + keys  # as they were turned
+    if model.qk_norm:
+        # queries of several groups do not lie side by side, and are copied to be normalised
+        items += (norm_copies - (groups == 1)) * queries + (norm_copies - 1) * keys
+        floats += norm_floats * (heads + groups)
+    if recompute == "none":
+        floats += heads  # log-sum-exp of each query
+    # the input of the activation, its output, the other half of the gate, and what the second projection reads
+    mlp = 5 * inner if model.gated_mlp else 2 * inner
+    if model.num_experts is not None:
+        # the tokens of each expert side by side, and their results before the router's weights
+        mlp = model.experts_per_token * (model.hidden_size + mlp + inner)
+    kept = tokens * ((items + mlp) * item + floats * 4)
+    if model.positions == "rotary":
+        kept += 4 * length * size * item  # sines and cosines, of queries and of keys
+    if model.sliding_window is not None and model.sliding_window < length and recompute == "none":
+        kept += length * length * item  # the mask
+    return kept
+
+
+def stage_activations(
+    model: ModelConfig, head: str, rows: int, length: int, mesh: MeshConfig, numbers: Numbers, stage: int,
+    recompute: Recompute = "none",
+) -> float:  # fmt: skip
+    """What a pipeline stage keeps of one micro-batch: its layers', and the final norm's and the head's inputs."""
+    layers = stage_layers(model.num_layers, mesh.pp)[stage]
+    kept = layers * layer_activations(model, rows, length, mesh, numbers, recompute)
+    hidden = model.hidden_size / (mesh.tp if mesh.sequence_parallel else 1)
+    if stage == mesh.pp - 1:
+        kept += (3 if numbers.device == "cpu" else 2) * rows * length * hidden * numbers.itemsize
+    if stage != mesh.pp - 1 or stage != 0:
+        kept += rows * length * hidden * numbers.itemsize  # sent to or received from a neighbour
+    return kept
+
+
+def logits(model: ModelConfig, outputs: int, mesh: MeshConfig, numbers: Numbers) -> float:
+    """Bytes that all logits of so many positions would take on a rank."""
+    assert model.vocab_size is not None
+    return outputs * padded_vocab_size(model.vocab_size, mesh.tp) / mesh.tp * numbers.itemsize
+
+
+def workspace(
+    model: ModelConfig, head: str, rows: int, length: int, outputs: int, mesh: MeshConfig, numbers: Numbers,
+    stage: int, train: bool, recompute: Recompute = "none",
+) -> float:  # fmt: skip
+    """What comes and goes within a micro-batch, at most: in a layer, or in the head with its slice of the logits.
+
+    Args:
+        outputs: positions of the micro-batch at which the head is evaluated.
+    """
+    tokens, item = rows * length, numbers.itemsize
+    wide = 5 if model.gated_mlp else 3
+    layer = tokens * (3 * model.hidden_size + wide * model.intermediate_size / mesh.tp) * item
+    if train:
+        if recompute == "full":
+            layer += layer_activations(model, rows, length, mesh, numbers)
+        layer += layer_parameters(model, mesh.tp, mesh.ep).largest * item  # a gradient not yet added to the others
+    if stage != mesh.pp - 1 or head != "lm":
+        return layer
+    whole = logits(model, outputs, mesh, numbers)
+    ends = min(CHUNK_BYTES[numbers.device], whole) + outputs * model.hidden_size * item
+    if train:
+        assert model.vocab_size is not None
+        table = padded_vocab_size(model.vocab_size, mesh.tp) / mesh.tp * model.hidden_size * item
+        ends += min(KEEP_BYTES[numbers.device], whole) + outputs * model.hidden_size * 4 + table
+    return max(layer, ends)
+
+
+def at_a_step(held: Parameters, optimizer: OptimizerConfig, mesh: MeshConfig, numbers: Numbers) -> float:
+    """What comes and goes in an optimizer step, at most: torch's Adam on a GPU takes the roots of all second moments at
+    once, and gloo copies the buffer that it reduces or gathers."""
+    return 4 * (held.total if numbers.device == "cpu" else optimized(held, optimizer, mesh))
+
+
+# -- generation ----------------------------------------------------------------------------------------------
+
+
+def kv_bytes_per_token(model: ModelConfig, tp: int, itemsize: int) -> int:
+    return model.num_layers * 2 * model.num_key_value_heads // tp * model.head_size * itemsize
+
+
+def kv_positions(config: RolloutConfig, rows: int, longest: int, most: float) -> int:
+    """Positions of the cache that a replica allocates, as `rollout/engine.py` does.
+
+    Args:
+        rows: sequences of the replica.
+        longest: tokens that a sequence may come to have.
+        most: positions that the memory left for it holds.
+    """
+    kv_tokens = config.kv_tokens or max(longest, int(most))
+    longest, slots = min(round_up(longest), kv_tokens), min(config.slots, rows)
+    lanes = min(_LANES, slots, kv_tokens // longest)
+    return lanes * min(kv_tokens // lanes, -(-slots // lanes) * longest)
+
+
+def generation_workspace(
+    model: ModelConfig, slots: int, prompts: int, prompt: int, mesh: MeshConfig, numbers: Numbers
+) -> float:
+    """What comes and goes in a rollout, at most: a forward of prompts, or the sampler's view of a step's logits."""
+    tokens = min(_PREFILL_TOKENS, prompts * prompt)
+    wide = 4 if model.gated_mlp else 2
+    prefill = tokens * (3 * model.hidden_size + wide * model.intermediate_size / mesh.tp) * numbers.itemsize
+    # logits as they come, and in float32, which is the same tensor where they come so
+    sampler = logits(model, slots, mesh, numbers) * (1 if numbers.itemsize == 4 else 3)
+    return max(prefill, sampler)

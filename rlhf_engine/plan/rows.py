@@ -1,0 +1,63 @@
+"""How many rows a phase runs on, and how long they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..config import RunConfig
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the stages of an iteration run on: rows of a prompt and a response.
+
+    Args:
+        total: rows of an iteration, which infer stages pass through.
+        minibatch: rows of an optimizer step, over all replicas.
+        steps: optimizer steps of an iteration.
+        usual, largest: rows and tokens of a micro-batch on one replica, padding included.
+        distinct: different prompts.
+        response: tokens of the longest.
+        expected: tokens of a usual prompt, and of its response.
+        other_text: rows that join each step of the policy (PPO-ptx).
+    """
+
+    total: int
+    minibatch: int
+    steps: int
+    usual: tuple[int, int]
+    largest: tuple[int, int]
+    distinct: int
+    response: int
+    expected: tuple[int, int]
+    other_text: int = 0
+
+
+def rows_of(phase: str, config: RunConfig) -> Rows:
+    """Of a training phase. The rows of a reward model are the two sides of its pairs."""
+    ppo, plan, data = config.ppo, config.plan, config.data
+    new = config.rollout.max_new_tokens
+    prompt, response = plan.prompt_tokens or data.max_prompt_len, plan.response_tokens or new
+    if phase == "ppo":
+        samples, longest = ppo.prompts_per_iteration * ppo.samples_per_prompt, data.max_prompt_len + new
+        sizes = samples, samples // ppo.num_minibatches, ppo.epochs * ppo.num_minibatches
+        shapes = _shapes(config, ppo.micro_batch_size, longest, prompt + response)
+        other_text = ppo.ptx.rows if ppo.ptx.sources else 0
+        return Rows(*sizes, *shapes, ppo.prompts_per_iteration, new, (prompt, response), other_text)
+    answer = plan.response_tokens or data.max_seq_len - min(prompt, data.max_seq_len - 1)
+    sides, section = (2, config.reward) if phase == "reward" else (1, config.sft)
+    size, longest = sides * section.batch_size, data.max_seq_len
+    shapes = _shapes(config, section.micro_batch_size, longest, prompt + answer, sides)
+    return Rows(size, size, 1, *shapes, size, longest, (prompt, answer))
+
+
+def _shapes(
+    config: RunConfig, micro_batch_size: int, longest: int, expected: int, sides: int = 1
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The usual and the largest micro-batch. Under a token budget rows of like length go together; without one every
+    row is padded to the longest of its batch, in which one of the longest allowed is likely."""
+    budget = config.schedule.micro_batch_tokens
+    if budget is None:
+        return (sides * micro_batch_size, longest), (sides * micro_batch_size, longest)
+    usual, largest = (sides * max(1, budget // (sides * length)) for length in (expected, longest))
+    return (usual, expected), (largest, longest)
