@@ -181,6 +181,10 @@ class PPOConfig:
     kl_horizon: int = 10000  # samples, for the adaptive controller
     gamma: float = 1.0
     gae_lambda: float = 0.95
+    # what the ratio is taken to: log-probs of the trainer's forward, or the sampler's own, which saves that forward
+    old_log_probs: Literal["trainer", "sampler"] = "trainer"
+    max_log_prob_gap: float = 1e-4  # nats between the two above which the trainer's are taken all the same
+    measure_gap_every: int = 10  # iterations; in between nothing is computed that could tell
     clip_ratio: float = 0.2
     clip_value: float = 0.2
     entropy_coef: float = 0.0
@@ -292,7 +296,7 @@ _AT_LEAST: dict[str, float] = {
     **dict.fromkeys(
         ("iterations", "eval_every", "critic_warmup_iterations", "warmup_steps", "top_k", "min_p", "min_new_tokens",
          "seed", "lr", "min_lr", "weight_decay", "beta1", "beta2", "eps", "clip_grad", "kl_coef", "gamma", "gae_lambda",
-         "clip_ratio", "clip_value", "coef", "init_std"),
+         "max_log_prob_gap", "clip_ratio", "clip_value", "coef", "init_std"),
         0,
     ),
 }  # fmt: skip

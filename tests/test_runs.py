@@ -193,6 +193,28 @@ def test_options_of_ppo(phases, tmp_path):
         assert all(found["prompt"].endswith("\n\nAssistant:") for found in written)
 
 
+def test_old_log_probs_of_the_sampler(phases, tmp_path):
+    """The forward is skipped where the last measured gap allows it, and is not where it does not."""
+    found = {}
+    for name, options in {
+        "trainer": [],
+        "sampler": ["ppo.old_log_probs=sampler"],
+        "strict": ["ppo.old_log_probs=sampler", "ppo.max_log_prob_gap=0"],
+    }.items():
+        folder = tmp_path / name
+        shutil.copytree(phases, folder)
+        settings = [*SMALL, f"output_dir={folder}", "ppo.iterations=4", "ppo.measure_gap_every=2"]
+        said = launch(*settings, "mesh.dp=1", *options).stdout
+        found[name] = figures(folder / "ppo")
+        assert said.count("the sampler's are taken") == (2 if name == "sampler" else 0)
+    assert ["rollout/log_prob_gap" in row for row in found["sampler"]] == [True, False, True, False]
+    assert all("rollout/log_prob_gap" in row for row in found["trainer"] + found["strict"])
+    for mine, theirs in zip(found["sampler"], found["trainer"], strict=True):
+        assert mine["policy/loss"] == pytest.approx(theirs["policy/loss"], abs=1e-4)
+        assert mine["policy/ratio_first"] == pytest.approx(1, abs=1e-4) and theirs["policy/ratio_first"] == 1
+    assert [row["policy/loss"] for row in found["strict"]] == [row["policy/loss"] for row in found["trainer"]]
+
+
 # -- real weights and data -----------------------------------------------------------------------------------
 
 

@@ -50,6 +50,7 @@ class TrainState:
     iteration: int = 0  # iterations done
     position: int = 0  # rows drawn from the data set
     kl_coef: float = 0.0
+    log_prob_gap: float | None = None  # between sampler and trainer, when it was last measured
     scores: RunningMoments = field(default_factory=RunningMoments)
 
     def to_dict(self) -> dict[str, Any]:

@@ -18,7 +18,8 @@ With a reward function, score is a local stage. Gold is measured where the true 
 learned from. The last stage is there with `ppo.write_rollouts=true`.
 
 Where it deviates from the papers:
-1. Old log-probs come from the trainer's forward, so the first ratio of an iteration is exactly 1.
+1. Old log-probs come from the trainer's forward, so the first ratio of an iteration is exactly 1; the sampler's are
+   taken on request (`ppo.old_log_probs`), as long as the two agree.
 2. The KL to the reference is in the reward, per token (k1), and nowhere else.
 3. Losses are means over the response tokens of a minibatch, not over sequences.
 """
@@ -103,10 +104,22 @@ def rollout(ctx: Context, policy: RoleModel, x):
 
 
 def log_probs(ctx: Context, policy: RoleModel, x) -> Works:
-    """The policy's own view of its rollout, by the forward that training uses."""
+    """The policy's own view of its rollout: by the forward that training uses, or as the sampler had it."""
+    config, state = ctx.config.ppo, ctx.state
+    last, is_due = state.log_prob_gap, state.iteration % config.measure_gap_every == 0
+    if config.old_log_probs == "sampler" and not is_due and last is not None and last <= config.max_log_prob_gap:
+        return {"log_probs": x.sampler_log_probs}
     both = yield _log_probs(ctx, policy, x)
     log_probs, entropy = both.unbind(1)
-    ctx.metrics.record("rollout/log_prob_gap", (log_probs - x.sampler_log_probs).abs().max())
+    state.log_prob_gap = float((log_probs - x.sampler_log_probs).abs().max())
+    ctx.metrics.record("rollout/log_prob_gap", state.log_prob_gap)
+    if config.old_log_probs == "sampler" and ctx.mesh.is_main:
+        suffices = state.log_prob_gap <= config.max_log_prob_gap
+        print(
+            f"ppo {state.iteration + 1}/{config.iterations}  log-probs of sampler and trainer differ by"
+            f" {state.log_prob_gap:.1e} at most: the {'sampler' if suffices else 'trainer'}'s are taken",
+            flush=True,
+        )
     ctx.metrics.mean("policy/entropy", entropy, x.response_mask)
     return {"log_probs": log_probs}
 
