@@ -227,8 +227,8 @@ class ScheduleConfig:
     # null: micro_batch_size rows as they come
     micro_batch_tokens: int | None = None
     # where weights, gradients and optimizers are while no stage needs them: on the device or off it, which for a CPU
-    # means in files
-    residency: Literal["keep", "offload"] = "keep"
+    # means in files; auto offloads the fewest roles that make the run fit by its plan
+    residency: Literal["keep", "offload", "auto"] = "keep"
     offload: list[str] = field(default_factory=lambda: list(ROLES))  # the roles that residency=offload moves
     prefetch: bool = False  # bring roles while the stage before them works, which needs room for both
     explain: bool = False  # `schedule=explain`: say what runs together and where roles are when, and run nothing
@@ -290,7 +290,7 @@ _AT_LEAST: dict[str, float] = {
          "num_minibatches", "eval_prompts", "max_new_tokens", "micro_batch_tokens", "rows", "slots", "kv_tokens",
          "num_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "head_dim",
          "vocab_size", "max_position_embeddings", "tp", "pp", "dp", "ep", "world", "prompt_tokens",
-         "response_tokens"),
+         "response_tokens", "measure_gap_every"),
         1,
     ),
     **dict.fromkeys(

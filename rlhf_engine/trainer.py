@@ -43,6 +43,8 @@ def run(plan: Plan) -> int:
     """
     mesh = ParallelMesh(plan.mesh, plan.device)
     ctx = build_context(plan, mesh)
+    if plan.config.schedule.residency == "auto":
+        settle_residency(ctx)
     if mesh.is_main:
         show_run(plan, ctx)
     code = 0
@@ -54,6 +56,22 @@ def run(plan: Plan) -> int:
             break
     mesh.barrier()
     return code
+
+
+def settle_residency(ctx: Context) -> None:
+    """Decides which roles leave between their stages, by the plan of the run."""
+    from .plan.search import residency  # loads what only plans need
+    from .plan.show import device_of
+
+    found = None
+    if ctx.mesh.is_main:
+        models = {name: base.model for name, base in ctx.bases.items()}
+        device = device_of(ctx.config, ctx.mesh.world_size)
+        found = residency(ctx.config, ctx.mesh.config, models, device)
+    found = ctx.mesh.from_main(found)
+    ctx.config.schedule.residency, ctx.config.schedule.offload = found.values()
+    if ctx.mesh.is_main:
+        print(f"residency: {' and '.join(found['schedule.offload']) or 'no role'} leaves between stages", flush=True)
 
 
 def train(ctx: Context, algorithm: Algorithm) -> bool:

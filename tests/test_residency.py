@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import re
+import resource
 import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import cases
 import pytest
 import torch
-from conftest import SMALL, launch
+import worlds as launching
+from conftest import ROOT, SMALL, launch
+from test_hf_architectures import make
 
 from rlhf_engine.models.residency import Parcel, Presence
 
@@ -70,3 +80,70 @@ def test_a_run_with_everything_offloaded(small_run, tmp_path):
         ]
         assert (folder / "ppo" / "hf" / "model.safetensors").is_file()
     assert rows["offload"] == rows["keep"]
+
+
+def test_what_leaves_is_decided_by_the_plan(small_run, tmp_path):
+    shutil.copytree(small_run, tmp_path, dirs_exist_ok=True)
+    settings = [*SMALL, f"output_dir={tmp_path}", "mesh.dp=1", "schedule.residency=auto", "ppo.iterations=1"]
+    assert "residency: no role leaves" in launch(*settings).stdout
+    said = launch(*settings, "rerun=true", "phases=[ppo]", "plan.memory=0.001").stdout
+    assert "residency: policy and critic and reference and reward leave" in said
+
+
+LARGE = dict(
+    hidden_size=512, intermediate_size=1408, num_hidden_layers=10, num_attention_heads=8, num_key_value_heads=8,
+    vocab_size=768, max_position_embeddings=256, tie_word_embeddings=True,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def large(small_run, tmp_path_factory) -> list[str]:
+    """PPO of four models of 32 million parameters."""
+    policy = make(tmp_path_factory.mktemp("policy"), "LlamaForCausalLM", LARGE)
+    reward = make(tmp_path_factory.mktemp("reward"), "LlamaForSequenceClassification", LARGE | dict(num_labels=1))
+    tokenizer = small_run / "tokenizer" / "tokenizer.model"
+    return [
+        *SMALL, f"policy.path={policy}", f"reward.path={reward}", f"tokenizer.path={tokenizer}", "phases=[ppo]",
+        "mesh.dp=1", "ppo.prompts_per_iteration=4", "ppo.num_minibatches=1", "ppo.eval_prompts=2", "ppo.iterations=1",
+        "rollout.max_new_tokens=4", "export_hf=false", "rollout.kv_tokens=2048", "tokenizer.template=hh",
+    ]  # fmt: skip
+
+
+def test_a_run_that_fits_only_because_two_roles_leave(large, tmp_path):
+    """Under a limit on a rank's memory; without offloading the plan refuses the run beforehand."""
+    offload = ["schedule.residency=offload", "schedule.offload=[reference,reward]"]
+    needed = limited(None, *large, f"output_dir={tmp_path / 'free'}")
+    limit = needed - (150 << 20)  # the two have 256 MB
+    assert limited(limit, *large, *offload, f"output_dir={tmp_path / 'offload'}") <= limit
+    with pytest.raises(AssertionError, match="memory"):
+        limited(limit, *large, f"output_dir={tmp_path / 'keep'}")
+    plan = [*large, "plan=true", "plan.device=cpu", f"output_dir={tmp_path / 'plan'}"]
+    refused = launch(*plan, "plan.memory=0.1", check=False)
+    peak = float(re.search(r"ppo needs ([\d.]+) ?GB", refused.stderr)[1])
+    refused = launch(*plan, f"plan.memory={peak - 0.15}", check=False)
+    assert refused.returncode == 2 and "it fits with" in refused.stderr
+    launch(*plan, *offload, f"plan.memory={peak - 0.15}")
+
+
+def limited(limit: int | None, *overrides: str) -> int:
+    """Runs one rank under a limit on the bytes that it may allocate; gives the most that it had."""
+
+    def restrict() -> None:
+        if limit is not None:
+            resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+    port = str(launching.launcher.free_port())
+    env = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    rank = subprocess.Popen(
+        [sys.executable, str(ROOT / "launch" / "run.py"), *overrides],
+        env=env, preexec_fn=restrict, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    most = 0
+    while rank.poll() is None:
+        with contextlib.suppress(OSError):
+            found = re.search(r"VmData:\s+(\d+)", Path(f"/proc/{rank.pid}/status").read_text())
+            most = max(most, int(found[1]) << 10 if found else 0)
+        time.sleep(0.02)
+    assert rank.returncode == 0, rank.communicate()[0]
+    return most

@@ -14,6 +14,7 @@ from .forecast import Forecaster, forecast, training_phases
 
 _SHOWN = 5
 _MOST_RANKS = 4096
+_ROLES_THAT_LEAVE = (["reference"], ["reward"], ["reference", "reward"], ROLES)
 Changes = dict[str, Any]  # dotted key to value
 
 
@@ -101,6 +102,17 @@ def evaluate(
     return Choice(sum(phase.seconds for phase in phases), max(max(phase.peaks) for phase in phases), overrides)
 
 
+def residency(config: RunConfig, mesh: MeshConfig, models: Mapping[str, ModelConfig], device: Device) -> Changes:
+    """The fewest roles that must leave between their stages for a run to fit; every one where that is not enough."""
+    changes: Changes = {}
+    for roles in ([], *_ROLES_THAT_LEAVE):
+        changes = {"schedule.residency": "offload" if roles else "keep", "schedule.offload": list(roles)}
+        other = changed(config, changes)
+        if all(Forecaster(phase, other, mesh, models, device).fits for phase in training_phases(config)):
+            break
+    return changes
+
+
 def remedy(config: RunConfig, mesh: MeshConfig, models: Mapping[str, ModelConfig], device: Device) -> str | None:
     """The fewest changed settings that make a run fit, the fastest of these; else another mesh, more ranks, or another
     device. None where nothing helps."""
@@ -109,10 +121,7 @@ def remedy(config: RunConfig, mesh: MeshConfig, models: Mapping[str, ModelConfig
     single: list[Changes] = [{"schedule.recompute": "full"}, {"mesh.sequence_parallel": True}]
     single += [micro_batches(config, rows, mesh.dp) for rows in (16, 8, 4, 2, 1)]
     single += [{"rollout.slots": config.rollout.slots // n} for n in (2, 4, 8) if config.rollout.slots >= n]
-    single += [
-        {"schedule.residency": "offload", "schedule.offload": list(roles)}
-        for roles in (["reference"], ["reward"], ["reference", "reward"], ROLES)
-    ]
+    single += [{"schedule.residency": "offload", "schedule.offload": list(roles)} for roles in _ROLES_THAT_LEAVE]
     fixed = {f"mesh.{name}": getattr(mesh, name) for name in ("tp", "pp", "dp")}
     for count in (1, 2):
         joined = [dict(kv for part in parts for kv in part.items()) for parts in itertools.combinations(single, count)]

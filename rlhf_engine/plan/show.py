@@ -17,7 +17,7 @@ from .devices import GPUS, Device, gpu_here
 from .forecast import PhaseForecast, forecast, training_phases
 from .measure import cpu
 from .memory import Memory
-from .search import Choice, mesh_text, remedy, search
+from .search import Choice, changed, mesh_text, remedy, residency, search
 
 
 def show(plan: Plan) -> None:
@@ -41,7 +41,9 @@ def show(plan: Plan) -> None:
         name: replace(base.model, vocab_size=base.model.vocab_size or plan.vocab_size)
         for name, base in plan.bases.items()
     }
-    device = _device(config, plan.world_size)
+    device = device_of(config, plan.world_size)
+    if config.schedule.residency == "auto":
+        config = changed(config, residency(config, plan.mesh, models, device))
     factors = None
     if config.plan.calibrate:
         factors = stage_factors(plan, device)
@@ -57,7 +59,8 @@ def show(plan: Plan) -> None:
         raise ConfigError(refusal(found, config, plan.mesh, models, device))
 
 
-def _device(config: RunConfig, world: int) -> Device:
+def device_of(config: RunConfig, world: int) -> Device:
+    """The device that a run is planned for, with the memory that the user allows."""
     name = config.plan.device or ("cpu" if config.device == "cpu" else gpu_here() or "cpu")
     device = GPUS[name] if name in GPUS else cpu(world)
     return device if config.plan.memory is None else replace(device, memory=config.plan.memory * 1e9)
