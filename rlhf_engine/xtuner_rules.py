@@ -75,12 +75,23 @@ def _text_rows(rows: int, values: Values) -> Any:
     return rows // _updates(values) if rows else AS_OURS
 
 
-def _sources(names: list[str] | None, _: Values) -> Any:
-    if names is None:
-        return AS_OURS
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise TypeError
-    return [name.removeprefix("[HF]") for name in names]
+def _sources(number: str) -> Convert:
+    """A mixture, of which `number` has so many rows; XTuner has no use for it where that is 0."""
+
+    def convert(names: list[str] | None, values: Values) -> Any:
+        if names is None or not values.get(number, 0):
+            return AS_OURS
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise TypeError
+        return [name.removeprefix("[HF]") for name in names]
+
+    return convert
+
+
+def _mode(name: str, _: Values) -> bool:
+    if name not in ("ddp", "deepspeed", "fsdp"):
+        raise Refused("it is ddp, or deepspeed or fsdp, which split the optimizer")
+    return name != "ddp"
 
 
 def _dtype(name: str | None, _: Values) -> Any:
@@ -97,10 +108,10 @@ def _schedule(role: str) -> Convert:
 
     def convert(name: str, values: Values) -> Any:
         kwargs = f"model_configs.{role}.trainer_config.train_kwargs.lr_scheduler_kwargs"
-        if name in ("constant", "constant_with_warmup") or values.get(f"{kwargs}.num_training_steps", 1e10) >= 1e9:
-            return "constant"
-        if name not in ("linear", "cosine"):
+        if name not in ("constant", "constant_with_warmup", "linear", "cosine"):
             raise Refused("schedules are constant, linear and cosine here")
+        if name.startswith("constant") or values.get(f"{kwargs}.num_training_steps", 1e10) >= 1e9:
+            return "constant"
         steps = values.get("train_config.max_train_step", 0) * _updates(values)
         steps *= values.get("train_config.policy_learn_time", 1)
         if values[f"{kwargs}.num_training_steps"] != steps:
@@ -125,10 +136,7 @@ def _engine(role: str, optimizer: str | None) -> Iterator[tuple[str, Rule]]:
     is_actor = role == "actor"
     yield "trainer_type", nothing("Megatron trains")
     yield "parallel.data.size", Rule("mesh.dp") if is_actor else nothing(_ONE_MODEL)
-    mode: Rule = nothing(_SPLIT)
-    if optimizer:
-        mode = Rule(f"{optimizer}.distributed", lambda value, _: value != "ddp")
-    yield "parallel.data.mode", mode
+    yield "parallel.data.mode", Rule(f"{optimizer}.distributed", _mode) if optimizer else nothing(_SPLIT)
     yield "parallel.tensor.size", Rule("mesh.tp")
     yield "parallel.tensor.mode", only("1d", why="weights are split along one dimension here")
     yield "parallel.pipeline.size", Rule("mesh.pp")
@@ -139,7 +147,7 @@ def _engine(role: str, optimizer: str | None) -> Iterator[tuple[str, Rule]]:
         kwargs = "train_kwargs"
         yield f"{kwargs}.lr", Rule(f"{optimizer}.lr", default=1e-5)
         yield f"{kwargs}.clip_grad_norm", Rule(f"{optimizer}.clip_grad")
-        yield f"{kwargs}.lr_scheduler", Rule(f"{optimizer}.schedule", _schedule(role))
+        yield f"{kwargs}.lr_scheduler", Rule(f"{optimizer}.schedule", _schedule(role), "linear")
         yield f"{kwargs}.lr_scheduler_kwargs.num_warmup_steps", Rule(f"{optimizer}.warmup_steps")
         yield f"{kwargs}.lr_scheduler_kwargs.num_training_steps", nothing("lr_scheduler was checked against it")
         yield f"{kwargs}.optimizer", only("torch.optim.AdamW", why="AdamW trains here")
@@ -200,17 +208,17 @@ def _rules() -> Iterator[tuple[str, Rule]]:
         "tokenizer.end_id", "dataset_config", "rollout_config", "repeater_config", "train_config"
     )  # fmt: skip
     padding = "rows are padded on the right, and padding is neither seen nor counted"
-    yield f"{data}.ppo_datas", Rule("data.sources", _sources)
+    yield f"{data}.ppo_datas", Rule("data.sources", _sources(f"{data}.num_samples_each_epoch"))
     yield f"{data}.num_samples_each_epoch", Rule("ppo.prompts_per_iteration", _prompts, 64)
     yield f"{data}.max_seq_len", Rule("data.max_prompt_len", default=4096)
     yield f"{data}.random_seed", Rule("seed", default=110)
     yield f"{data}.sample_strategy", Rule("data.strategy", default="in_batch")
     yield f"{data}.ratio_within_datas", only(True, why="weights are shares of a batch here, not of a file")
-    yield f"{data}.pt_datas", Rule("ppo.ptx.sources", _sources)
+    yield f"{data}.pt_datas", Rule("ppo.ptx.sources", _sources(f"{data}.pt_data_samples"))
     yield f"{data}.pt_data_samples", Rule("ppo.ptx.rows", _text_rows)
     # of the examples that came later, where each kind of data has a section of its own
     later = "pretrain_dataset_config"
-    yield f"{later}.message_datasets", Rule("ppo.ptx.sources", _sources)
+    yield f"{later}.message_datasets", Rule("ppo.ptx.sources", _sources(f"{later}.samples_each_epoch"))
     yield f"{later}.samples_each_epoch", Rule("ppo.ptx.rows", _text_rows)
     yield f"{later}.max_len", Rule("data.max_seq_len")
     yield f"{later}.message_type", only("pretrain", why="this section is for texts")

@@ -122,6 +122,7 @@ def test_rules_set_keys_that_there_are():
          " 'pt_data_samples': 32, 'sample_strategy': 'in_data'}",
          {"ppo.prompts_per_iteration": 64, "ppo.num_minibatches": 4, "ppo.ptx.rows": 8,
           "ppo.ptx.sources": ["b/c::0.5"], "data.strategy": "in_data"}),
+        ("dataset_config = {'ppo_datas': ['a'], 'pt_datas': ['b'], 'pt_data_samples': 0}", {"data.sources": ["a"]}),
         ("tokenizer_config = dict(eos_token_id=7, chat_template='{{ x }}', padding_side='left')",
          {"tokenizer.end_id": 7, "tokenizer.template": "{{ x }}"}),
     ],
@@ -133,6 +134,7 @@ def test_keys(file, text, ours):
     else:
         found = read(file(LEAST + text)).values
         assert {key: found[key] for key in ours} == ours
+        assert "ppo.ptx.sources" in ours or "ppo.ptx.sources" not in found
 
 
 def model(role: str, **settings) -> str:
@@ -221,6 +223,10 @@ REFUSALS = [
     (model("rewrd", model_path="r"), ["model_configs.rewrd.model_path", "model_configs.reward.model_path?"]),
     (trainer("reference", parallel={"tensor": {"size": 2, "mode": "2d"}}), ["tensor.mode=2d"]),
     (trainer("actor", parallel={"pipeline": {"interleaved_overlap": True}}), ["interleaved_overlap=true"]),
+    (trainer("actor", parallel={"data": {"mode": "dpp"}}), ["data.mode=dpp", "ddp"]),
+    (trainer("actor", train_kwargs={"lr_scheduler": "polynomial"}), ["lr_scheduler=polynomial", "cosine"]),
+    (trainer("critic", train_kwargs={"lr_scheduler_kwargs": {"num_training_steps": 50}}),
+     ["critic.trainer_config.train_kwargs.lr_scheduler (default)=linear", "3 steps"]),
     (trainer("actor", train_kwargs={"lr_decay_rate": 0.9}), ["lr_decay_rate=0.9", "lr_scheduler"]),
     (trainer("actor", train_kwargs={"loss_type": "per_token"}), ["loss_type=per_token"]),
     (trainer("actor", train_kwargs={"lr_scheduler": "cosine", "lr_scheduler_kwargs": {"num_training_steps": 50}}),
