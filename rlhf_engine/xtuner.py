@@ -155,7 +155,7 @@ def _is_said(ours: str, said: Mapping[str, str]) -> bool:
 def _short(value: Any) -> str:
     """A value as our command line spells it, cut where it is long."""
     text = value if isinstance(value, str) else json.dumps(value, default=str)
-    return text if len(text) <= 48 else f"{text[:44]} ..."
+    return text if len(text) <= 36 else f"{text[:32]} ..."
 
 
 if __name__ == "__main__":
