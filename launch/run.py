@@ -1,4 +1,5 @@
 """python launch/run.py +exp=NAME [key=value ...]
+python launch/run.py xtuner_config=FILE.py [key=value ...]
 
 Hydra composes the configuration; the engine checks it, and this script starts one process per rank unless a
 launcher (torchrun, srun, launch/ray/run.py) already did. `plan=true` and `schedule=explain` say what a run would cost
@@ -19,6 +20,7 @@ from rlhf_engine.preflight import Plan, plan
 from rlhf_engine.ranks import PARENT, Ranks, end_with_parent, free_port, launched_world
 from rlhf_engine.reference import text
 from rlhf_engine.signals import SIGNALS, leave_at_once
+from rlhf_engine.xtuner import from_command_line
 
 _SECONDS_OF_SILENCE = 5.0  # of a rank that has only an echo of another one's failure to report
 
@@ -83,7 +85,12 @@ def main(argv: list[str]) -> int:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr)
         return 2
-    return start_ranks(checked.world_size, argv) if world_size is None else run_rank(checked)
+    if world_size is None:
+        return start_ranks(checked.world_size, argv)
+    theirs, _ = from_command_line(argv)
+    if theirs is not None and os.environ["RANK"] == "0":
+        print(theirs.table(), flush=True)
+    return run_rank(checked)
 
 
 if __name__ == "__main__":

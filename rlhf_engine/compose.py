@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from .config import ConfigError, RunConfig, from_dict, keys, nearest
+from .xtuner import from_command_line
 
 _SWITCHES = {"plan=true": "plan.show=true", "schedule=explain": "schedule.explain=true"}  # sections have no values
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -18,10 +21,10 @@ def config_groups() -> dict[str, list[str]]:
 
 
 def compose(overrides: Sequence[str]) -> RunConfig:
-    """The engine's dataclass from `+exp=NAME key=value ...`.
+    """The engine's dataclass from `+exp=NAME key=value ...`, of which one may be `xtuner_config=FILE.py`.
 
     Raises:
-        ConfigError: an override names a key, a group or an option that is not there.
+        ConfigError: an override names a key, a group or an option that is not there; or as `xtuner.read`.
     """
     from hydra import compose, initialize_config_dir
     from hydra.core.config_store import ConfigStore
@@ -30,7 +33,11 @@ def compose(overrides: Sequence[str]) -> RunConfig:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    overrides = [_SWITCHES.get(override, override) for override in overrides]
+    theirs, overrides = from_command_line([_SWITCHES.get(override, override) for override in overrides])
+    defaults = asdict(RunConfig())
+    for key, value in theirs.values.items() if theirs else ():
+        *sections, name = key.split(".")
+        functools.reduce(operator.getitem, sections, defaults)[name] = value
     groups, known = config_groups(), keys(RunConfig)
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)
@@ -41,7 +48,7 @@ def compose(overrides: Sequence[str]) -> RunConfig:
                     raise ConfigError(f"{key}={value}: {nearest(value, groups[key])}")
             elif key not in known:
                 raise ConfigError(f"unknown key {key}: {nearest(key, [*known, *groups])}")
-        ConfigStore.instance().store("defaults", asdict(RunConfig()))
+        ConfigStore.instance().store("defaults", defaults)
         with initialize_config_dir(str(CONF), version_base=None):
             composed = compose("config", overrides=overrides)
         values = OmegaConf.to_container(composed, resolve=True)

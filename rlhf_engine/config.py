@@ -102,8 +102,10 @@ class PolicyConfig:
 class TokenizerConfig:
     path: str | None = None  # HF folder or sentencepiece model; null: the policy's, or one trained on the data
     vocab_size: int = 768  # of a tokenizer trained on the data
-    # how messages become text; null: the tokenizer's own chat template, hh where it has none
-    template: Literal["hh", "internlm2", "llama3", "chatml"] | None = None
+    # how messages become text: hh, internlm2, llama3, chatml, or a Jinja program; null: the tokenizer's own chat
+    # template, hh where it has none
+    template: str | None = None
+    end_id: int | None = None  # the one token that ends a response; null: all that template and tokenizer say
 
 
 @dataclass
@@ -189,9 +191,10 @@ class PPOConfig:
     clip_value: float = 0.2
     entropy_coef: float = 0.0
     whiten_advantages: bool = True
-    score_scale: bool = False  # divide scores by their running standard deviation, the mean kept
-    score_min: float | None = None  # then raise them to this at least
+    score_min: float | None = None  # raise scores to this at least
     score_max: float | None = None  # and lower them to this at most
+    score_center: bool = False  # then take off their running mean
+    score_scale: bool = False  # and divide them by their running standard deviation
     missing_eos_penalty: float = 1.0  # taken off the score of a response without an end
     critic_warmup_iterations: int = 0  # first iterations train the critic alone
     ptx: PTXConfig = field(default_factory=PTXConfig)
@@ -295,8 +298,8 @@ _AT_LEAST: dict[str, float] = {
     ),
     **dict.fromkeys(
         ("iterations", "eval_every", "critic_warmup_iterations", "warmup_steps", "top_k", "min_p", "min_new_tokens",
-         "seed", "lr", "min_lr", "weight_decay", "beta1", "beta2", "eps", "clip_grad", "kl_coef", "gamma", "gae_lambda",
-         "max_log_prob_gap", "clip_ratio", "clip_value", "coef", "init_std"),
+         "seed", "end_id", "lr", "min_lr", "weight_decay", "beta1", "beta2", "eps", "clip_grad", "kl_coef", "gamma",
+         "gae_lambda", "max_log_prob_gap", "clip_ratio", "clip_value", "coef", "init_std"),
         0,
     ),
 }  # fmt: skip

@@ -165,12 +165,16 @@ def read_tokenizer(config: RunConfig, policy: Base) -> Tokenizer | None:
         ConfigError: it cannot be read, lacks what the template needs, or has more ids than the model.
     """
     path, template = config.tokenizer.path or config.policy.path, config.tokenizer.template
+    if path is None and config.tokenizer.end_id is not None:
+        raise ConfigError(
+            f"tokenizer.end_id={config.tokenizer.end_id} needs a tokenizer that has it: set tokenizer.path"
+        )
     if path is None and template not in (None, "hh"):
         raise ConfigError(
             f"tokenizer.template={template} needs control tokens, which a tokenizer trained on the data does not have:"
             " set tokenizer.path"
         )
-    tokenizer = Tokenizer(path, template) if path is not None else None
+    tokenizer = Tokenizer(path, template, config.tokenizer.end_id) if path is not None else None
     size = tokenizer.vocab_size if tokenizer is not None else config.tokenizer.vocab_size
     if policy.model.vocab_size is not None and size > policy.model.vocab_size:
         raise ConfigError(

@@ -215,6 +215,19 @@ def test_templates_that_cannot_be_used(tmp_path, template, words):
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_template_and_an_end_of_ones_own(tmp_path):
+    folder = write_tokenizer(tmp_path, "bytes", {"chat_template": CHATML, "eos_token": "<|eos|>"})
+    theirs, ours = Tokenizer(str(folder)), Tokenizer(str(folder), LLAMA3)
+    assert theirs.end_id != ours.end_id and theirs.render(DIALOGUE) != ours.render(DIALOGUE)
+    (folder / "chat_template.jinja").write_text(LLAMA3)
+    assert Tokenizer(str(folder)).render(DIALOGUE) == ours.render(DIALOGUE)
+    assert len(ours.end_ids) == 2 and Tokenizer(str(folder), end_id=ours.end_ids[1]).end_ids == ours.end_ids[1:]
+    with pytest.raises(ConfigError, match=f"end_id=0: by the chat template of .* with {ours.end_id} .<.eot_id.>. or"):
+        Tokenizer(str(folder), end_id=0)
+    with pytest.raises(ConfigError, match=r"tokenizer\.template=chatmll: did you mean chatml"):
+        Tokenizer(str(folder), "chatmll")
+
+
 def test_refusals_on_the_command_line(refused, folder, tmp_path, monkeypatch):  # noqa: F811
     for template in ("chatml", "chat"):
         assert "tokenizer.template=" + template in refused(f"tokenizer.template={template}")

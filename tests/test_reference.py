@@ -22,7 +22,7 @@ def test_every_key_is_there_with_its_own_default():
     assert found["phases"].default == "[sft, reward, ppo]" and found["output"].default == "null"
     # a comment behind the field, above it, and over two lines
     assert found["mesh.tp"].comment == "tensor parallel: each layer is split over so many ranks"
-    assert found["tokenizer.template"].comment.startswith("how messages become text;")
+    assert found["tokenizer.template"].comment.startswith("how messages become text:")
     assert found["policy.path"].kind == "text" and found["rollout.stop"].kind == "list of text"
 
 

@@ -77,7 +77,6 @@ def refused(run, capsys, monkeypatch):
         (["data.strategy=in_bach"], ["data.strategy=in_bach", "in_batch"]),
         (["data.sources=['hh_mini/helpful-base[system=hepful]']"], ["hepful", "helpful"]),
         (["schedule.offload=[critics]"], ["schedule.offload=critics", "critic?"]),
-        (["data=hh_rlhf"], ["data.sources: Anthropic/hh-rlhf/helpful-base", "pip install rlhf-engine[data]"]),
         (["data=hh_rlhf", "data.sources=[nowhere.jsonl]"], ["nowhere.jsonl", "not there"]),
         (["data.sources=[hh_mini/helpful]"], ["hh_mini/helpful", "hh_mini/helpful-base"]),
         (["data.sources=['hh_mini/helpful-base::-1']"], ["helpful-base::-1", "positive"]),
@@ -110,6 +109,12 @@ def refused(run, capsys, monkeypatch):
 def test_overrides(refused, overrides, words):
     message = refused(*overrides)
     assert all(word in message for word in words), message
+
+
+def test_a_hub_data_set_without_its_package(refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
+    message = refused("data=hh_rlhf")
+    assert "data.sources: Anthropic/hh-rlhf/helpful-base" in message and "pip install rlhf-engine[data]" in message
 
 
 @pytest.mark.parametrize(

@@ -356,13 +356,15 @@ def _call_reward(ctx: Context, x) -> Tensor:
 
 
 def _shape_scores(ctx: Context, scores: Tensor, finished: Tensor) -> Tensor:
-    """Scores as they enter the reward: scaled, clipped, and less for a response that was cut."""
-    config = ctx.config.ppo
-    if config.score_scale:
-        ctx.state.scores.update(scores.tolist())
-        scores = scores / (ctx.state.scores.std + 1e-8)
+    """Scores as they enter the reward: clipped, standardised, and less for a response that was cut."""
+    config, seen = ctx.config.ppo, ctx.state.scores
     if config.score_min is not None or config.score_max is not None:
         scores = scores.clamp(config.score_min, config.score_max)
+    seen.update(scores.tolist())
+    if config.score_center:
+        scores = scores - seen.mean
+    if config.score_scale:
+        scores = scores / (seen.std + 1e-8)
     return scores - config.missing_eos_penalty * (~finished).float()
 
 

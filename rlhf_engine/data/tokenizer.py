@@ -14,7 +14,7 @@ from typing import Any
 
 import sentencepiece
 
-from ..config import ConfigError
+from ..config import ConfigError, nearest
 from .chat import BUILT_IN, Messages, Template, clean
 from .vocabulary import HFVocabulary, PieceVocabulary, read_json
 
@@ -25,7 +25,9 @@ class Tokenizer:
     Args:
         path: an HF folder, read by transformers where it has tokenizer.json and by sentencepiece where it has
             only tokenizer.model; or a sentencepiece model.
-        template: name of a built-in template; None takes the folder's own, and hh where it has none.
+        template: name of a built-in template, or a Jinja program; None takes the folder's own, and hh where it has
+            none.
+        end_id: the one token that is to end responses; None: every one of `end_ids`.
 
     Attributes:
         vocab_size: number of ids.
@@ -36,7 +38,7 @@ class Tokenizer:
         ConfigError: there is no tokenizer at `path`, or it lacks what the template needs.
     """
 
-    def __init__(self, path: str, template: str | None = None):
+    def __init__(self, path: str, template: str | None = None, end_id: int | None = None):
         folder = Path(path)
         config = read_json(folder / "tokenizer_config.json")
         self._vocabulary = vocabulary = _read_vocabulary(folder, config)
@@ -53,6 +55,10 @@ class Tokenizer:
             variables["eos_token"] = self._names.get(ends[0], "")
         source = None if template else _own_template(folder, config)
         name = f"the chat template of {path}"
+        if template and template not in BUILT_IN:
+            if "{" not in template:
+                raise ConfigError(f"tokenizer.template={template}: {nearest(template, BUILT_IN)}")
+            source, name = template, "tokenizer.template"
         if source is None:
             template = template or "hh"
             source, name = BUILT_IN[template], f"tokenizer.template={template}"
@@ -62,6 +68,11 @@ class Tokenizer:
         self.end_id = vocabulary.controls[self.template.end]
         eos = vocabulary.controls.get(variables.get("eos_token") or "")
         self.end_ids = tuple(dict.fromkeys([self.end_id, *ends, *([] if eos is None else [eos])]))
+        if end_id is not None:
+            if end_id not in self.end_ids:
+                found = " or ".join(f"{i} ({self._names.get(i, '?')})" for i in self.end_ids)
+                raise ConfigError(f"tokenizer.end_id={end_id}: by {name}, {path} ends a response with {found}")
+            self.end_ids = (end_id,)
         for control, i in vocabulary.controls.items():
             if i in vocabulary.encode(control):
                 raise ConfigError(f"{path}: text can become the control token {control}")
