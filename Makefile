@@ -6,6 +6,7 @@
 # make bench-schedule  idle time of pipelines, roles apart and in one stream: benchmarks/results/schedule.csv
 # make bench-plan     plans beside measured seconds and memory: benchmarks/results/plan.csv
 # make bench-ppo      a whole PPO step against TRL's PPOTrainer: benchmarks/results/ppo.csv
+# make bench-checkpoint  what a save costs the loop, waited for or not: benchmarks/results/checkpoint.csv
 # make bench-rollout  generation against transformers' generate; BENCH='--stories DIR --layout 1x2t dp2 tp2'
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -16,7 +17,7 @@ VENV := .venv$(shell $(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: install run test check docs bench-kernels bench-schedule bench-rollout bench-ppo bench-plan format clean
+.PHONY: install run test check docs bench-kernels bench-schedule bench-checkpoint bench-rollout bench-ppo bench-plan format clean
 
 install: $(STAMP)
 
@@ -48,6 +49,9 @@ bench-kernels: install
 
 bench-schedule: install
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/schedule.py $(BENCH)
+
+bench-checkpoint: install
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/checkpoint.py $(BENCH)
 
 bench-plan: install
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/plan.py $(BENCH)

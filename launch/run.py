@@ -19,7 +19,7 @@ from rlhf_engine.config import ConfigError
 from rlhf_engine.preflight import Plan, plan
 from rlhf_engine.ranks import PARENT, Ranks, end_with_parent, free_port, launched_world
 from rlhf_engine.reference import text
-from rlhf_engine.signals import SIGNALS, leave_at_once
+from rlhf_engine.signals import SIGNALS, RunError, leave_at_once
 from rlhf_engine.xtuner import from_command_line
 
 _SECONDS_OF_SILENCE = 5.0  # of a rank that has only an echo of another one's failure to report
@@ -52,7 +52,7 @@ def run_rank(checked: Plan) -> int:
     except BaseException as error:
         for signum in SIGNALS:
             signal.signal(signum, signal.SIG_DFL)
-        refused = isinstance(error, ConfigError)
+        refused = isinstance(error, ConfigError | RunError)
         # An error of a collective follows from another rank's end, and a refusal is found by every rank: the first to
         # say it ends the others.
         broken = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
@@ -60,7 +60,7 @@ def run_rank(checked: Plan) -> int:
             time.sleep(_SECONDS_OF_SILENCE)
         print(f"error: {error}" if refused else traceback.format_exc(), file=sys.stderr, flush=True)
         # at once, and past every destructor: the other ranks may be waiting for this one in a collective
-        os._exit(2 if refused else 1)
+        os._exit(2 if isinstance(error, ConfigError) else getattr(error, "code", 1))
     torch.distributed.destroy_process_group()
     return code
 

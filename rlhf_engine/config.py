@@ -149,6 +149,7 @@ class SFTConfig:
 class RewardConfig:
     kind: Literal["model", "function"] = "model"  # what scores a response in PPO
     fn: str | None = None  # package.module:name for kind=function
+    timeout: float = 600.0  # seconds that one call of fn may take
     # HF folder, or what tools/convert_hf made of one: what PPO scores with, or the reward phase, if there is one, goes
     # on from; null: the reward phase starts from the SFT policy
     path: str | None = None
@@ -256,6 +257,29 @@ class PlanConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    keep_last: int = 2  # the newest so many
+    keep_every: int | None = None  # and those of iterations that are a multiple of it; null: none
+    async_save: bool = True  # written while training goes on, from a copy in host memory
+
+
+@dataclass
+class GuardConfig:
+    """Numbers gone bad. An update whose loss or gradient is not finite is skipped and counted (`skipped/ROLE`), and so
+    are all updates of an iteration in which a stage gave something that is not."""
+
+    max_bad_steps: int = 5  # of one role in a row; then the run stops, saved
+    max_kl: float | None = None  # nats per response (kl/mean) above which it is said; null: any
+    max_log_prob_gap: float | None = None  # between sampler and trainer (rollout/log_prob_gap), likewise
+    stop: bool = False  # and the run stops, saved
+
+
+@dataclass
+class TimeoutConfig:
+    stage: float = 1800.0  # seconds; a stage, a save or an evaluation that takes longer ends the run, explained
+
+
+@dataclass
 class RunConfig:
     phases: list[Phase] = field(default_factory=lambda: ["sft", "reward", "ppo"])
     rerun: bool = False  # run finished phases again
@@ -264,7 +288,6 @@ class RunConfig:
     output: str | None = None  # file written by the score and generate jobs
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on cuda, float32 on cpu
-    keep_checkpoints: int = 2
     trace: bool = False  # what each rank does and when, in OUTPUT_DIR/PHASE/trace.json, for ui.perfetto.dev
     export_hf: bool = True  # each phase leaves its trained models in HF format, in OUTPUT_DIR/PHASE/hf
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -278,6 +301,9 @@ class RunConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    timeout: TimeoutConfig = field(default_factory=TimeoutConfig)
 
     @property
     def starts_nothing(self) -> bool:
@@ -288,11 +314,11 @@ class RunConfig:
 # The least value of a number, by the last part of its key; the others may have any.
 _AT_LEAST: dict[str, float] = {
     **dict.fromkeys(
-        ("batch_size", "micro_batch_size", "save_every", "keep_checkpoints", "num_rows", "num_eval_rows", "max_seq_len",
-         "max_prompt_len", "min_prompt_len", "prompts_per_iteration", "samples_per_prompt", "epochs",
+        ("batch_size", "micro_batch_size", "save_every", "keep_last", "keep_every", "num_rows", "num_eval_rows",
+         "max_seq_len", "max_prompt_len", "min_prompt_len", "prompts_per_iteration", "samples_per_prompt", "epochs",
          "num_minibatches", "eval_prompts", "max_new_tokens", "micro_batch_tokens", "rows", "slots", "kv_tokens",
          "num_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "head_dim",
-         "vocab_size", "max_position_embeddings", "tp", "pp", "dp", "ep", "world", "prompt_tokens",
+         "vocab_size", "max_position_embeddings", "max_bad_steps", "tp", "pp", "dp", "ep", "world", "prompt_tokens",
          "response_tokens", "measure_gap_every"),
         1,
     ),
@@ -303,7 +329,10 @@ _AT_LEAST: dict[str, float] = {
         0,
     ),
 }  # fmt: skip
-_POSITIVE = {"kl_target", "kl_horizon", "temperature", "top_p", "rope_theta", "rms_norm_eps", "memory"}
+_POSITIVE = {
+    "kl_target", "kl_horizon", "max_kl", "max_log_prob_gap", "stage", "temperature", "timeout", "top_p", "rope_theta",
+    "rms_norm_eps", "memory",
+}  # fmt: skip
 
 T = TypeVar("T")
 

@@ -33,7 +33,7 @@ class Logbook:
     """
 
     def __init__(self, folder: Path, phase: str, total: int, resumed_at: int, is_main: bool):
-        self.phase, self.total, self.is_main = phase, total, is_main
+        self.folder, self.phase, self.total, self.is_main = folder, phase, total, is_main
         self.started, self.resumed_at = time.monotonic(), resumed_at
         self.last_line = 0.0
         if not is_main:
@@ -72,13 +72,14 @@ class Logbook:
                 flush=True,
             )
 
-    def stop(self, done: int) -> None:
-        """The phase was asked to stop, and is saved after so many iterations."""
+    def stop(self, done: int, is_saved: bool) -> None:
+        """The phase was asked to stop, after so many iterations."""
         if not self.is_main:
             return
         self.file.close()
         self.tensorboard.close()
-        print(f"{self.phase}: stopped at iteration {done} of {self.total} and saved: start the same again", flush=True)
+        saved = "and saved" if is_saved else "and could not save"
+        print(f"{self.phase}: stopped at iteration {done} of {self.total} {saved}: start the same again", flush=True)
 
     def finish(self, figures: dict[str, float]) -> None:
         """The held-out figures at the end of the phase."""

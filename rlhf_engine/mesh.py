@@ -27,9 +27,10 @@ class ParallelMesh:
     Args:
         config: resolved, so that tp x pp x dp is the world.
         device: "cpu" (gloo) or "cuda" (NCCL).
+        timeout: seconds that a collective may take.
     """
 
-    def __init__(self, config: MeshConfig, device: str):
+    def __init__(self, config: MeshConfig, device: str, timeout: float = 3600.0):
         self.config = config
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         if device == "cuda":
@@ -40,7 +41,7 @@ class ParallelMesh:
             use_cpu()
             self.device = torch.device("cpu")
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(minutes=30))
+            dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
         parallel_state.initialize_model_parallel(
             config.tp, config.pp, expert_model_parallel_size=config.ep, expert_tensor_parallel_size=config.tp
         )
@@ -154,6 +155,12 @@ class ParallelMesh:
         parts: list[Any] = [None] * self.world_size
         dist.all_gather_object(parts, value)
         return parts
+
+    def any_rank(self, flags: Tensor) -> list[bool]:
+        """Of each flag `(N,)` whether any rank raised it."""
+        raised = flags.to(torch.int32)
+        dist.all_reduce(raised, dist.ReduceOp.MAX)
+        return raised.bool().tolist()
 
     def from_main(self, value: Any) -> Any:
         """The main rank's `value` on every rank."""

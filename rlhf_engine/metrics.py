@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from .mesh import ParallelMesh
@@ -29,15 +31,15 @@ class Metrics:
         weight = mask.float() if mask is not None else values.new_ones(values.shape)
         self.record(name, (values * weight).sum() / weight.sum().clamp_min(1))
 
-    def reduce(self, mesh: ParallelMesh, flag: bool = False) -> tuple[dict[str, float], bool]:
-        """Every figure, and whether any rank raised its flag, the same on all ranks. Clears the collection."""
+    def reduce(self, mesh: ParallelMesh, flags: Sequence[bool] = ()) -> tuple[dict[str, float], list[bool]]:
+        """Every figure, and of each flag whether any rank raised it, the same on all ranks. Clears the collection."""
         mine = {n: (float(t), float(c)) for n, (t, c) in self._partial.items()} if mesh.tp_rank == 0 else {}
         sums: dict[str, tuple[float, float]] = {}
-        parts, flags = zip(*mesh.all_gather_object((mine, flag)), strict=True)
+        parts, raised = zip(*mesh.all_gather_object((mine, flags)), strict=True)
         for part in parts:
             for name, (total, count) in part.items():
                 old = sums.get(name, (0.0, 0.0))
                 sums[name] = (old[0] + total, old[1] + count)
         result = self._whole | {name: total / max(count, 1e-12) for name, (total, count) in sums.items()}
         self._partial, self._whole = {}, {}
-        return result, any(flags)
+        return result, [any(each) for each in zip(*raised, strict=True)]

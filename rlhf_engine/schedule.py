@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .config import ScheduleConfig
 from .experience import FIELDS, Experience
+from .guard import NotFinite, numbered
 from .models.residency import Presence
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ class Schedule:
             started = time.perf_counter()
             name = "+".join(stage.name for stage in group)
             try:
-                with ctx.trace.stage(name):
+                with ctx.watch(f"{name} of iteration {ctx.state.iteration}"), ctx.trace.stage(name):
                     results = self._run_group(ctx, group, experience)
             except Exception as error:
                 error.add_note(f"in stage {name} of iteration {ctx.state.iteration}, on rank {ctx.mesh.rank}")
@@ -130,6 +131,7 @@ class Schedule:
                         f" and its body gave {', '.join(sorted(result)) or 'nothing'}"
                     )
                 for field, value in result.items():
+                    check_finite(stage, field, value)
                     setattr(experience, field, value)
             ctx.metrics.record(f"time/{name}", time.perf_counter() - started)
             if offloaded:
@@ -147,8 +149,22 @@ class Schedule:
                 view = SimpleNamespace(**{name: getattr(experience, name) for name in stage.reads})
                 results.append(stage.body(ctx, role, view))
             if group[0].kind in ("infer", "train"):
-                results = together(results, group[0].kind, ctx)
+                results = together(results, group, ctx)
         return [result or {} for result in results]
+
+
+def check_finite(stage: Stage, field: str, value: Any) -> None:
+    """Refuses what would ruin every update that it enters.
+
+    Raises:
+        NotFinite: names stage, role and samples.
+    """
+    if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
+        samples = (~value.isfinite()).flatten(1).any(1) if value.dim() > 1 else ~value.isfinite()
+        role = f" ({stage.role})" if stage.role else ""
+        raise NotFinite(
+            f"stage {stage.name}{role}: {field} not finite for {numbered(samples.nonzero().flatten().tolist())}"
+        )
 
 
 def needs(group: Sequence[Stage]) -> dict[str, Presence]:
@@ -176,8 +192,8 @@ def _leave(ctx: Context, following: Sequence[Stage]) -> None:
             role.move(min(role.presence, wanted.get(name, Presence.AWAY)))
 
 
-def together(bodies: Sequence[Works], kind: str, ctx: Context) -> list[Fields | None]:
-    """Runs bodies that yield `Work` in step with each other, and gives what each returns."""
+def together(bodies: Sequence[Works], group: Sequence[Stage], ctx: Context) -> list[Fields | None]:
+    """Runs the bodies of a group, which yield `Work`, in step with each other, and gives what each returns."""
     from .models import stream
 
     results: list[Fields | None] = [None] * len(bodies)
@@ -191,10 +207,12 @@ def together(bodies: Sequence[Works], kind: str, ctx: Context) -> list[Fields | 
                 results[i] = stop.value
         steps = [step if isinstance(step, list) else [step] for step in works.values()]
         flat = [work for step in steps for work in step]
-        if kind == "infer":
+        if group[0].kind == "infer":
             answers = dict(zip(works, stream.infer(flat, ctx.trace) if flat else (), strict=True))
         else:
-            if flat:
-                stream.train_step(flat, ctx.metrics, ctx.trace)
+            problems = stream.train_step(flat, ctx.metrics, ctx.trace) if flat else {}
+            for role, problem in problems.items():
+                stage = next(stage.name for stage in group if stage.role == role)
+                ctx.guard.stepped(role, problem and f"iteration {ctx.state.iteration}, stage {stage}: {problem}")
             answers = dict.fromkeys(works)
     return results

@@ -16,6 +16,12 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _noted = False
 
 
+class RunError(RuntimeError):
+    """A run that cannot go on, in one line for its user."""
+
+    code = 1  # that the process exits with
+
+
 def leave_at_once() -> None:
     """From now on a signal ends this process: there is nothing to save."""
     for signum in SIGNALS:

@@ -22,6 +22,7 @@ from .data import sources as data_sources
 from .data.dataset import build_datasets
 from .data.sources import gold_rule
 from .data.tokenizer import Tokenizer, train_tokenizer
+from .guard import BadNumbers, Guard, NotFinite
 from .hf.export import export_role, head_config
 from .hf.files import HFFolder
 from .hf.weights import RandomWeights, Source, load_weights
@@ -32,7 +33,9 @@ from .plan.measure import peak_flops
 from .preflight import SUMMARY, Plan, load_function
 from .report import write_report
 from .schedule import Schedule
+from .signals import RunError
 from .trace import append_events
+from .watchdog import Watchdog
 
 
 def run(plan: Plan) -> int:
@@ -41,10 +44,13 @@ def run(plan: Plan) -> int:
     Returns:
         The process's exit code: 0, or `signals.STOPPED` when the run was asked to stop and has saved.
     """
-    mesh = ParallelMesh(plan.mesh, plan.device)
+    limit = plan.config.timeout.stage
+    mesh = ParallelMesh(plan.mesh, plan.device, 2 * limit)  # the watchdog, which knows more, speaks first
     ctx = build_context(plan, mesh)
     if plan.config.schedule.residency == "auto":
         settle_residency(ctx)
+    watchdog = Watchdog(limit, mesh.rank, mesh.world_size)
+    ctx.watch = watchdog.stage
     if mesh.is_main:
         show_run(plan, ctx)
     code = 0
@@ -54,6 +60,7 @@ def run(plan: Plan) -> int:
         elif not train(ctx, ALGORITHMS[phase](plan.config)):
             code = signals.STOPPED
             break
+    watchdog.close()
     mesh.barrier()
     return code
 
@@ -91,7 +98,8 @@ def train(ctx: Context, algorithm: Algorithm) -> bool:
     schedule = Schedule(algorithm.stages, algorithm.provided, specs)
     ctx.state = TrainState()
     ctx.roles = {name: build_role(ctx, name, spec) for name, spec in specs.items()}
-    if found := latest_checkpoint(ctx, algorithm.name):
+    checkpoints = phase_checkpoints(ctx, algorithm.name)
+    if found := checkpoints.newest():
         ctx.state = TrainState.from_dict(checkpoint.load(found, ctx.roles))
     if ctx.state.iteration > algorithm.iterations:
         raise ConfigError(
@@ -103,28 +111,16 @@ def train(ctx: Context, algorithm: Algorithm) -> bool:
         (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
 
     signals.take_note()
-    peak = peak_flops(mesh.device)
-    while ctx.state.iteration < algorithm.iterations:
-        started = time.perf_counter()
-        experience = algorithm.batch(ctx)
-        schedule.run(ctx, experience)
-        ctx.state.iteration += 1
-        done = ctx.state.iteration
-        figures, is_stopping = ctx.metrics.reduce(mesh, signals.noted())
-        figures |= close_trace(ctx, folder, figures, peak)
-        if algorithm.eval_every and done % algorithm.eval_every == 0 and done < algorithm.iterations:
-            figures |= algorithm.evaluate(ctx, final=False).figures
-        logbook.write({"iteration": done - 1, **figures, "time/iteration": time.perf_counter() - started})
-        if is_stopping or done % algorithm.save_every == 0 or done == algorithm.iterations:
-            save(ctx, folder)
-        if is_stopping:
-            logbook.stop(done)
-            return False
+    if not iterate(ctx, algorithm, schedule, checkpoints, logbook):
+        return False
     signals.leave_at_once()
 
-    evaluation = algorithm.evaluate(ctx, final=True)
+    with ctx.watch(f"the last evaluation of {algorithm.name}"):
+        evaluation = algorithm.evaluate(ctx, final=True)
     if algorithm.changes_at_end:
-        save(ctx, folder)
+        checkpoints.save(ctx.state.iteration, ctx.roles, ctx.state.to_dict())
+    if not checkpoints.finish():
+        raise RunError(f"{algorithm.name}: what follows needs the last checkpoint: make room and start the same again")
     if config.export_hf:
         export(ctx, folder, specs)
     if mesh.is_main:
@@ -134,6 +130,56 @@ def train(ctx: Context, algorithm: Algorithm) -> bool:
     gc.collect()  # megatron's configuration and its DDP refer to each other
     if mesh.device.type == "cuda":
         torch.cuda.empty_cache()
+    return True
+
+
+def iterate(
+    ctx: Context,
+    algorithm: Algorithm,
+    schedule: Schedule,
+    checkpoints: checkpoint.Checkpoints,
+    logbook: Logbook,
+) -> bool:
+    """The iterations that are left of a phase; False where the run was asked to stop before the last.
+
+    Raises:
+        BadNumbers: too many updates were skipped, or a figure is beyond its limit. What there was before is saved.
+    """
+    done, peak = ctx.state.iteration, peak_flops(ctx.mesh.device)
+    while done < algorithm.iterations:
+        started = time.perf_counter()
+        experience = algorithm.batch(ctx)
+        try:
+            schedule.run(ctx, experience)
+        except NotFinite as error:
+            for name in (name for name, role in ctx.roles.items() if role.is_trained):
+                ctx.guard.stepped(name, f"iteration {done}, {error}")
+        done = ctx.state.iteration = done + 1
+        with ctx.watch(f"the figures of iteration {done - 1}"):
+            flags = signals.noted(), checkpoints.is_writing
+            figures, (is_stopping, is_writing) = ctx.metrics.reduce(ctx.mesh, flags)
+            figures |= close_trace(ctx, logbook.folder, figures, peak)
+        skipped, reason = ctx.guard.look(figures)
+        figures |= skipped
+        if algorithm.eval_every and done % algorithm.eval_every == 0 and done < algorithm.iterations:
+            with ctx.watch(f"the evaluation behind iteration {done - 1}"):
+                figures |= algorithm.evaluate(ctx, final=False).figures
+        logbook.write({"iteration": done - 1, **figures, "time/iteration": time.perf_counter() - started})
+        started = time.perf_counter()
+        ends = is_stopping or reason is not None or done == algorithm.iterations
+        with ctx.watch(f"the save behind iteration {done - 1}"):
+            if not is_writing:
+                checkpoints.finish()
+            if ends or done % algorithm.save_every == 0:
+                checkpoints.save(done, ctx.roles, ctx.state.to_dict())
+            is_saved = checkpoints.finish() if ends else True
+        ctx.metrics.record("time/save", time.perf_counter() - started)
+        if is_stopping or reason is not None:
+            logbook.stop(done, is_saved)
+        if reason is not None:
+            raise BadNumbers(reason)
+        if is_stopping:
+            return False
     return True
 
 
@@ -173,13 +219,6 @@ def finish(ctx: Context, folder: Path, algorithm: Algorithm, evaluation: Evaluat
     os.replace(temporary, folder / SUMMARY)
 
 
-def save(ctx: Context, folder: Path) -> None:
-    state = ctx.state.to_dict()
-    checkpoint.save(
-        folder / "checkpoints", ctx.state.iteration, ctx.roles, state, ctx.mesh, ctx.config.keep_checkpoints
-    )
-
-
 # Ranks may see a shared folder at different times, so the main rank looks and tells the others.
 
 
@@ -190,10 +229,9 @@ def iterations_of_finished(ctx: Context, phase: str) -> int:
     return ctx.mesh.from_main(json.loads(summary.read_text())["iterations"] if read else -1)
 
 
-def latest_checkpoint(ctx: Context, phase: str) -> Path | None:
-    """The newest whole checkpoint of a phase."""
+def phase_checkpoints(ctx: Context, phase: str) -> checkpoint.Checkpoints:
     folder = Path(ctx.config.output_dir) / phase / "checkpoints"
-    return ctx.mesh.from_main(checkpoint.latest(folder) if ctx.mesh.is_main else None)
+    return checkpoint.Checkpoints(folder, ctx.mesh, ctx.config.checkpoint)
 
 
 def export(ctx: Context, folder: Path, specs: Mapping[str, RoleSpec]) -> None:
@@ -230,7 +268,8 @@ def build_context(plan: Plan, mesh: ParallelMesh) -> Context:
     reward_fn = None
     if config.reward.kind == "function" and "ppo" in config.phases:
         reward_fn = load_function(config.reward.fn or "")
-    return Context(config, bases, mesh, tokenizer, datasets, gold_rule(sources), reward_fn)
+    guard = Guard(config.guard, mesh.is_main)
+    return Context(config, bases, mesh, tokenizer, datasets, gold_rule(sources), reward_fn, guard=guard)
 
 
 def trained_tokenizer(config: RunConfig, mesh: ParallelMesh, sources: list[data_sources.Source]) -> Tokenizer:
@@ -263,7 +302,8 @@ def build_role(ctx: Context, name: str, spec: RoleSpec) -> RoleModel:
         config.schedule.micro_batch_tokens,
     )
     for phase, source in spec.weights:
-        if iterations_of_finished(ctx, phase) >= 0 and (found := latest_checkpoint(ctx, phase)):
+        is_finished = iterations_of_finished(ctx, phase) >= 0
+        if is_finished and (found := phase_checkpoints(ctx, phase).newest(is_finished)):
             checkpoint.load_weights(found, source, role)
             break
     else:

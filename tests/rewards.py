@@ -1,8 +1,12 @@
 """Reward functions, as a user writes them."""
 
+import itertools
+import math
 import os
 import signal
 import time
+
+import numpy as np
 
 
 def short_and_polite(prompts, responses, prompt_tokens, response_tokens):
@@ -26,3 +30,37 @@ def dies(*texts_and_tokens):
     if "DIES_BY_SIGNAL" in os.environ:
         os.kill(os.getpid(), signal.SIGKILL)
     raise ZeroDivisionError("of the reward function")
+
+
+_calls = itertools.count()
+
+
+def not_a_number(*texts_and_tokens):
+    """The same, but for the fourth response of the calls that BAD_CALLS names."""
+    scores = short_and_polite(*texts_and_tokens)
+    if str(next(_calls)) in os.environ["BAD_CALLS"].split(","):
+        scores[3] = math.nan
+    return scores
+
+
+def a_number(*texts_and_tokens):
+    return 1.0
+
+
+def a_matrix(prompts, *others):
+    return np.zeros((len(prompts), 2))
+
+
+def hangs(*texts_and_tokens):
+    while True:
+        time.sleep(0.1)
+
+
+def fails_for_one(prompts, responses, prompt_tokens, response_tokens):
+    """Raises for the third response of 16, and knows it again alone."""
+    _third.append(responses[min(2, len(responses) - 1)])
+    if _third[0] in responses:
+        raise ValueError("of one response")
+
+
+_third: list[str] = []

@@ -58,7 +58,7 @@ def test_what_a_run_leaves(whole):
         assert {"config.yaml", "metrics.jsonl", "checkpoints", "report.html", "summary.json"} <= names
         assert any(name.startswith("events.out.tfevents") for name in names)
     assert (whole / "ppo" / "checkpoints" / "latest").read_text() == "iteration_6"
-    assert len(list((whole / "ppo" / "checkpoints").glob("iteration_*"))) == 2  # keep_checkpoints
+    assert len(list((whole / "ppo" / "checkpoints").glob("iteration_*"))) == 2  # checkpoint.keep_last
     rows = [json.loads(line) for line in (whole / "ppo" / "metrics.jsonl").read_text().splitlines()]
     wanted = {
         "iteration", "score/mean", "gold/mean", "kl/mean", "policy/loss", "policy/ratio_first", "policy/clip_fraction",
@@ -78,9 +78,9 @@ def test_killed_and_started_again(phases, whole, tmp_path):
     command = [sys.executable, str(ROOT / "launch" / "run.py"), *LONG, f"output_dir={folder}"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     ranks = []
-    metrics = folder / "ppo" / "metrics.jsonl"
+    metrics, latest = folder / "ppo" / "metrics.jsonl", folder / "ppo" / "checkpoints" / "latest"
     deadline = time.monotonic() + 120
-    while not metrics.is_file() or metrics.read_text().count("\n") < 3:
+    while not latest.is_file() or metrics.read_text().count("\n") < 3:
         assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
         ranks = psutil.Process(process.pid).children(recursive=True) or ranks
         time.sleep(0.02)
@@ -148,7 +148,7 @@ def test_another_model_in_the_same_folder_is_refused(phases):
 
 
 def test_reward_function(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]))
     settings = [*SMALL, "phases=[ppo]", "reward=function", "ppo.iterations=2", f"output_dir={tmp_path}"]
     launch(*settings, "reward.fn=rewards:short_and_polite")
     rows = figures(tmp_path / "ppo")

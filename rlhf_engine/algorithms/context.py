@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
-from ..config import Base, ModelConfig, OptimizerConfig, RunConfig
+from ..config import Base, GuardConfig, ModelConfig, OptimizerConfig, RunConfig
 from ..data.dataset import Dataset, Example
 from ..data.sources import GoldFn
 from ..data.tokenizer import Tokenizer
 from ..experience import Experience
+from ..guard import Guard
 from ..mesh import ParallelMesh
 from ..metrics import Metrics
 from ..models.build import Head
 from ..models.role import RoleModel
 from ..schedule import Stage
 from ..trace import Trace
-
-# prompts, responses (text), prompts, responses (token ids) -> one score each
-RewardFn = Callable[[list[str], list[str], list[list[int]], list[list[int]]], Sequence[float]]
+from .reward_function import RewardFn
 
 
 @dataclass
@@ -88,6 +89,8 @@ class Context:
     state: TrainState = field(default_factory=TrainState)
     metrics: Metrics = field(default_factory=Metrics)
     trace: Trace = field(default_factory=Trace)
+    watch: Callable[[str], AbstractContextManager] = contextlib.nullcontext  # a stage, given only so much time
+    guard: Guard = field(default_factory=lambda: Guard(GuardConfig(), speaks=False))
 
     @property
     def model(self) -> ModelConfig:

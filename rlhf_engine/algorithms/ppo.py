@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import os
 import time
 from collections.abc import Iterator
@@ -48,6 +47,7 @@ from ..rollout.engine import Progress
 from ..rollout.generate import rollout as generate
 from ..rollout.sampling import sample_keys
 from ..schedule import Stage, Works
+from . import reward_function
 from .context import Context, Evaluation, RoleSpec
 from .heads import last_scores, policy_log_probs, score_batch, token_values
 from .samples import NUM_CARDS, sample_dialogues
@@ -308,7 +308,8 @@ def minibatches(ctx: Context, x, *fields: str) -> Iterator[tuple[int, dict[str, 
         seed = (ctx.config.seed * 1_000_003 + ctx.state.iteration) * 1_009 + epoch
         order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed))
         for i, rows in enumerate(order.split(size)):
-            yield epoch * config.num_minibatches + i, {name: getattr(x, name)[rows] for name in fields}
+            batch = {name: getattr(x, name)[rows] for name in fields}
+            yield epoch * config.num_minibatches + i, {"samples": rows, **batch}
 
 
 def _response_log_probs(ctx: Context, role: RoleModel, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -336,23 +337,13 @@ def _scores(ctx: Context, reward: RoleModel, x) -> Work:
 
 
 def _call_reward(ctx: Context, x) -> Tensor:
-    """Scores of the user's function, checked.
-
-    Raises:
-        ValueError: it did not return one finite number for each response.
-    """
+    """Scores of the user's function."""
     assert ctx.reward_fn is not None
     rows = [row[:n] for row, n in zip(x.tokens.tolist(), x.lengths.tolist(), strict=True)]
     prompts, responses = x.prompts, [row[len(p) :] for row, p in zip(rows, x.prompts, strict=True)]
-    prompt_texts, texts = ([ctx.tokenizer.decode(ids) for ids in part] for part in (prompts, responses))
-    scores = list(ctx.reward_fn(prompt_texts, texts, prompts, responses))
-    name = ctx.config.reward.fn
-    if len(scores) != len(prompts):
-        raise ValueError(f"reward.fn={name} gave {len(scores)} scores for {len(prompts)} responses")
-    for i, value in enumerate(scores):
-        if not math.isfinite(value):
-            raise ValueError(f"reward.fn={name} gave {value} for response {i}: {texts[i]!r}")
-    return torch.tensor(scores, dtype=torch.float32)
+    asked, said = ([ctx.tokenizer.decode(ids) for ids in part] for part in (prompts, responses))
+    reward = ctx.config.reward
+    return reward_function.call(ctx.reward_fn, reward.fn or "", reward.timeout, asked, said, prompts, responses)
 
 
 def _shape_scores(ctx: Context, scores: Tensor, finished: Tensor) -> Tensor:

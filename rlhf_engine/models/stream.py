@@ -23,9 +23,11 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from ..guard import numbered
 from ..metrics import Metrics
 from ..plan.flops import BACKWARD, forward_flops
 from ..trace import Trace
+from .optim import gradient_tensors
 from .residency import Presence
 
 if TYPE_CHECKING:
@@ -117,12 +119,15 @@ def infer(works: Sequence[Work], trace: Trace | None = None) -> list[Tensor]:
     return results
 
 
-def train_step(works: Sequence[Work], metrics: Metrics, trace: Trace) -> None:
+def train_step(works: Sequence[Work], metrics: Metrics, trace: Trace) -> dict[str, str | None]:
     """One optimizer step of each role on its works; rows are a multiple of dp (x micro_batch_size without a budget).
 
     The loss is the sum of `fn`'s losses over the whole batch divided by the sum of its counts, whatever the split into
     replicas and micro-batches; of several works of one role, the sum of all their losses divided by that of all counts.
     Statistics (sums over the same count) become `role/name` metrics.
+
+    Returns:
+        For each role None, or what was not finite, its loss or a gradient, and where: then it is as it was before.
     """
     roles = list(dict.fromkeys(work.role for work in works))
     with contextlib.ExitStack() as stack:
@@ -130,32 +135,76 @@ def train_step(works: Sequence[Work], metrics: Metrics, trace: Trace) -> None:
             stack.enter_context(role.on_device(Presence.TRAINING))
             role.module.zero_grad_buffer()
             role.optimizer.zero_grad()
-        _step(works, roles, metrics, trace)
+        return _step(works, roles, metrics, trace)
 
 
-def _step(works: Sequence[Work], roles: Sequence[RoleModel], metrics: Metrics, trace: Trace) -> None:
+def _step(works: Sequence[Work], roles: Sequence[RoleModel], metrics: Metrics, trace: Trace) -> dict[str, str | None]:
     totals = [torch.zeros([], dtype=torch.int, device=role.mesh.device) for role in roles]
-    for work, results in zip(works, _run(works, trace, forward_only=False), strict=True):
-        name, lengths = work.role.name, work.batch["lengths"]
+    outcomes = _run(works, trace, forward_only=False)
+    for work, results in zip(works, outcomes, strict=True):
+        lengths = work.batch["lengths"]
         masks = [work.batch[key] for key in ("response_mask", "loss_mask") if key in work.batch]
         outputs = int(masks[0].sum()) if masks else len(lengths)
         trace.count((1 + BACKWARD) * forward_flops(work.role.model, work.role.head, lengths.tolist(), outputs))
-        for loss, count, statistics in results:
+        for _, count, _, _ in results:
             totals[roles.index(work.role)] += count
-            metrics.add(f"{name}/loss", loss, count)
-            for key, value in statistics.items():
-                metrics.add(f"{name}/{key}", value, count)
-        padded = sum(rows.numel() * width for rows, width in work.split())
-        metrics.add(f"throughput/{name}_padding", padded - int(lengths.sum()), padded)
     for role, total in zip(roles, totals, strict=True):
         # Reduces the gradients over the replicas and divides them by the total of all counts. Neither the schedule nor
         # DDP has divided them by anything, as `calculate_per_token_loss` asks.
         finalize_model_grads([role.module], total)
+    problems = _problems(works, outcomes, roles)
+    for work, results in zip(works, outcomes, strict=True):
+        name = work.role.name
+        for loss, count, statistics, _ in results if problems[name] is None else ():
+            metrics.add(f"{name}/loss", loss, count)
+            for key, value in statistics.items():
+                metrics.add(f"{name}/{key}", value, count)
+        padded = sum(rows.numel() * width for rows, width in work.split())
+        metrics.add(f"throughput/{name}_padding", padded - int(work.batch["lengths"].sum()), padded)
+    for role in roles:
         learning_rate = role.optimizer.param_groups[0]["lr"]
-        _, grad_norm, _ = role.optimizer.step()
-        role.scheduler.step(1)
-        metrics.record(f"{role.name}/grad_norm", grad_norm)
+        if problems[role.name] is None:
+            _, grad_norm, _ = role.optimizer.step()
+            metrics.record(f"{role.name}/grad_norm", grad_norm)
+        role.scheduler.step(1)  # of a skipped update too: it counts what the phase has behind it
         metrics.record(f"{role.name}/learning_rate", learning_rate)
+    return problems
+
+
+def _problems(works: Sequence[Work], outcomes: Sequence[list], roles: Sequence[RoleModel]) -> dict[str, str | None]:
+    """For each role what is not finite, the same on all ranks; that everything is, is found in one pass."""
+    mesh = roles[0].mesh
+    sums = []
+    for role in roles:
+        parts = [buffer.sum() for buffer in gradient_tensors(role.module)]
+        parts += [r[0] for work, results in zip(works, outcomes, strict=True) if work.role is role for r in results]
+        sums.append(torch.stack([part.float() for part in parts]).sum())
+    bad = mesh.any_rank(~torch.stack(sums).isfinite())
+    problems: dict[str, str | None] = {}
+    for role, is_bad in zip(roles, bad, strict=True):
+        problems[role.name] = _problem(works, outcomes, role) if is_bad else None
+    return problems
+
+
+def _problem(works: Sequence[Work], outcomes: Sequence[list], role: RoleModel) -> str:
+    """What of a role is not finite: the loss, and of which samples, or a gradient, and of which parameter."""
+    samples: list[int] = []
+    for work, results in zip(works, outcomes, strict=True):
+        if work.role is not role:
+            continue
+        numbers = work.batch.get("samples", torch.arange(len(work.batch["tokens"])))
+        for (rows, _), (loss, _, _, row_sums) in zip(work.split(), results, strict=False):
+            if not loss.isfinite():
+                mine = rows[role.mesh.dp_rank]
+                fields = [f[mine].flatten(1) if f.dim() > 1 else f[mine, None] for f in work.batch.values()]
+                suspects = ~torch.cat([row_sums.cpu()[:, None], *(f.float() for f in fields)], 1).isfinite().all(1)
+                samples += numbers[mine][suspects if suspects.any() else slice(None)].tolist()
+    gradients = [name for name, p in role.gpt.named_parameters() if not p.main_grad.sum().isfinite()]
+    parts = role.mesh.all_gather_object((samples, gradients))
+    if found := sorted({sample for part, _ in parts for sample in part}):
+        return f"the loss of {role.name} is not finite at {numbered(found)}"
+    names = [name for _, part in parts for name in part]
+    return f"the gradient of {role.name} is not finite in {names[0] if names else 'a sum over the replicas'}"
 
 
 def _run(works: Sequence[Work], trace: Trace, forward_only: bool) -> list[list[Any]]:
@@ -217,7 +266,9 @@ class _Stream:
             if forward_only:
                 return work.fn(output, batch)
             loss, count, statistics = work.fn(output, batch)
-            return loss, count.to(torch.int), (loss.detach(), count, statistics)
+            # a row of outputs that is not finite shows in its sum, and which it was is asked when the loss is not
+            row_sums = output.detach().float().flatten(1).sum(1)
+            return loss, count.to(torch.int), (loss.detach(), count, statistics, row_sums)
 
         return output, finish
 

@@ -1,0 +1,74 @@
+"""Numbers gone bad: what is said of them, how many updates in a row they cost, and when a run is to stop."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from .config import GuardConfig
+from .signals import RunError
+
+_LIMITED = {"kl/mean": "max_kl", "rollout/log_prob_gap": "max_log_prob_gap"}  # figures, and keys with their limits
+_NAMED = 8  # samples that a line names
+
+
+class NotFinite(ArithmeticError):
+    """A stage gave numbers that are not finite: no update of this iteration can be made with them."""
+
+
+class BadNumbers(RunError):
+    """Too many updates were skipped, or a figure is beyond its limit. The run is saved as it was before."""
+
+    code = os.EX_DATAERR  # 65, of sysexits.h
+
+
+class Guard:
+    """Counts. Every rank tells it the same and comes to the same conclusion.
+
+    Args:
+        speaks: whether this rank prints.
+    """
+
+    def __init__(self, config: GuardConfig, speaks: bool):
+        self.config, self.speaks = config, speaks
+        self._in_a_row: Counter[str] = Counter()
+        self._skipped: Counter[str] = Counter()  # in this iteration
+
+    def stepped(self, role: str, problem: str | None = None) -> None:
+        """A role was updated, or was not because of `problem`."""
+        if problem is None:
+            self._in_a_row[role] = 0
+            return
+        self._in_a_row[role] += 1
+        self._skipped[role] += 1
+        self._say(f"{problem}; update skipped, {self._in_a_row[role]} in a row")
+
+    def look(self, figures: Mapping[str, float]) -> tuple[dict[str, float], str | None]:
+        """At the end of an iteration: the updates that it cost, `skipped/ROLE`, and why to stop the run, if there is
+        a reason."""
+        reasons = [
+            f"{role}: {count} updates in a row were skipped (guard.max_bad_steps={self.config.max_bad_steps})"
+            for role, count in self._in_a_row.items()
+            if count >= self.config.max_bad_steps
+        ]
+        for name, key in _LIMITED.items():
+            limit = getattr(self.config, key)
+            if limit is not None and figures.get(name, 0.0) > limit:
+                beyond = f"{name} is {figures[name]:.4g}, above guard.{key}={limit:g}"
+                self._say(f"warning: {beyond}")
+                if self.config.stop:
+                    reasons.append(beyond)
+        skipped = {f"skipped/{role}": float(count) for role, count in self._skipped.items()}
+        self._skipped.clear()
+        return skipped, reasons[0] if reasons else None
+
+    def _say(self, line: str) -> None:
+        if self.speaks:
+            print(line, flush=True)
+
+
+def numbered(samples: Sequence[int]) -> str:
+    """Samples as a line names them."""
+    more = f" and {len(samples) - _NAMED} more" if len(samples) > _NAMED else ""
+    return f"sample{'s' if len(samples) > 1 else ''} {', '.join(map(str, samples[:_NAMED]))}{more}"

@@ -1,0 +1,229 @@
+"""Checkpoints that are damaged, that cannot be written, that pile up, that are written while weights change."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import cases
+import pytest
+import torch
+from conftest import ROOT, SMALL
+
+from rlhf_engine import manifest
+from rlhf_engine.config import CheckpointConfig, OptimizerConfig
+
+# -- on the ranks --------------------------------------------------------------------------------------------
+
+
+def policy(overrides: list[str], layout: tuple):
+    from rlhf_engine.algorithms.context import RoleSpec
+    from rlhf_engine.trainer import build_role
+
+    ctx = cases.context(overrides, layout)
+    return ctx.mesh, build_role(ctx, "policy", RoleSpec("lm", optimizer=OptimizerConfig()))
+
+
+@torch.no_grad()
+def fill(role, value: float) -> None:
+    """Every weight, and every moment of Adam, is `value`."""
+    from rlhf_engine.models.optim import optimizer_tensors
+
+    for tensor in (*role.gpt.parameters(), *optimizer_tensors(role.optimizer, ())):
+        tensor.fill_(value)
+
+
+def save(overrides: list[str], layout: tuple, folder: str, iterations: list[int], full: int | None = None, **config):
+    """Saves a policy whose weights are the iteration's number. Gives what was said, and what `finish` said of each.
+
+    Args:
+        full: a rank whose files cannot grow.
+    """
+    from rlhf_engine.checkpoint import Checkpoints
+
+    mesh, role = policy(overrides, layout)
+    said, answers = io.StringIO(), []
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with contextlib.redirect_stdout(said):
+        checkpoints = Checkpoints(Path(folder), mesh, CheckpointConfig(**config))
+        checkpoints.newest()
+        for iteration in iterations:
+            fill(role, iteration)
+            if mesh.rank == full:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (50, limits[1]))
+            try:
+                checkpoints.save(iteration, {"policy": role}, {"iteration": iteration})
+                fill(role, -1.0)  # as the next step would, while the thread writes
+                answers.append(checkpoints.finish())
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    return said.getvalue(), answers
+
+
+def load(overrides: list[str], layout: tuple, folder: str, is_finished: bool = False):
+    """What is found, its state, its weights (which are all the same), and what was said; an error in its place."""
+    from rlhf_engine.checkpoint import Checkpoints
+    from rlhf_engine.checkpoint import load as load_checkpoint
+    from rlhf_engine.config import ConfigError
+    from rlhf_engine.models.optim import optimizer_tensors
+
+    mesh, role = policy(overrides, layout)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        try:
+            found = Checkpoints(Path(folder), mesh, CheckpointConfig()).newest(is_finished)
+        except ConfigError as error:
+            return str(error), None, None, said.getvalue()
+    if found is None:
+        return None, None, None, said.getvalue()
+    state = load_checkpoint(found, {"policy": role})
+    tensors = [*role.gpt.parameters(), *optimizer_tensors(role.optimizer, ())]
+    return found.name, state, {float(v) for t in tensors for v in t.unique()}, said.getvalue()
+
+
+# -- the tests -----------------------------------------------------------------------------------------------
+
+TWO = (2, 1, 1)  # every rank writes a file
+
+
+@pytest.fixture(scope="module")
+def overrides(tmp_path_factory) -> list[str]:
+    return [*SMALL, "phases=[sft]", f"output_dir={tmp_path_factory.mktemp('run')}"]
+
+
+@pytest.fixture
+def three(worlds, overrides, tmp_path) -> Path:
+    """Checkpoints of iterations 2, 4 and 6."""
+    folder = tmp_path / "checkpoints"
+    results = worlds(2).run(save_three, overrides, str(folder))
+    assert results == [("", [True] * 3)] * 2
+    return folder
+
+
+def save_three(overrides: list[str], folder: str):
+    return save(overrides, TWO, folder, [2, 4, 6], keep_last=3)
+
+
+def kept(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def flip(folder: Path) -> str:
+    path = folder / "__1_0.distcp"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    return "__1_0.distcp has another checksum"
+
+
+def delete(folder: Path) -> str:
+    (folder / "__0_0.distcp").unlink()
+    return "__0_0.distcp: No such file"
+
+
+def truncate(folder: Path) -> str:
+    path = folder / ".metadata"
+    path.write_bytes(path.read_bytes()[:-1])
+    return ".metadata has"
+
+
+def no_manifest(folder: Path) -> str:
+    (folder / manifest.NAME).write_text("{")
+    return "manifest.json cannot be read"
+
+
+def nowhere(folder: Path) -> str:
+    (folder.parent / "latest").write_text("iteration_7")
+    folder.rename(folder.parent / "iteration_8")  # of an earlier, longer run
+    return "iteration_7 is damaged: it is not there"
+
+
+@pytest.mark.parametrize("harm", [flip, delete, truncate, no_manifest, nowhere])
+def test_a_damaged_one_is_named_and_the_one_before_it_is_used(worlds, overrides, three, harm):
+    line = harm(three / "iteration_6")
+    results = worlds(2).run(load, overrides, (1, 1, 2), str(three))  # two replicas read what TP 2 has written
+    for name, state, weights, _ in results:
+        assert (name, state, weights) == ("iteration_4", {"iteration": 4}, {4.0})
+    said = results[0][3]
+    assert line in said and said.count("\n") == 1 and results[1][3] == ""
+    error = worlds(2).run(load, overrides, TWO, str(three), True)[0][0]
+    assert "finished phase" in error and "iteration_" in error
+    # the run goes on from there and leaves nothing of what it did not build on
+    assert worlds(2).run(save, overrides, TWO, str(three), [6])[0][1] == [True]
+    newest = (three / "latest").read_text()
+    assert newest in ("iteration_6", "iteration_6.1") and kept(three) == ["iteration_4", newest, "latest"]
+    assert manifest.damage(three / newest) is None
+
+
+def test_where_none_is_whole_the_run_is_refused(worlds, overrides, three):
+    for n in (2, 4, 6):
+        flip(three / f"iteration_{n}")
+    error, _, _, said = worlds(2).run(load, overrides, TWO, str(three))[0]
+    assert "no checkpoint in" in error and "is whole" in error and said.count("is damaged") == 3
+
+
+def test_a_lost_pointer_and_half_a_save(worlds, overrides, three):
+    """As a kill before the first `latest`, and one in the middle of a save, leave them."""
+    (three / "latest").unlink()
+    (three / "saving").mkdir()
+    (three / "saving" / "__0_0.distcp").write_bytes(b"half")
+    assert worlds(2).run(load, overrides, TWO, str(three))[0][:3] == ("iteration_6", {"iteration": 6}, {6.0})
+    worlds(2).run(save, overrides, TWO, str(three), [8])
+    assert kept(three) == ["iteration_6", "iteration_8", "latest"]
+
+
+def test_which_are_kept(worlds, overrides, tmp_path):
+    worlds(2).run(save_many, overrides, str(tmp_path))
+    assert kept(tmp_path) == ["iteration_10", "iteration_11", "iteration_5", "latest"]
+    # going back: what lies beyond is no part of this run
+    (tmp_path / "latest").write_text("iteration_5")
+    worlds(2).run(save, overrides, TWO, str(tmp_path), [6])
+    assert kept(tmp_path) == ["iteration_5", "iteration_6", "latest"]
+    assert (tmp_path / "latest").read_text() == "iteration_6"
+
+
+def save_many(overrides: list[str], folder: str):
+    return save(overrides, TWO, folder, [4, 5, 6, 10, 11], keep_last=2, keep_every=5)
+
+
+@pytest.mark.parametrize("full", [0, 1])
+def test_a_full_disk(worlds, overrides, three, full):
+    """One rank cannot write: it is said, nothing changes, and later there is room again."""
+    before = kept(three)
+    for rank, (said, answers) in enumerate(worlds(2).run(save, overrides, TWO, str(three), [8], full)):
+        assert answers == [False]
+        if rank == 0:
+            assert "checkpoint of iteration 8 not saved" in said and f"(rank {full})" in said
+            assert "iteration_6 is kept" in said and said.count("\n") == 1
+    assert kept(three) == before and (three / "latest").read_text() == "iteration_6"
+    assert worlds(2).run(save, overrides, TWO, str(three), [8])[0][1] == [True]
+    assert worlds(2).run(load, overrides, TWO, str(three))[0][:3] == ("iteration_8", {"iteration": 8}, {8.0})
+
+
+def test_a_run_on_a_full_disk(tmp_path):
+    """It trains to its end, saying at each save that it failed, and then ends in one line."""
+    command = [*SMALL, "phases=[sft]", "mesh.dp=1", "sft.save_every=1", f"output_dir={tmp_path}"]
+    size = 400_000  # bytes: more than a tokenizer and less than a checkpoint
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "launch" / "run.py"), *command], capture_output=True, text=True, timeout=120,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
+    )  # fmt: skip
+    assert result.returncode == 1 and result.stdout.count(" not saved: ") == 3, result.stdout + result.stderr
+    assert (
+        result.stderr.startswith("error: sft: what follows needs the last checkpoint")
+        and "\n" not in result.stderr[:-1]
+    )
+    assert (tmp_path / "sft" / "metrics.jsonl").read_text().count("\n") == 3
+    assert list((tmp_path / "sft" / "checkpoints").iterdir()) == []
+
+
+def test_a_manifest_names_every_file(three):
+    folder = three / "iteration_6"
+    entries = json.loads((folder / manifest.NAME).read_text())
+    assert set(entries) == {path.name for path in folder.iterdir()} - {manifest.NAME}
+    assert sum(size for size, _ in entries.values()) == sum((folder / name).stat().st_size for name in entries)
