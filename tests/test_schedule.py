@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,13 @@ from rlhf_engine.schedule import Schedule, ScheduleError, Stage
 from rlhf_engine.trace import Trace
 
 CTX = SimpleNamespace(
-    roles={}, metrics=Metrics(), trace=Trace(), config=RunConfig(), mesh=SimpleNamespace(pp=1, rank=0)
+    roles={},
+    metrics=Metrics(),
+    trace=Trace(),
+    config=RunConfig(),
+    mesh=SimpleNamespace(pp=1, rank=0),
+    watch=contextlib.nullcontext,
+    state=SimpleNamespace(iteration=0),
 )
 ROLES = ("policy", "reference", "reward", "critic")
 
