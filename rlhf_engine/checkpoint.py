@@ -32,7 +32,7 @@ from . import manifest
 from .config import CheckpointConfig, ConfigError
 from .cpu import cuda_calls_stay
 from .mesh import ParallelMesh
-from .models.optim import load_optimizer
+from .models.optim import load_optimizer, optimizer_tensors
 from .models.residency import Presence
 from .models.role import RoleModel
 
@@ -215,9 +215,9 @@ class _Writing:
                     tree[name]["scheduler"] = role.scheduler.state_dict()
             with _without_common_errors() as errors:
                 dist_checkpointing.save(tree, str(target), self.plan, async_sharded_save=True, **_STRATEGY)
-            # tensors on the CPU are the weights themselves, which the next step changes
+            live = _storages(roles)
             buckets = [
-                (path, file, (data, [(item, part.cpu() if part.is_cuda else part.clone()) for item, part in tensors]))
+                (path, file, (data, [(item, _copied(part, live)) for item, part in tensors]))
                 for path, file, (data, tensors) in self.plan.writer.write_buckets
             ]
         self.plan.writer.write_buckets = None
@@ -246,6 +246,20 @@ class _Writing:
                 self._written[bucket[1]] = manifest.entry(Path(bucket[0]))
         except (OSError, RuntimeError) as error:
             self._error = self._error or str(error).splitlines()[0]
+
+
+def _storages(roles: Mapping[str, RoleModel]) -> set[int]:
+    """Where the memory is that the next step changes."""
+    held: list[torch.Tensor] = []
+    for role in roles.values():
+        if role.is_trained:
+            held += [*role.gpt.parameters(), *role.gpt.buffers(), *optimizer_tensors(role.optimizer, ())]
+    return {tensor.untyped_storage().data_ptr() for tensor in held}
+
+
+def _copied(tensor: torch.Tensor, live: set[int]) -> torch.Tensor:
+    """A tensor in host memory that nobody changes. Megatron has copied most of them when it planned."""
+    return tensor.clone() if tensor.is_cpu and tensor.untyped_storage().data_ptr() in live else tensor.cpu()
 
 
 def load(checkpoint: Path, roles: Mapping[str, RoleModel]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT, SMALL
 
 from rlhf_engine import manifest
-from rlhf_engine.config import CheckpointConfig, OptimizerConfig
+from rlhf_engine.config import CheckpointConfig
 
 # -- on the ranks --------------------------------------------------------------------------------------------
 
@@ -26,7 +26,7 @@ def policy(overrides: list[str], layout: tuple):
     from rlhf_engine.trainer import build_role
 
     ctx = cases.context(overrides, layout)
-    return ctx.mesh, build_role(ctx, "policy", RoleSpec("lm", optimizer=OptimizerConfig()))
+    return ctx.mesh, build_role(ctx, "policy", RoleSpec("lm", optimizer=ctx.config.sft.optimizer))
 
 
 @torch.no_grad()
@@ -158,6 +158,16 @@ def test_a_damaged_one_is_named_and_the_one_before_it_is_used(worlds, overrides,
     newest = (three / "latest").read_text()
     assert newest in ("iteration_6", "iteration_6.1") and kept(three) == ["iteration_4", newest, "latest"]
     assert manifest.damage(three / newest) is None
+
+
+@pytest.mark.parametrize("distributed", ["true", "false"])
+def test_what_changes_while_it_is_written_is_not_in_it(worlds, overrides, tmp_path, distributed):
+    """Whoever holds weights and moments: flat buffers, or each parameter its own."""
+    settings = [*overrides, f"sft.optimizer.distributed={distributed}"]
+    for layout in ((1, 1, 2), (2, 1, 1)):
+        folder = str(tmp_path / str(layout))
+        worlds(2).run(save, settings, layout, folder, [3])
+        assert worlds(2).run(load, settings, layout, folder)[0][:3] == ("iteration_3", {"iteration": 3}, {3.0})
 
 
 def test_where_none_is_whole_the_run_is_refused(worlds, overrides, three):
