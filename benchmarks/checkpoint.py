@@ -2,7 +2,7 @@
 
     python benchmarks/checkpoint.py [--hidden 512] [--layers 8] [--ranks 2] [--saves 5]
 
-Weights, gradients' optimizer and Adam's moments of one policy, split over TP. Between two saves the ranks train for a
+Weights and Adam's moments of one policy, split over TP. Behind each save the ranks train for a
 while, so that the thread has to share the cores with them. The loop's cost is what the engine's `time/save` counts: the
 time in `save` and in the `finish` that moves `latest`. Appends to benchmarks/results/checkpoint.csv.
 """
