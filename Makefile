@@ -2,6 +2,7 @@
 # make test   install and run the tests
 # make check  style, types, layers
 # make docs   write docs/configuration.md from conf/ and rlhf_engine/config.py
+# make chaos  runs killed at random and started again, held to one that was not: RUNS=30 SEED=1
 # make bench-kernels   the kernels beside plain torch and public ones: benchmarks/results/kernels.csv and kernels.png
 # make bench-schedule  idle time of pipelines, roles apart and in one stream: benchmarks/results/schedule.csv
 # make bench-plan     plans beside measured seconds and memory: benchmarks/results/plan.csv
@@ -17,7 +18,7 @@ VENV := .venv$(shell $(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: install run test check docs bench-kernels bench-schedule bench-checkpoint bench-rollout bench-ppo bench-plan format clean
+.PHONY: install run test check docs chaos bench-kernels bench-schedule bench-checkpoint bench-rollout bench-ppo bench-plan format clean
 
 install: $(STAMP)
 
@@ -42,6 +43,9 @@ check: install
 
 docs: install
 	$(BIN)/python -m rlhf_engine.reference > docs/configuration.md
+
+chaos: install
+	$(BIN)/python -W ignore tests/chaos.py $(if $(RUNS),--runs $(RUNS)) $(if $(SEED),--seed $(SEED)) $(CHAOS)
 
 bench-kernels: install
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[bench]"

@@ -17,7 +17,7 @@ import traceback
 from rlhf_engine.compose import compose
 from rlhf_engine.config import ConfigError
 from rlhf_engine.preflight import Plan, plan
-from rlhf_engine.ranks import PARENT, Ranks, end_with_parent, free_port, launched_world
+from rlhf_engine.ranks import FINAL, PARENT, Ranks, end_with_parent, free_port, launched_world
 from rlhf_engine.reference import text
 from rlhf_engine.signals import SIGNALS, RunError, leave_at_once
 from rlhf_engine.xtuner import from_command_line
@@ -25,13 +25,26 @@ from rlhf_engine.xtuner import from_command_line
 _SECONDS_OF_SILENCE = 5.0  # of a rank that has only an echo of another one's failure to report
 
 
-def start_ranks(world_size: int, argv: list[str]) -> int:
-    """Runs this script once per rank on this machine."""
-    ranks = Ranks([sys.executable, __file__, *argv], 0, world_size, world_size, "127.0.0.1", free_port())
-    for signum in SIGNALS:
-        signal.signal(signum, lambda signum, frame: ranks.send(signum))
-    while (code := ranks.poll()) is None:
-        time.sleep(0.1)
+def start_ranks(world_size: int, argv: list[str], max_restarts: int) -> int:
+    """Runs this script once per rank on this machine, again when a rank has died, and gives its last exit code."""
+    command, asked, code = [sys.executable, __file__, *argv], False, 0
+    for left in range(max_restarts, -1, -1):
+        ranks = Ranks(command, 0, world_size, world_size, "127.0.0.1", free_port())
+
+        def pass_on(signum: int, frame: object, ranks: Ranks = ranks) -> None:
+            nonlocal asked
+            asked = True
+            ranks.send(signum)
+
+        for signum in SIGNALS:
+            signal.signal(signum, pass_on)
+        while (found := ranks.poll()) is None:
+            time.sleep(0.1)
+        code = found
+        if code in FINAL or asked:
+            break
+        if left:
+            print(f"exit code {code}: starting again, {left - 1} of max_restarts={max_restarts} left", flush=True)
     return code
 
 
@@ -86,7 +99,7 @@ def main(argv: list[str]) -> int:
             print(f"error: {error}", file=sys.stderr)
         return 2
     if world_size is None:
-        return start_ranks(checked.world_size, argv)
+        return start_ranks(checked.world_size, argv, checked.config.max_restarts)
     theirs, _ = from_command_line(argv)
     if theirs is not None and os.environ["RANK"] == "0":
         print(theirs.table(), flush=True)

@@ -53,5 +53,5 @@ def compose(overrides: Sequence[str]) -> RunConfig:
             composed = compose("config", overrides=overrides)
         values = OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(" ".join(str(error).split())) from None
+        raise ConfigError(str(error)) from None
     return from_dict(RunConfig, values)  # type: ignore[arg-type]

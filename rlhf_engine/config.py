@@ -19,10 +19,15 @@ Phase = Literal["sft", "reward", "ppo", "score", "generate"]
 ROLES = ("policy", "critic", "reference", "reward")
 JOBS = frozenset({"score", "generate"})  # phases that read a file and write a file
 DeviceName = Literal["cpu", "a100", "h100", "h200", "b200"]
+_LONGEST_LINE = 1500  # characters of an error
 
 
 class ConfigError(ValueError):
-    """A run that cannot start, in one line for its user."""
+    """A run that cannot start, in one line for its user, whatever of theirs the message quotes."""
+
+    def __init__(self, message: str):
+        line = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))
+        super().__init__(line if len(line) <= _LONGEST_LINE else line[:_LONGEST_LINE] + "…")
 
 
 @dataclass
@@ -304,6 +309,9 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     timeout: TimeoutConfig = field(default_factory=TimeoutConfig)
+    # when a rank dies, start again from the last checkpoint, so often at most; by plain Python and Ray (other launchers
+    # have a setting of their own, docs/launching.md)
+    max_restarts: int = 0
 
     @property
     def starts_nothing(self) -> bool:
@@ -325,7 +333,7 @@ _AT_LEAST: dict[str, float] = {
     **dict.fromkeys(
         ("iterations", "eval_every", "critic_warmup_iterations", "warmup_steps", "top_k", "min_p", "min_new_tokens",
          "seed", "end_id", "lr", "min_lr", "weight_decay", "beta1", "beta2", "eps", "clip_grad", "kl_coef", "gamma",
-         "gae_lambda", "max_log_prob_gap", "clip_ratio", "clip_value", "coef", "init_std"),
+         "gae_lambda", "max_log_prob_gap", "clip_ratio", "clip_value", "coef", "init_std", "max_restarts"),
         0,
     ),
 }  # fmt: skip
@@ -386,14 +394,15 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{key}={value!r} is not a list: write {key}=[{value}]")
         return [_convert(args[0], item, key) for item in value]
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+    is_number = hint in (int, float)
+    kinds = (int, float) if hint is float else hint
+    if not isinstance(value, kinds) or (is_number and isinstance(value, bool)):
         raise ConfigError(f"{key}={value!r} is not a {_KIND[hint]}")
-    if hint in (int, float):
+    if is_number:
         name = key.split(".")[-1]
         if not -(2**62) < value < 2**62:  # NaN and infinities too
             raise ConfigError(f"{key}={value} is not a finite number")
+        value = hint(value)
         if value < _AT_LEAST.get(name, value):
             raise ConfigError(f"{key}={value} must be at least {_AT_LEAST[name]}")
         if name in _POSITIVE and value <= 0:
@@ -434,6 +443,8 @@ def check(config: RunConfig, mesh: MeshConfig, model: ModelConfig, reward: Model
     Raises:
         ConfigError: names the keys and what would be right.
     """
+    if config.rerun and config.max_restarts:
+        raise ConfigError(f"max_restarts={config.max_restarts} with rerun=true would run finished phases once more")
     if not config.phases:
         raise ConfigError(f"phases is empty: choose from {', '.join(typing.get_args(Phase))}")
     for each in (model, reward):

@@ -8,7 +8,7 @@ log p(tokens[b, t] | tokens[b, :t]) and `values[b, t]` was computed at position 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 import torch.nn.functional as F
@@ -40,9 +40,19 @@ class Experience:
     advantages: Tensor | None = None  # (B, T) float32, not whitened yet
     advantage_moments: Tensor | None = None  # (B, 3) float32, count, mean and variance of the whole batch's
     returns: Tensor | None = None  # (B, T) float32
+    # how far the iteration has come with it
+    stages: list[str] = field(default_factory=list)  # that are done
+    steps: dict[str, int] = field(default_factory=dict)  # updates that each train stage has made
+
+    def widen(self, multiple: int) -> None:
+        """Pads the rows to a multiple of tokens, as `pad_rows` does, for a mesh that they were not made on."""
+        missing = -self.tokens.shape[1] % multiple if self.tokens is not None else 0
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor) and value.dim() == 2 and name != "advantage_moments":
+                setattr(self, name, F.pad(value, (0, missing)))
 
 
-FIELDS = frozenset(field.name for field in fields(Experience))
+FIELDS = frozenset(field.name for field in fields(Experience)) - {"stages", "steps"}  # that stages read and write
 
 
 def pad_rows(rows: Sequence[Sequence[int]], multiple: int = 1, value: int = 0) -> tuple[Tensor, Tensor]:

@@ -53,7 +53,8 @@ def score(ctx: Context, policy: RoleModel) -> None:
             part = order[start : start + _ROWS_AT_ONCE]
             padded, lengths = pad_rows([tokens[i] for i in part], ctx.mesh.tp)
             mask = spans(torch.ones_like(lengths), lengths, padded.shape[1])
-            both = policy.infer({"tokens": padded, "lengths": lengths, "mask": mask}, fn, _MICRO_BATCH)
+            with ctx.watch(f"the scoring of rows from {start + 1} on"):
+                both = policy.infer({"tokens": padded, "lengths": lengths, "mask": mask}, fn, _MICRO_BATCH)
             for k, i in enumerate(part):
                 log_probs, entropy = both[k, :, : len(tokens[i])].tolist()
                 output.rows[i] = {
@@ -77,14 +78,10 @@ def generate(ctx: Context, policy: RoleModel) -> None:
     with _Output(ctx) as output:
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
-            found = rollout(
-                policy,
-                prompts[part],
-                keys[part],
-                ctx.config.rollout,
-                tokenizer.end_ids,
-                decode=tokenizer.decode,
-            )
+            with ctx.watch(f"the responses from {start + 1} on"):
+                found = rollout(
+                    policy, prompts[part], keys[part], ctx.config.rollout, tokenizer.end_ids, decode=tokenizer.decode
+                )
             for i, response in enumerate(found, start):
                 output.rows[i] = {
                     "prompt": clean(rows[i].get("prompt", ctx.tokenizer.decode(prompts[i]))),

@@ -30,9 +30,10 @@ class Logbook:
 
     Args:
         resumed_at: iterations done before; later lines of an earlier attempt are cut from metrics.jsonl.
+        is_within: the next one has begun.
     """
 
-    def __init__(self, folder: Path, phase: str, total: int, resumed_at: int, is_main: bool):
+    def __init__(self, folder: Path, phase: str, total: int, resumed_at: int, is_main: bool, is_within: bool = False):
         self.folder, self.phase, self.total, self.is_main = folder, phase, total, is_main
         self.started, self.resumed_at = time.monotonic(), resumed_at
         self.last_line = 0.0
@@ -47,9 +48,10 @@ class Logbook:
         self.file = path.open("a")
         from torch.utils.tensorboard import SummaryWriter
 
-        self.tensorboard = SummaryWriter(str(folder), purge_step=resumed_at or None)
-        if resumed_at:
-            print(f"{phase}: resuming at iteration {resumed_at} of {total}", flush=True)
+        self.tensorboard = SummaryWriter(str(folder), purge_step=resumed_at)
+        if resumed_at or is_within:
+            place = f"{'within' if is_within else 'at'} iteration {resumed_at + is_within}"
+            print(f"{phase}: resuming {place} of {total}", flush=True)
 
     def write(self, row: dict[str, float]) -> None:
         """One iteration's figures."""
@@ -72,14 +74,15 @@ class Logbook:
                 flush=True,
             )
 
-    def stop(self, done: int, is_saved: bool) -> None:
-        """The phase was asked to stop, after so many iterations."""
+    def stop(self, done: int, is_saved: bool, is_within: bool = False) -> None:
+        """The phase was asked to stop, after so many iterations or within the next one."""
         if not self.is_main:
             return
         self.file.close()
         self.tensorboard.close()
         saved = "and saved" if is_saved else "and could not save"
-        print(f"{self.phase}: stopped at iteration {done} of {self.total} {saved}: start the same again", flush=True)
+        place = f"{'within' if is_within else 'at'} iteration {done + is_within}"
+        print(f"{self.phase}: stopped {place} of {self.total} {saved}: start the same again", flush=True)
 
     def finish(self, figures: dict[str, float]) -> None:
         """The held-out figures at the end of the phase."""

@@ -6,8 +6,10 @@ Between stages every rank holds the whole Experience on its CPU. A stage takes i
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
+import socket
 from datetime import timedelta
 from typing import Any
 
@@ -41,7 +43,9 @@ class ParallelMesh:
             use_cpu()
             self.device = torch.device("cpu")
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
+            limit = timedelta(seconds=timeout)
+            found = {} if "TORCHELASTIC_USE_AGENT_STORE" in os.environ else meeting_place(limit)
+            dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=limit, **found)
         parallel_state.initialize_model_parallel(
             config.tp, config.pp, expert_model_parallel_size=config.ep, expert_tensor_parallel_size=config.tp
         )
@@ -170,3 +174,16 @@ class ParallelMesh:
 
     def barrier(self) -> None:
         dist.barrier()
+
+
+def meeting_place(timeout: timedelta) -> dict[str, Any]:
+    """The store where the ranks meet, hosted by rank 0, and this rank's place. It listens at `MASTER_ADDR` alone, where
+    torch's own would listen on all interfaces; at all of them only where the address is not one of this machine."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    host: dict[str, Any] = {"is_master": rank == 0}
+    if rank == 0:
+        with contextlib.suppress(OSError):
+            host["master_listen_fd"] = socket.create_server((address, port), backlog=world_size).detach()
+    store = dist.TCPStore(address, port, world_size, timeout=timeout, **host)
+    return {"store": store, "rank": rank, "world_size": world_size}

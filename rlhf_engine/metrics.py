@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -30,6 +31,22 @@ class Metrics:
         """Records the (masked) mean of something that every rank knows whole."""
         weight = mask.float() if mask is not None else values.new_ones(values.shape)
         self.record(name, (values * weight).sum() / weight.sum().clamp_min(1))
+
+    def held(self, mesh: ParallelMesh) -> dict[str, Any]:
+        """What all ranks have collected so far, for `hold` of a run that goes on from here."""
+        mine = {n: [x.cpu() if isinstance(x, Tensor) else x for x in entry] for n, entry in self._partial.items()}
+        parts = mesh.all_gather_object(mine if mesh.tp_rank == 0 else {})
+        return {"layout": [mesh.tp, mesh.pp, mesh.dp], "parts": parts, "whole": self._whole}
+
+    def hold(self, held: dict[str, Any], mesh: ParallelMesh) -> None:
+        """Goes on collecting where `held` was: on the same mesh to the last digit, on another up to rounding."""
+        self._whole = dict(held["whole"])
+        if held["layout"] == [mesh.tp, mesh.pp, mesh.dp]:
+            self._partial = held["parts"][mesh.rank]
+        elif mesh.is_main:
+            for part in held["parts"]:
+                for name, (total, count) in part.items():
+                    self.add(name, total, count)
 
     def reduce(self, mesh: ParallelMesh, flags: Sequence[bool] = ()) -> tuple[dict[str, float], list[bool]]:
         """Every figure, and of each flag whether any rank raised it, the same on all ranks. Clears the collection."""

@@ -14,9 +14,11 @@ import sys
 import time
 from collections.abc import Sequence
 
-from .signals import STOPPED
+from .signals import STOPPED, RunError
 
 PARENT = "RLHF_ENGINE_PARENT"  # process id of who started this rank and watches it
+# Exit codes after which there is nothing to start again: finished, refused, asked to stop, or it would be no better.
+FINAL = {0, 2, os.EX_DATAERR, RunError.code, STOPPED, 128 + signal.SIGINT}
 _SECONDS_TO_END = 30.0  # between the first rank's exit with STOPPED and the last one's
 
 
@@ -110,6 +112,8 @@ class Ranks:
     def end(self, code: int) -> None:
         """Has them end, because one here or elsewhere exited with `code`: at once, unless that says that all will."""
         self.code = code
+        if code == STOPPED:  # those that are saving go on, and those that have nothing to save do not wait for the one
+            self.send(signal.SIGTERM)
         self.deadline = time.monotonic() + (_SECONDS_TO_END if code == STOPPED else 0)
 
     def poll(self) -> int | None:

@@ -19,6 +19,7 @@ from .config import ScheduleConfig
 from .experience import FIELDS, Experience
 from .guard import NotFinite, numbered
 from .models.residency import Presence
+from .signals import Stop
 
 if TYPE_CHECKING:
     from .algorithms.context import Context
@@ -80,15 +81,17 @@ class Schedule:
                 raise ScheduleError(f"stage {stage.name} reads {', '.join(sorted(missing))} before a stage writes it")
             written |= set(stage.writes)
 
-    def groups(self, config: ScheduleConfig, pp: int, offloaded: Collection[str]) -> list[list[Stage]]:
-        """Stages that run together, in their order.
+    def groups(
+        self, config: ScheduleConfig, pp: int, offloaded: Collection[str], done: Collection[str] = ()
+    ) -> list[list[Stage]]:
+        """Stages that run together, in their order, without those that are done.
 
         Neighbouring `infer` stages, and neighbouring `train` stages, share one pipeline unless one of them reads what
         another writes. Without a pipeline there is nothing to gain, and roles kept off the device (`offloaded`) are
         not brought there together.
         """
         found: list[list[Stage]] = []
-        for stage in self.stages:
+        for stage in (stage for stage in self.stages if stage.name not in done):
             streams = {"infer": config.infer_stream, "train": config.train_stream}.get(stage.kind, False)
             last = found[-1] if found else []
             joins = (
@@ -108,9 +111,14 @@ class Schedule:
         return found
 
     def run(self, ctx: Context, experience: Experience) -> Experience:
-        """One iteration. `time/<stage>`, or `time/<stage>+<stage>` of those that ran together, goes to the metrics."""
+        """One iteration, or what `experience` says is left of it. `time/<stage>`, or `time/<stage>+<stage>` of those
+        that ran together, goes to the metrics.
+
+        Raises:
+            Stop: the run was asked to stop; `experience` says how far it has come.
+        """
         offloaded = [name for name, role in ctx.roles.items() if role.is_offloaded]
-        groups = self.groups(ctx.config.schedule, ctx.mesh.pp, offloaded)
+        groups = self.groups(ctx.config.schedule, ctx.mesh.pp, offloaded, experience.stages)
         for i, group in enumerate(groups):
             # the next that works with roles, the next iteration's first behind the last of this one
             following = next((other for other in groups[i + 1 :] if needs(other)), groups[0])
@@ -121,6 +129,8 @@ class Schedule:
             try:
                 with ctx.watch(f"{name} of iteration {ctx.state.iteration}"), ctx.trace.stage(name):
                     results = self._run_group(ctx, group, experience)
+            except Stop:
+                raise
             except Exception as error:
                 error.add_note(f"in stage {name} of iteration {ctx.state.iteration}, on rank {ctx.mesh.rank}")
                 raise
@@ -133,9 +143,11 @@ class Schedule:
                 for field, value in result.items():
                     check_finite(stage, field, value)
                     setattr(experience, field, value)
+            experience.stages += [stage.name for stage in group]
             ctx.metrics.record(f"time/{name}", time.perf_counter() - started)
             if offloaded:
                 _leave(ctx, following)
+            ctx.stop_if_asked()
         return experience
 
     def _run_group(self, ctx: Context, group: Sequence[Stage], experience: Experience) -> list[Fields]:
@@ -149,7 +161,7 @@ class Schedule:
                 view = SimpleNamespace(**{name: getattr(experience, name) for name in stage.reads})
                 results.append(stage.body(ctx, role, view))
             if group[0].kind in ("infer", "train"):
-                results = together(results, group, ctx)
+                results = together(results, group, ctx, experience.steps)
         return [result or {} for result in results]
 
 
@@ -192,10 +204,19 @@ def _leave(ctx: Context, following: Sequence[Stage]) -> None:
             role.move(min(role.presence, wanted.get(name, Presence.AWAY)))
 
 
-def together(bodies: Sequence[Works], group: Sequence[Stage], ctx: Context) -> list[Fields | None]:
-    """Runs the bodies of a group, which yield `Work`, in step with each other, and gives what each returns."""
+def together(
+    bodies: Sequence[Works], group: Sequence[Stage], ctx: Context, made: dict[str, int]
+) -> list[Fields | None]:
+    """Runs the bodies of a group, which yield `Work`, in step with each other, and gives what each returns.
+
+    Args:
+        made: updates that each train stage has made, which are passed over; kept up to date.
+    """
     from .models import stream
 
+    for body, row in zip(bodies, group, strict=True):
+        for _ in range(made.get(row.name, 0)):
+            next(body, None)
     results: list[Fields | None] = [None] * len(bodies)
     answers: dict[int, Any] = dict.fromkeys(range(len(bodies)))
     while answers:
@@ -213,6 +234,9 @@ def together(bodies: Sequence[Works], group: Sequence[Stage], ctx: Context) -> l
             problems = stream.train_step(flat, ctx.metrics, ctx.trace) if flat else {}
             for role, problem in problems.items():
                 stage = next(stage.name for stage in group if stage.role == role)
+                made[stage] = made.get(stage, 0) + 1
                 ctx.guard.stepped(role, problem and f"iteration {ctx.state.iteration}, stage {stage}: {problem}")
             answers = dict.fromkeys(works)
+            if works:
+                ctx.stop_if_asked()
     return results

@@ -1,8 +1,8 @@
 """Stopping a run from outside, so that the same command goes on from there.
 
 SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) end a rank with the exit code `STOPPED`. While it trains it notes them instead:
-when the iteration is done the ranks agree to stop if any of them has noted one, save, and exit with that code. A second
-Ctrl-C ends a rank at once.
+behind each update and each stage the ranks agree to stop if any of them has noted one, save, and exit with that code. A
+second Ctrl-C ends a rank at once.
 """
 
 from __future__ import annotations
@@ -16,14 +16,20 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _noted = False
 
 
+class Stop(Exception):
+    """The run was asked to stop, and is at a point from which it can go on."""
+
+
 class RunError(RuntimeError):
     """A run that cannot go on, in one line for its user."""
 
-    code = 1  # that the process exits with
+    code = os.EX_UNAVAILABLE  # 69: that the process exits with
 
 
 def leave_at_once() -> None:
-    """From now on a signal ends this process: there is nothing to save."""
+    """From now on a signal ends this process, as does one that was noted: there is nothing to save."""
+    if _noted:
+        os._exit(STOPPED)
     for signum in SIGNALS:
         signal.signal(signum, lambda signum, frame: os._exit(STOPPED))
 

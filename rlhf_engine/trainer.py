@@ -33,7 +33,7 @@ from .plan.measure import peak_flops
 from .preflight import SUMMARY, Plan, load_function
 from .report import write_report
 from .schedule import Schedule
-from .signals import RunError
+from .signals import RunError, Stop
 from .trace import append_events
 from .watchdog import Watchdog
 
@@ -46,10 +46,11 @@ def run(plan: Plan) -> int:
     """
     limit = plan.config.timeout.stage
     mesh = ParallelMesh(plan.mesh, plan.device, 2 * limit)  # the watchdog, which knows more, speaks first
-    ctx = build_context(plan, mesh)
-    if plan.config.schedule.residency == "auto":
-        settle_residency(ctx)
     watchdog = Watchdog(limit, mesh.rank, mesh.world_size)
+    with watchdog.stage("the reading of data"):
+        ctx = build_context(plan, mesh)
+        if plan.config.schedule.residency == "auto":
+            settle_residency(ctx)
     ctx.watch = watchdog.stage
     if mesh.is_main:
         show_run(plan, ctx)
@@ -97,16 +98,22 @@ def train(ctx: Context, algorithm: Algorithm) -> bool:
     specs = algorithm.roles()
     schedule = Schedule(algorithm.stages, algorithm.provided, specs)
     ctx.state = TrainState()
-    ctx.roles = {name: build_role(ctx, name, spec) for name, spec in specs.items()}
-    checkpoints = phase_checkpoints(ctx, algorithm.name)
-    if found := checkpoints.newest():
-        ctx.state = TrainState.from_dict(checkpoint.load(found, ctx.roles))
+    with ctx.watch(f"the loading of {algorithm.name}"):
+        ctx.roles = {name: build_role(ctx, name, spec) for name, spec in specs.items()}
+        checkpoints = phase_checkpoints(ctx, algorithm.name)
+        if found := checkpoints.newest():
+            ctx.state = TrainState.from_dict(checkpoint.load(found, ctx.roles))
+    ctx.guard = Guard(config.guard, mesh.is_main, ctx.state.skipped)
+    if ctx.state.experience is not None and ctx.state.metrics is not None:
+        ctx.state.experience.widen(mesh.tp)
+        ctx.metrics.hold(ctx.state.metrics, mesh)
     if ctx.state.iteration > algorithm.iterations:
         raise ConfigError(
             f"{algorithm.name}.iterations={algorithm.iterations}, and {found} has {ctx.state.iteration} behind it:"
             " use more iterations or another output_dir"
         )
-    logbook = Logbook(folder, algorithm.name, algorithm.iterations, ctx.state.iteration, mesh.is_main)
+    is_within = ctx.state.experience is not None
+    logbook = Logbook(folder, algorithm.name, algorithm.iterations, ctx.state.iteration, mesh.is_main, is_within)
     if mesh.is_main:
         (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
 
@@ -117,12 +124,16 @@ def train(ctx: Context, algorithm: Algorithm) -> bool:
 
     with ctx.watch(f"the last evaluation of {algorithm.name}"):
         evaluation = algorithm.evaluate(ctx, final=True)
-    if algorithm.changes_at_end:
-        checkpoints.save(ctx.state.iteration, ctx.roles, ctx.state.to_dict())
-    if not checkpoints.finish():
-        raise RunError(f"{algorithm.name}: what follows needs the last checkpoint: make room and start the same again")
+    with ctx.watch(f"the last save of {algorithm.name}"):
+        if algorithm.changes_at_end:
+            checkpoints.save(ctx.state.iteration, ctx.roles, ctx.state.to_dict())
+        if not checkpoints.finish():
+            raise RunError(
+                f"{algorithm.name}: what follows needs the last checkpoint: make room and start the same again"
+            )
     if config.export_hf:
-        export(ctx, folder, specs)
+        with ctx.watch(f"the export of {algorithm.name}"):
+            export(ctx, folder, specs)
     if mesh.is_main:
         finish(ctx, folder, algorithm, evaluation, logbook)
     mesh.barrier()
@@ -140,21 +151,29 @@ def iterate(
     checkpoints: checkpoint.Checkpoints,
     logbook: Logbook,
 ) -> bool:
-    """The iterations that are left of a phase; False where the run was asked to stop before the last.
+    """The iterations that are left of a phase, the first of which may have begun; False where the run was asked to stop
+    before the end.
 
     Raises:
         BadNumbers: too many updates were skipped, or a figure is beyond its limit. What there was before is saved.
     """
-    done, peak = ctx.state.iteration, peak_flops(ctx.mesh.device)
+    state, done, peak = ctx.state, ctx.state.iteration, peak_flops(ctx.mesh.device)
     while done < algorithm.iterations:
         started = time.perf_counter()
-        experience = algorithm.batch(ctx)
+        state.experience = state.experience or algorithm.batch(ctx)
         try:
-            schedule.run(ctx, experience)
+            schedule.run(ctx, state.experience)
         except NotFinite as error:
             for name in (name for name, role in ctx.roles.items() if role.is_trained):
                 ctx.guard.stepped(name, f"iteration {done}, {error}")
-        done = ctx.state.iteration = done + 1
+        except Stop:
+            with ctx.watch(f"the save within iteration {done}"):
+                state.metrics = ctx.metrics.held(ctx.mesh)
+                checkpoints.save(done, ctx.roles, state.to_dict())
+                logbook.stop(done, checkpoints.finish(), is_within=True)
+            return False
+        done = state.iteration = done + 1
+        state.experience = state.metrics = None
         with ctx.watch(f"the figures of iteration {done - 1}"):
             flags = signals.noted(), checkpoints.is_writing
             figures, (is_stopping, is_writing) = ctx.metrics.reduce(ctx.mesh, flags)
@@ -171,7 +190,7 @@ def iterate(
             if not is_writing:
                 checkpoints.finish()
             if ends or done % algorithm.save_every == 0:
-                checkpoints.save(done, ctx.roles, ctx.state.to_dict())
+                checkpoints.save(done, ctx.roles, state.to_dict())
             is_saved = checkpoints.finish() if ends else True
         ctx.metrics.record("time/save", time.perf_counter() - started)
         if is_stopping or reason is not None:
@@ -268,8 +287,7 @@ def build_context(plan: Plan, mesh: ParallelMesh) -> Context:
     reward_fn = None
     if config.reward.kind == "function" and "ppo" in config.phases:
         reward_fn = load_function(config.reward.fn or "")
-    guard = Guard(config.guard, mesh.is_main)
-    return Context(config, bases, mesh, tokenizer, datasets, gold_rule(sources), reward_fn, guard=guard)
+    return Context(config, bases, mesh, tokenizer, datasets, gold_rule(sources), reward_fn)
 
 
 def trained_tokenizer(config: RunConfig, mesh: ParallelMesh, sources: list[data_sources.Source]) -> Tokenizer:
@@ -314,7 +332,8 @@ def build_role(ctx: Context, name: str, spec: RoleSpec) -> RoleModel:
 
 def base_policy(ctx: Context) -> RoleModel:
     """The policy of jobs that do not train."""
-    return build_role(ctx, "policy", RoleSpec("lm"))
+    with ctx.watch("the loading of the policy"):
+        return build_role(ctx, "policy", RoleSpec("lm"))
 
 
 def load_base(role: RoleModel, path: str | None, seed: int = 0) -> None:

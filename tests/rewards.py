@@ -32,6 +32,16 @@ def dies(*texts_and_tokens):
     raise ZeroDivisionError("of the reward function")
 
 
+def dies_at_times(*texts_and_tokens):
+    """The same, but for its fourth call in each of the first two processes that make it; DIED counts them."""
+    died = os.path.getsize(os.environ["DIED"]) if os.path.exists(os.environ["DIED"]) else 0
+    if next(_calls) == 3 and died < 2:
+        with open(os.environ["DIED"], "a") as file:
+            file.write("x")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return short_and_polite(*texts_and_tokens)
+
+
 _calls = itertools.count()
 
 

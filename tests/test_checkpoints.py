@@ -226,7 +226,7 @@ def test_a_run_on_a_full_disk(tmp_path):
         [sys.executable, str(ROOT / "launch" / "run.py"), *command], capture_output=True, text=True, timeout=120,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
     )  # fmt: skip
-    assert result.returncode == 1 and result.stdout.count(" not saved: ") == 3, result.stdout + result.stderr
+    assert result.returncode == 69 and result.stdout.count(" not saved: ") == 3, result.stdout + result.stderr
     assert result.stderr.splitlines()[-1].startswith("error: sft: what follows needs the last checkpoint")
     assert "Traceback" not in result.stderr
     assert (tmp_path / "sft" / "metrics.jsonl").read_text().count("\n") == 3

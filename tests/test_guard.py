@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT, SMALL
 
 from rlhf_engine.config import GuardConfig, OptimizerConfig
-from rlhf_engine.guard import Guard
+from rlhf_engine.guard import Guard, Skipped
 
 # -- on the ranks --------------------------------------------------------------------------------------------
 
@@ -79,7 +79,7 @@ def test_an_update_with_a_bad_number_is_skipped(worlds, tmp_path_factory, layout
 
 
 def test_counting():
-    guard = Guard(GuardConfig(max_bad_steps=2, max_kl=3.0), speaks=True)
+    guard = Guard(GuardConfig(max_bad_steps=2, max_kl=3.0), True, Skipped())
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         guard.stepped("policy", "one")
@@ -94,7 +94,7 @@ def test_counting():
     lines = said.getvalue().splitlines()
     assert lines[0] == "one; update skipped, 1 in a row" and lines[2] == "warning: kl/mean is 4, above guard.max_kl=3"
     assert len(lines) == 4
-    assert "kl/mean is 4" in Guard(GuardConfig(max_kl=3.0, stop=True), speaks=False).look({"kl/mean": 4.0})[1]
+    assert "kl/mean is 4" in Guard(GuardConfig(max_kl=3.0, stop=True), False, Skipped()).look({"kl/mean": 4.0})[1]
 
 
 def run(*overrides: str, **environment: str) -> subprocess.CompletedProcess:
@@ -127,10 +127,10 @@ def test_a_score_that_is_not_a_number(tmp_path):
 @pytest.mark.parametrize(
     ("name", "code", "words"),
     [
-        ("too_few", 1, ["gave 1 scores for 16 responses"]),
-        ("a_number", 1, ["gave float instead of a list of scores"]),
-        ("a_matrix", 1, ["instead of a number for response 0: "]),
-        ("hangs", 1, ["took longer than reward.timeout=1 s for 16 responses: it is at ", "rewards.py:"]),
+        ("too_few", 69, ["gave 1 scores for 16 responses"]),
+        ("a_number", 69, ["gave float instead of a list of scores"]),
+        ("a_matrix", 69, ["instead of a number for response 0: "]),
+        ("hangs", 69, ["took longer than reward.timeout=1 s for 16 responses: it is at ", "rewards.py:"]),
         (
             "fails_for_one",
             1,

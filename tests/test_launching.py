@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,9 +17,10 @@ from pathlib import Path
 import clusters
 import psutil
 import pytest
+import worlds
 from clusters import wait_until
 from conftest import ROOT, SMALL
-from test_runs import figures
+from test_runs import assert_close, figures
 
 from rlhf_engine.signals import STOPPED
 
@@ -73,7 +75,7 @@ def test_torchrun(plain, tmp_path):
 
 @pytest.mark.parametrize("case", ["SIGTERM to the launcher", "SIGUSR1 to one rank", "Ctrl-C"])
 def test_stopped_and_started_again(plain, tmp_path, case):
-    """The iteration is finished and saved, the exit code says so, and the same command makes the run whole."""
+    """The stage is finished and the state saved, the exit code says so, and the same command makes the run whole."""
     command = [*RUN, *SLOWLY, f"output_dir={tmp_path}"]
     with started(command, tmp_path) as launcher:
         wait_until(lambda: num_iterations(tmp_path) >= 2, 60, "two iterations")
@@ -89,8 +91,21 @@ def test_stopped_and_started_again(plain, tmp_path, case):
     assert 2 <= done < 6
     assert (tmp_path / "ppo" / "checkpoints" / "latest").read_text() == f"iteration_{done}"
     result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0 and f"ppo: resuming at iteration {done} of 6" in result.stdout
+    places = f"at iteration {done} of 6", f"within iteration {done + 1} of 6"
+    assert result.returncode == 0 and any(f"ppo: resuming {place}" in result.stdout for place in places)
     assert figures(tmp_path / "ppo") == plain
+
+
+def addresses_of_the_store() -> set[str]:
+    """In a rank: where this process listens at the port where the ranks have met."""
+    worlds.mesh(1, 1, 2)
+    found = psutil.Process().net_connections("inet")
+    port = int(os.environ["MASTER_PORT"])
+    return {c.laddr.ip for c in found if c.status == psutil.CONN_LISTEN and c.laddr.port == port}
+
+
+def test_ranks_meet_at_one_address(worlds):
+    assert worlds(2).run(addresses_of_the_store) == [{"127.0.0.1"}, set()]
 
 
 def test_stopped_before_it_trains(tmp_path):
@@ -133,6 +148,18 @@ def test_a_rank_that_dies_is_heard_first(tmp_path, monkeypatch, by_signal):
         assert "in stage score of iteration 0, on rank 0" in result.stderr
 
 
+def test_a_rank_that_dies_is_started_again(plain, tmp_path, monkeypatch):
+    """From the last checkpoint; and not more often than allowed."""
+    monkeypatch.setenv("DIED", str(tmp_path / "died"))
+    command = [*RUN, *PPO, "reward.fn=rewards:dies_at_times", "ppo.save_every=1", f"output_dir={tmp_path}"]
+    result = subprocess.run([*command, "max_restarts=1"], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 128 + signal.SIGKILL
+    assert "exit code 137: starting again, 0 of max_restarts=1 left" in result.stdout
+    result = subprocess.run([*command, "max_restarts=1"], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0 and "ppo: resuming at iteration " in result.stdout, result.stderr
+    assert "starting again" not in result.stdout and figures(tmp_path / "ppo") == plain
+
+
 # -- Slurm ---------------------------------------------------------------------------------------------------
 
 
@@ -169,7 +196,7 @@ def test_slurm_job_is_preempted_and_goes_on(slurm, plain, tmp_path):
     assert 2 <= num_iterations(tmp_path) < 6
     wait_until(lambda: state(slurm, job) == "COMPLETED", 60, "the end of the job")
     output = next(tmp_path.glob("output.*")).read_text()
-    assert "start the same again" in output and "ppo: resuming at iteration" in output
+    assert "start the same again" in output and "ppo: resuming " in output
     assert figures(tmp_path / "ppo") == plain
 
 
@@ -215,15 +242,21 @@ def test_ray(plain, tmp_path):
             driver.terminate()
             assert driver.wait(30) == STOPPED, driver.output()
         result = subprocess.run(command, capture_output=True, text=True)
-        assert result.returncode == 0 and "ppo: resuming at iteration" in result.stdout, result.stdout + result.stderr
+        assert result.returncode == 0 and "ppo: resuming " in result.stdout, result.stdout + result.stderr
         assert figures(tmp_path / "ppo") == plain
 
-        with started([*command, "rerun=true"], tmp_path) as driver:
-            wait_until(lambda: num_iterations(tmp_path) == 1, 90, "an iteration")
+        again = tmp_path / "again"
+        again.mkdir()
+        settings = ["ppo.save_every=1", "max_restarts=1", f"output_dir={again}"]
+        with started([*run, "--address", address, *SLOWLY, *settings], again) as driver:
+            wait_until(lambda: num_iterations(again) == 2, 90, "two iterations")
             raylet = next(p for p in psutil.Process(nodes[1].pid).children(True) if p.name() == "raylet")
             raylet.kill()
-            assert driver.wait(30) == 1, driver.output()
-            assert "error: the node of ranks 1 to 1" in driver.output()
+            assert driver.wait(120) == 0, driver.output()
+            # which rank is on which node is Ray's choice
+            assert re.search(r"error: the node of ranks ([01]) to \1: ", driver.output()), driver.output()
+            assert "starting again on 1 replicas, 0 of max_restarts=1 left" in driver.output()
+        assert_close(figures(again / "ppo"), plain, 1e-4)
 
 
 def test_ray_without_a_cluster_is_refused(tmp_path):

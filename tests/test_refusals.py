@@ -52,6 +52,7 @@ def refused(run, capsys, monkeypatch):
         (["mesh.tp=4"], ["mesh.tp=4", "num_key_value_heads=2"]),
         (["mesh.ep=2", "mesh.dp=3"], ["mesh.ep=2", "3 data parallel"]),
         (["mesh.ep=2"], ["mesh.ep=2", "num_experts=0"]),
+        (["max_restarts=1", "rerun=true"], ["max_restarts=1", "rerun=true"]),
         (["mesh.ep=2", "model.num_experts=3"], ["mesh.ep=2", "num_experts=3"]),
         (["mesh.pp=5"], ["mesh.pp=5", "num_layers=4"]),
         (["sft.batch_size=60"], ["sft.batch_size=60", "32 or 64"]),

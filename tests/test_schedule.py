@@ -23,6 +23,7 @@ CTX = SimpleNamespace(
     mesh=SimpleNamespace(pp=1, rank=0),
     watch=contextlib.nullcontext,
     state=SimpleNamespace(iteration=0),
+    stop_if_asked=lambda: None,
 )
 ROLES = ("policy", "reference", "reward", "critic")
 

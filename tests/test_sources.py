@@ -259,7 +259,7 @@ KEYS = ["messages", "chosen", "rejected", "prompt", "completion", "instruction",
 ROW = MESSAGES | st.dictionaries(st.sampled_from(KEYS), SAID | SAID.map(lambda text: HH + text) | MESSAGES | ANY)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(st.lists(ROW, min_size=1, max_size=4))
 def test_any_row_is_read_or_refused_in_one_line(tmp_path_factory, rows):
     file = write(tmp_path_factory.mktemp("any"), "a.jsonl", rows)

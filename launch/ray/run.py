@@ -15,20 +15,22 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.placement_group import placement_group
+from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf_engine.compose import compose
-from rlhf_engine.config import ConfigError, MeshConfig
-from rlhf_engine.ranks import Ranks, free_port
+from rlhf_engine.config import ConfigError, MeshConfig, RunConfig, check, resolve_mesh
+from rlhf_engine.preflight import read_base
+from rlhf_engine.ranks import FINAL, Ranks, free_port
 from rlhf_engine.signals import SIGNALS
 
 RUN = str(Path(__file__).resolve().parent.parent / "run.py")
-_SECONDS_TO_ANSWER = 40.0  # of the nodes that are left, when a run ends
+_SECONDS_TO_ANSWER = 40.0  # of the nodes that are left, when a run ends, and of the cluster, when a node is lost
 
 
 def join_cluster(address: str) -> None:
@@ -43,7 +45,7 @@ def join_cluster(address: str) -> None:
             socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--address={address}: no Ray cluster there ({' '.join(str(error).split())})") from None
+        raise ConfigError(f"--address={address}: no Ray cluster there ({error})") from None
 
 
 def ranks_per_node(slots: Sequence[int], mesh: MeshConfig) -> list[int]:
@@ -66,6 +68,31 @@ def ranks_per_node(slots: Sequence[int], mesh: MeshConfig) -> list[int]:
     for available in groups:
         counts.append(min(available, wanted - sum(counts)))
     return [count * mesh.tp for count in counts if count]
+
+
+def slots(device: str) -> tuple[str, list[int]]:
+    """What a rank takes in this cluster, "GPU" or "CPU", and how many of them each node has, the roomiest first."""
+    found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    kind = "GPU" if device != "cpu" and any("GPU" in resources for resources in found) else "CPU"
+    return kind, sorted((int(resources.get(kind, 0)) for resources in found), reverse=True)
+
+
+def replicas_left(config: RunConfig, slots: Sequence[int]) -> int:
+    """The most data parallel replicas, no more than before, that have room and that batches can be divided among.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    model = read_base(config.policy.path).model if config.policy.path else config.model
+    reason = ConfigError("no node is left")
+    for dp in range(config.mesh.dp or sum(slots), 0, -1):
+        mesh = replace(config.mesh, dp=dp)
+        try:
+            check(config, resolve_mesh(replace(config, mesh=mesh), sum(ranks_per_node(slots, mesh))), model, model)
+            return dp
+        except ConfigError as error:
+            reason = error
+    raise reason
 
 
 class Node:
@@ -100,8 +127,8 @@ class Node:
         self.ranks.end(code)
 
 
-def start_nodes(argv: list[str], counts: Sequence[int], kind: str) -> list[Any]:
-    """An actor on each of as many nodes as there are `counts`, its ranks running."""
+def start_nodes(argv: list[str], counts: Sequence[int], kind: str) -> tuple[list[Any], Any]:
+    """An actor on each of as many nodes as there are `counts`, its ranks running; and their placement group."""
     group = placement_group([{kind: count} for count in counts], strategy="STRICT_SPREAD")
     while not group.wait(10):
         print(f"waiting for {sum(counts)} {kind}s on {len(counts)} nodes", flush=True)
@@ -122,27 +149,32 @@ def start_nodes(argv: list[str], counts: Sequence[int], kind: str) -> list[Any]:
         node.start.remote(argv, first, count, sum(counts), address, port)
         for node, first, count in zip(nodes, firsts, counts, strict=True)
     ])  # fmt: skip
-    return nodes
+    return nodes, group
 
 
-def watch(nodes: Sequence[Any], counts: Sequence[int]) -> int:
-    """Shows what the ranks write, passes signals on to them, and gives the exit code of the first to fail."""
+def watch(nodes: Sequence[Any], counts: Sequence[int]) -> tuple[int, int, bool]:
+    """Shows what the ranks write, and passes signals on to them.
+
+    Returns:
+        The exit code of the first to fail, how many nodes were lost, and whether there were signals.
+    """
     received: list[int] = []
     for signum in SIGNALS:
         signal.signal(signum, lambda signum, frame: received.append(signum))
     polls = {node.poll.remote(): i for i, node in enumerate(nodes)}
-    failed, deadline = 0, float("inf")
+    failed, lost, passed_on, deadline = 0, 0, 0, float("inf")
     while polls and time.monotonic() < deadline:
-        while received:
+        while passed_on < len(received):
             for i in polls.values():
-                nodes[i].send.remote(received[0])
-            del received[0]
+                nodes[i].send.remote(received[passed_on])
+            passed_on += 1
         done, _ = ray.wait(list(polls), timeout=0.5)
         for poll in done:
             i = polls.pop(poll)
             try:
                 written, code = ray.get(poll)
             except ray.exceptions.RayError as error:
+                lost += 1
                 first, last = sum(counts[:i]), sum(counts[: i + 1]) - 1
                 written, code = f"error: the node of ranks {first} to {last}: {type(error).__name__}\n".encode(), 1
             sys.stdout.buffer.write(written)
@@ -153,7 +185,36 @@ def watch(nodes: Sequence[Any], counts: Sequence[int]) -> int:
                 failed, deadline = code, time.monotonic() + _SECONDS_TO_ANSWER
                 for other in polls.values():
                     nodes[other].end.remote(code)
-    return failed
+    return failed, lost, bool(received)
+
+
+def run(argv: list[str]) -> int:
+    """The run's exit code. When a rank or a node dies it is started again, on the nodes that are left.
+
+    Raises:
+        ConfigError: the cluster is too small.
+    """
+    config = compose(argv)
+    kind, free = slots(config.device)
+    for left in range(config.max_restarts, -1, -1):
+        counts = ranks_per_node(free, config.mesh)
+        num_nodes = len(free)
+        nodes, group = start_nodes(argv, counts, kind)
+        code, lost, was_asked = watch(nodes, counts)
+        if code in FINAL or was_asked or not left:
+            break
+        for node in nodes:
+            ray.kill(node)
+        remove_placement_group(group)
+        deadline = time.monotonic() + _SECONDS_TO_ANSWER
+        while lost and len(free) == num_nodes and time.monotonic() < deadline:  # the cluster has not noticed yet
+            time.sleep(1)
+            kind, free = slots(config.device)
+        config.mesh.dp = replicas_left(config, free)
+        argv = [*argv, f"mesh.dp={config.mesh.dp}"]
+        again = f"starting again on {config.mesh.dp} replicas, {left - 1} of max_restarts={config.max_restarts} left"
+        print(f"exit code {code}: {again}", flush=True)
+    return code
 
 
 def main(arguments: list[str]) -> int:
@@ -161,16 +222,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--address", default="auto", help="of the cluster's head; auto: the cluster of this machine")
     options, argv = parser.parse_known_args(arguments)
     try:
-        config = compose(argv)
+        compose(argv)
         join_cluster(options.address)
-        resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        kind = "GPU" if config.device != "cpu" and any("GPU" in found for found in resources) else "CPU"
-        slots = sorted((int(found.get(kind, 0)) for found in resources), reverse=True)
-        counts = ranks_per_node(slots, config.mesh)
+        return run(argv)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return watch(start_nodes(argv, counts, kind), counts)
 
 
 if __name__ == "__main__":

@@ -8,17 +8,20 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
+import torch
+
 from ..config import Base, GuardConfig, ModelConfig, OptimizerConfig, RunConfig
 from ..data.dataset import Dataset, Example
 from ..data.sources import GoldFn
 from ..data.tokenizer import Tokenizer
 from ..experience import Experience
-from ..guard import Guard
+from ..guard import Guard, Skipped
 from ..mesh import ParallelMesh
 from ..metrics import Metrics
 from ..models.build import Head
 from ..models.role import RoleModel
 from ..schedule import Stage
+from ..signals import Stop, noted
 from ..trace import Trace
 from .reward_function import RewardFn
 
@@ -53,13 +56,19 @@ class TrainState:
     kl_coef: float = 0.0
     log_prob_gap: float | None = None  # between sampler and trainer, when it was last measured
     scores: RunningMoments = field(default_factory=RunningMoments)
+    skipped: Skipped = field(default_factory=Skipped)
+    # of an iteration that was left between two of its stages or updates
+    experience: Experience | None = None
+    metrics: dict[str, Any] | None = None  # Metrics.held
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainState:
-        return cls(**{**values, "scores": RunningMoments(**values["scores"])})
+        nested = {"scores": RunningMoments, "skipped": Skipped, "experience": Experience}
+        made = {k: kind(**values[k]) for k, kind in nested.items() if values.get(k) is not None}
+        return cls(**{**values, **made})
 
 
 @dataclass(frozen=True)
@@ -90,12 +99,21 @@ class Context:
     metrics: Metrics = field(default_factory=Metrics)
     trace: Trace = field(default_factory=Trace)
     watch: Callable[[str], AbstractContextManager] = contextlib.nullcontext  # a stage, given only so much time
-    guard: Guard = field(default_factory=lambda: Guard(GuardConfig(), speaks=False))
+    guard: Guard = field(default_factory=lambda: Guard(GuardConfig(), False, Skipped()))
 
     @property
     def model(self) -> ModelConfig:
         """The policy's."""
         return self.bases["policy"].model
+
+    def stop_if_asked(self) -> None:
+        """Every rank calls it at the same point.
+
+        Raises:
+            Stop: a rank has noted a signal.
+        """
+        if self.mesh.any_rank(torch.tensor([noted()], device=self.mesh.device))[0]:
+            raise Stop
 
     def draw(self, phase: str, count: int) -> list[Example]:
         """The next rows of a phase's data."""

@@ -128,7 +128,7 @@ class Template:
         try:
             return self._program.render(messages=messages, add_generation_prompt=prompt, **self.variables)
         except Exception as error:  # a template is a program from a file, and may fail in any way
-            raise ConfigError(f"{self.name} refuses a dialogue: {' '.join(str(error).split())}") from None
+            raise ConfigError(f"{self.name} refuses a dialogue: {error}") from None
 
     def _spoken(self, messages: Messages, text: str) -> list[tuple[int, int]]:
         """Where in `text` the assistant speaks: from behind each of its prompts to behind the end token."""

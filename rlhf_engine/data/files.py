@@ -97,7 +97,7 @@ def _table(path: Path, file: BinaryIO) -> Iterator[tuple[int, Any]]:
                 number += 1
                 yield number, row
     except (pyarrow.ArrowException, ValueError) as error:
-        raise ConfigError(f"{path}:{number + 1}: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{path}:{number + 1}: {error}") from None
 
 
 def _parse(data: bytes, where: str) -> Any:
@@ -121,7 +121,7 @@ def _hub_rows(name: str, key: str) -> Iterator[tuple[str, Any]]:
         for number, row in enumerate(rows, 1):
             yield f"{name}:{number}", row
     except Exception as error:  # of whatever kind the network, the hub and the data set raise
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        reason = f"{type(error).__name__}: {error}"
         raise ConfigError(
             f"{key}: {name} is neither a file nor a folder here, and the Hugging Face hub does not give it: {reason}"
         ) from None

@@ -126,8 +126,7 @@ class HFVocabulary:
             hf = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
             model = hf.backend_tokenizer
         except Exception as error:  # of whatever kind transformers and tokenizers raise
-            reason = " ".join(str(error).split())
-            raise ConfigError(f"{folder}: transformers does not read its tokenizer: {reason}") from None
+            raise ConfigError(f"{folder}: transformers does not read its tokenizer: {error}") from None
         added = hf.added_tokens_decoder
         doubtless = [token for token in added.values() if CONTROL_NAME.fullmatch(token.content)]
         model.add_special_tokens([token for token in doubtless if not token.special])

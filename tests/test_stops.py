@@ -1,0 +1,73 @@
+"""A phase that is stopped between any two of its stages and updates goes on as if it had not been, on any mesh."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import cases
+import pytest
+from conftest import SMALL
+from test_runs import assert_close, figures
+
+from rlhf_engine.algorithms.context import RunningMoments, TrainState
+from rlhf_engine.experience import Experience
+from rlhf_engine.guard import Skipped
+
+PPO = [*SMALL, "phases=[ppo]", "export_hf=false", "ppo.kl_controller=adaptive", "ppo.score_scale=true"]
+
+
+def train(folder: Path, layout: tuple, stop_at: int | None = None, iterations: int = 2) -> bool:
+    """In a rank: PPO from where it is, stopped at the so-manieth point where it can be. Whether it came to its end."""
+    from rlhf_engine.algorithms import ALGORITHMS
+    from rlhf_engine.signals import Stop
+    from rlhf_engine.trainer import train
+
+    ctx, passed = cases.context([*PPO, f"ppo.iterations={iterations}", f"output_dir={folder}"], layout), 0
+
+    def stop_if_asked() -> None:
+        nonlocal passed
+        passed += 1
+        if passed == stop_at:
+            raise Stop
+
+    ctx.stop_if_asked = stop_if_asked  # type: ignore[method-assign]
+    return train(ctx, ALGORITHMS["ppo"](ctx.config))
+
+
+@pytest.fixture(scope="module")
+def whole(small_run, worlds, tmp_path_factory) -> Path:
+    """Never stopped, on two replicas."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    shutil.copytree(small_run, folder)
+    assert worlds(2).run(train, folder, (1, 1, 2)) == [True, True]
+    return folder
+
+
+@pytest.mark.parametrize(("stop_at", "iterations"), [(1, 1), (7, 2)])
+def test_stopped_again_and_again(small_run, worlds, whole, tmp_path, stop_at, iterations):
+    """At each point where it can be, of nine stages and eight updates; and at every seventh of two iterations."""
+    folder = tmp_path / "run"
+    shutil.copytree(small_run, folder)
+    stops = 0
+    while not worlds(2).run(train, folder, (1, 1, 2), stop_at, iterations)[0]:
+        stops += 1
+    assert stops == 17 * iterations // stop_at
+    assert figures(folder / "ppo") == figures(whole / "ppo")[:iterations]
+
+
+def test_stopped_and_gone_on_with_on_other_meshes(small_run, worlds, whole, tmp_path):
+    """Each time in the middle of the updates, which two of a pipeline's roles make together. The last mesh needs rows
+    of an even length."""
+    folder = tmp_path / "run"
+    shutil.copytree(small_run, folder)
+    for layout, stop_at in (((2, 2, 1), 5), ((1, 1, 2), 16), ((1, 2, 1), 2), ((2, 1, 1, True), None)):
+        size = layout[0] * layout[1] * layout[2]
+        assert worlds(size).run(train, folder, layout, stop_at) == [stop_at is None] * size
+    assert_close(figures(folder / "ppo"), figures(whole / "ppo"), 1e-4)
+
+
+def test_a_state_comes_back_whole():
+    state = TrainState(3, 7, 0.1, None, RunningMoments(1.0, 2.0, 3.0), Skipped({"policy": 3}, {"policy": 1}))
+    state.experience = Experience(prompts=[[1], [2, 3]], stages=["rollout"], steps={"train_critic": 2})
+    assert TrainState.from_dict(state.to_dict()) == state
