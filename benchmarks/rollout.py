@@ -16,10 +16,7 @@ benchmarks/results/rollout.csv.
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import os
-import platform
 import random
 import socket
 import statistics
@@ -30,8 +27,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from record import append
 
-RESULTS = Path(__file__).resolve().parent / "results" / "rollout.csv"
 THREADS = 2
 BATCHES = (32, 64, 128, 256)
 LLAMAS = {
@@ -198,8 +195,6 @@ def measure(rank: int, args: argparse.Namespace, port: int, name: str, folder: P
 def publish(
     name: str, lengths: str, layout: str, args: argparse.Namespace, tokens: int, theirs: Transformers, seconds: dict
 ) -> None:
-    import transformers
-
     median = {side: statistics.median(values) for side, values in seconds.items()}
     ratio = median["transformers"] / median["ours"]
     print(
@@ -211,22 +206,14 @@ def publish(
     )
     if args.quick:
         return
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
     row = {
-        "date": datetime.date.today().isoformat(), "workload": name, "lengths": lengths, "layout": layout,
+        "workload": name, "lengths": lengths, "layout": layout,
         "prompts": args.prompts, "tokens": tokens, "ours_s": f"{median['ours']:.4g}",
         "transformers_s": f"{median['transformers']:.4g}", "transformers_batch": theirs.batch,
         "transformers_threads": theirs.threads,
         "floor_s": f"{median['floor']:.4g}", "ratio": f"{ratio:.3g}", "rounds": args.rounds,
-        "load": f"{os.getloadavg()[0]:.1f}", "machine": f"{platform.machine()} {os.cpu_count()} cores",
-        "versions": versions,
     }  # fmt: skip
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a") as file:
-        writer = csv.DictWriter(file, row)
-        if not file.tell():
-            writer.writeheader()
-        writer.writerow(row)
+    append("rollout", [row], ["transformers"])
 
 
 def main() -> None:

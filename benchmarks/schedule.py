@@ -11,19 +11,16 @@ of the same schedules for more stages. Appends to benchmarks/results/schedule.cs
 from __future__ import annotations
 
 import argparse
-import csv
 import os
-import platform
 import statistics
 import time
-from pathlib import Path
 
 import torch
 import torch.multiprocessing as mp
+from record import append
 
 from rlhf_engine.plan.pipeline import simulate
 
-RESULTS = Path(__file__).resolve().parent / "results" / "schedule.csv"
 ROUNDS = 3
 INFERRED = ("policy", "reference", "reward", "critic")
 TRAINED = ("critic", "policy")
@@ -158,14 +155,9 @@ def main() -> None:
         for kind, roles in (("infer", len(INFERRED)), ("train", len(TRAINED))):
             ways = [simulated(stages, n * args.micro_batches, kind == "train") for n in (1, roles)]
             print(f"{stages:6}  {kind}  {ways[0]:10.1%} {ways[1]:27.1%} {(1 - ways[1]) / (1 - ways[0]):29.2f}")
-    with RESULTS.open("a") as file:
-        writer = csv.writer(file)
-        if not file.tell():
-            columns = ["apart", "apart_formula", "stream", "stream_formula", "machine", "torch", "date"]
-            writer.writerow(["stages", "kind", "micro_batches", "forward_ms", *columns])
-        about = [f"{platform.machine()} {os.cpu_count()} cores", torch.__version__, time.strftime("%Y-%m-%d")]
-        for row in rows:
-            writer.writerow([*row[:4], *(f"{value:.4f}" for value in row[4:]), *about])
+    ways = ("apart", "apart_formula", "stream", "stream_formula")
+    columns = ("stages", "kind", "micro_batches", "forward_ms", *ways)
+    append("schedule", [dict(zip(columns, row, strict=True)) for row in rows])
 
 
 if __name__ == "__main__":
