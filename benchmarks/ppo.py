@@ -238,11 +238,11 @@ def compare(ctx, algorithm, specs, theirs: dict[str, Any]) -> dict[str, float]:
         "advantages": (x.advantages[:, PROMPT:] - theirs["advantages"]).abs().max(),
     }
     # the losses, on the rows of TRL's first micro-batch; it divides the variance by one less than the count
-    count = x.advantage_moments[0, 0]
-    x.advantage_moments[:, 2] *= count / (count - 1)
+    count = x.advantage_moments[0]
+    x.advantage_moments[2] *= count / (count - 1)
     chosen = torch.as_tensor(theirs["order"][: ctx.config.ppo.micro_batch_size])
     chosen = chosen.repeat(ctx.mesh.dp)  # as many on every replica, so that the mean is the same
-    whole = ("tokens", "lengths", "response_mask", "log_probs", "values", "returns", "advantages", "advantage_moments")
+    whole = ("tokens", "lengths", "response_mask", "log_probs", "values", "returns", "advantages")
     for name in whole:
         setattr(x, name, getattr(x, name)[chosen])
     epochs, ctx.config.ppo.epochs = ctx.config.ppo.epochs, 1

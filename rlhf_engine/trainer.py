@@ -29,7 +29,7 @@ from .hf.weights import RandomWeights, Source, load_weights
 from .logbook import Logbook, show_run
 from .mesh import ParallelMesh
 from .models.role import RoleModel
-from .plan.measure import peak_flops
+from .plan.measure import device_of, peak_flops
 from .preflight import SUMMARY, Plan, load_function
 from .report import write_report
 from .schedule import Schedule
@@ -68,7 +68,6 @@ def run(plan: Plan) -> int:
 def settle_residency(ctx: Context) -> None:
     """Decides which roles leave between their stages, by the plan of the run."""
     from .plan.search import residency  # loads what only plans need
-    from .plan.show import device_of
 
     found = None
     if ctx.mesh.is_main:

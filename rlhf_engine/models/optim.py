@@ -81,7 +81,7 @@ def load_optimizer(optimizer: MegatronOptimizer, state: dict) -> None:
     optimizer expects it among the tensors of the checkpoint, where it is not; and all parameters are left with one
     counter between them, which Adam would then advance once for each."""
     adams = _torch_optimizers(optimizer)
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in _parts(optimizer):
         if part.optimizer in adams and isinstance(part, DistributedOptimizer):
             part._set_main_param_and_optimizer_states = functools.partial(_set_with_step, part)
     rates = [(group.get("max_lr"), group.get("min_lr")) for group in optimizer.param_groups]
@@ -101,12 +101,11 @@ def gradient_tensors(ddp: DistributedDataParallel) -> list[Tensor]:
 def optimizer_tensors(optimizer: MegatronOptimizer, weights: Iterable[Tensor]) -> Iterator[Tensor]:
     """Moments and the weights that the optimizer keeps for itself: not those that are views of the model's."""
     of_model = {weight.untyped_storage()._cdata for weight in weights}
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        inner = part.optimizer
-        if inner is None:
-            continue
-        held = [p for group in inner.param_groups for p in group["params"]]
-        held += [value for entry in inner.state.values() for value in entry.values() if isinstance(value, Tensor)]
+    for part in _parts(optimizer):
+        held = [p for group in part.optimizer.param_groups for p in group["params"]]
+        held += [
+            value for entry in part.optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)
+        ]
         for tensor in held:
             # a step counter is a number on the CPU
             if tensor.dim() and tensor.untyped_storage()._cdata not in of_model:
@@ -120,6 +119,11 @@ def _set_with_step(optimizer: DistributedOptimizer, param: torch.nn.Parameter, t
 
 def _torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
     """The torch optimizers inside megatron's; none where apex or transformer-engine bring theirs."""
+    inner = (part.optimizer for part in _parts(optimizer))
+    return [adam for adam in inner if isinstance(adam, torch.optim.Adam | torch.optim.AdamW)]
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The optimizers that megatron's is a chain of, without those that have no parameters on this rank."""
     chained = getattr(optimizer, "chained_optimizers", [optimizer])
-    inner = [o.optimizer for o in chained if o.optimizer is not None]
-    return [o for o in inner if isinstance(o, torch.optim.Adam | torch.optim.AdamW)]
+    return [part for part in chained if part.optimizer is not None]

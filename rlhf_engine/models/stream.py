@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -56,7 +57,8 @@ class Work:
     micro_batch_size: int
     together: int = 1
 
-    def split(self) -> list[tuple[Tensor, int]]:
+    @functools.cached_property
+    def parts(self) -> list[tuple[Tensor, int]]:
         """The micro-batches: which rows, `(dp, rows)` with a line for each replica, and the width that they are cut to.
 
         Under a token budget rows of like length go together, the longest first, as many as it holds and one at least.
@@ -111,10 +113,10 @@ def infer(works: Sequence[Work], trace: Trace | None = None) -> list[Tensor]:
         length = whole.batch["tokens"].shape[1]
         wide = [
             F.pad(found, (0, length - width)) if found.dim() > 1 else found
-            for found, (_, width) in zip(part, whole.split(), strict=False)
+            for found, (_, width) in zip(part, whole.parts, strict=False)
         ]  # none on other stages than the last
         found = mesh.gather(torch.cat(wide) if mesh.is_last_stage else None)
-        order = torch.cat([rows for rows, _ in whole.split()], 1).flatten()
+        order = torch.cat([rows for rows, _ in whole.parts], 1).flatten()
         results.append(found[order.argsort()][: len(work.batch["tokens"])])
     return results
 
@@ -159,7 +161,7 @@ def _step(works: Sequence[Work], roles: Sequence[RoleModel], metrics: Metrics, t
             metrics.add(f"{name}/loss", loss, count)
             for key, value in statistics.items():
                 metrics.add(f"{name}/{key}", value, count)
-        padded = sum(rows.numel() * width for rows, width in work.split())
+        padded = sum(rows.numel() * width for rows, width in work.parts)
         metrics.add(f"throughput/{name}_padding", padded - int(work.batch["lengths"].sum()), padded)
     for role in roles:
         learning_rate = role.optimizer.param_groups[0]["lr"]
@@ -193,7 +195,7 @@ def _problem(works: Sequence[Work], outcomes: Sequence[list], role: RoleModel) -
         if work.role is not role:
             continue
         numbers = work.batch.get("samples", torch.arange(len(work.batch["tokens"])))
-        for (rows, _), (loss, _, _, row_sums) in zip(work.split(), results, strict=False):
+        for (rows, _), (loss, _, _, row_sums) in zip(work.parts, results, strict=False):
             if not loss.isfinite():
                 mine = rows[role.mesh.dp_rank]
                 fields = [f[mine].flatten(1) if f.dim() > 1 else f[mine, None] for f in work.batch.values()]
@@ -210,8 +212,7 @@ def _problem(works: Sequence[Work], outcomes: Sequence[list], role: RoleModel) -
 def _run(works: Sequence[Work], trace: Trace, forward_only: bool) -> list[list[Any]]:
     """What the last pipeline stage made of each micro-batch, by work; nothing on the other stages."""
     mesh = works[0].role.mesh
-    splits = [work.split() for work in works]
-    micro_batches = [(work, work.cut(*part)) for work, split in zip(works, splits, strict=True) for part in split]
+    micro_batches = [(work, work.cut(*part)) for work in works for part in work.parts]
     roles = list(dict.fromkeys(work.role for work in works))
     shapes = [batch["tokens"].shape for _, batch in micro_batches]
     stream = _Stream(roles, trace, varies=len(roles) > 1 or len(set(shapes)) > 1)
@@ -232,7 +233,7 @@ def _run(works: Sequence[Work], trace: Trace, forward_only: bool) -> list[list[A
             **neighbours,
         )
     found = iter(results)
-    return [[next(found) for _ in split] if mesh.is_last_stage else [] for split in splits]
+    return [[next(found) for _ in work.parts] if mesh.is_last_stage else [] for work in works]
 
 
 class _Stream:
@@ -267,7 +268,7 @@ class _Stream:
                 return work.fn(output, batch)
             loss, count, statistics = work.fn(output, batch)
             # a row of outputs that is not finite shows in its sum, and which it was is asked when the loss is not
-            row_sums = output.detach().float().flatten(1).sum(1)
+            row_sums = output.detach().flatten(1).sum(1, dtype=torch.float32)
             return loss, count.to(torch.int), (loss.detach(), count, statistics, row_sums)
 
         return output, finish
