@@ -219,6 +219,7 @@ class RolloutConfig:
     stop: list[str] = field(default_factory=list)
     slots: int = 256  # sequences decoded at once on one replica
     kv_tokens: int | None = None  # positions of the KV cache of one replica; null: what free memory holds
+    cuda_graphs: bool = True  # launch a decode step as one; false: to compare with
 
 
 @dataclass

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
 import os
 from pathlib import Path
 
+import pytest
 import torch
 import worlds
 
@@ -80,6 +82,21 @@ def grad_norm_of_text(overrides: list[str], layout: tuple) -> float:
     return ctx.metrics.reduce(ctx.mesh)[0]["policy/grad_norm"]
 
 
+@contextlib.contextmanager
+def rollouts_as_on_cuda():
+    """Attention reads row by row, and a graph that only calls its step again stands for a CUDA graph."""
+    from rlhf_engine.rollout import engine, graphs
+
+    def called_again(step):
+        result = step()
+        return lambda: result.copy_(step()), result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "reads_by_row", lambda device: True)
+        patch.setattr(graphs, "capture", called_again)
+        yield
+
+
 def generate(
     overrides: list[str],
     layout: tuple,
@@ -88,6 +105,7 @@ def generate(
     ends: tuple = (),
     limits: list[int] | None = None,
     poison: int | None = None,
+    as_on_cuda: bool = False,
 ):
     """Responses of the run's policy to prompts whose noise is keyed by `ids`, and the last report of their progress.
 
@@ -95,6 +113,7 @@ def generate(
         ends: tokens that end them too.
         limits: of their lengths.
         poison: a token whose embedding is not a number.
+        as_on_cuda: see `rollouts_as_on_cuda`.
     """
     from rlhf_engine.rollout.generate import rollout
     from rlhf_engine.rollout.sampling import sample_keys
@@ -108,16 +127,17 @@ def generate(
             table.data[row] = torch.nan
     keys = sample_keys(ctx.config.seed, 0, torch.tensor(ids, dtype=torch.int64))
     reports: list = []
-    responses = rollout(
-        role,
-        prompts,
-        keys,
-        ctx.config.rollout,
-        (*ctx.tokenizer.end_ids, *ends),
-        decode=ctx.tokenizer.decode,
-        limits=limits,
-        report=reports.append,
-    )
+    with rollouts_as_on_cuda() if as_on_cuda else contextlib.nullcontext():
+        responses = rollout(
+            role,
+            prompts,
+            keys,
+            ctx.config.rollout,
+            (*ctx.tokenizer.end_ids, *ends),
+            decode=ctx.tokenizer.decode,
+            limits=limits,
+            report=reports.append,
+        )
     return [(r.tokens, r.log_probs, r.finished) for r in responses], reports[-1]
 
 
@@ -180,7 +200,9 @@ def hf_round_trip(folder: str, layout: tuple, rows: list[list[int]], out: str, h
     return role.infer({"tokens": torch.tensor(rows)}, fn, 2)
 
 
-def hf_greedy(folder: str, layout: tuple, prompts: list[list[int]], tokens: int) -> tuple[list[list[int]], float]:
+def hf_greedy(
+    folder: str, layout: tuple, prompts: list[list[int]], tokens: int, as_on_cuda: bool = False
+) -> tuple[list[list[int]], float]:
     """Greedy responses of a model of an HF folder, and how far their log-probs are from the trainer's at most."""
     from rlhf_engine.algorithms.heads import policy_log_probs
     from rlhf_engine.config import RolloutConfig
@@ -191,7 +213,8 @@ def hf_greedy(folder: str, layout: tuple, prompts: list[list[int]], tokens: int)
     role = hf_role(folder, layout)
     config = RolloutConfig(greedy=True, max_new_tokens=tokens, min_new_tokens=0, slots=2)
     keys = sample_keys(1, 0, torch.arange(len(prompts)))
-    responses = rollout(role, prompts, keys, config, end_ids=[])
+    with rollouts_as_on_cuda() if as_on_cuda else contextlib.nullcontext():
+        responses = rollout(role, prompts, keys, config, end_ids=[])
     rows, lengths = pad_rows([p + r.tokens for p, r in zip(prompts, responses, strict=True)], role.mesh.tp)
     mask = spans(torch.tensor([len(p) for p in prompts]), lengths, rows.shape[1])
     found = role.infer(

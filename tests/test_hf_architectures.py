@@ -146,18 +146,19 @@ CACHED = ("llama-tied-llama3", "gpt2", "mistral", "qwen3-moe", "qwen2-untied-win
 
 
 @pytest.mark.parametrize(
-    ("name", "layout"),
-    [pytest.param(n, (1, 1, 1), id=f"(1, 1, 1)-{n}") for n in MODELS]
-    + [pytest.param(n, layout, id=f"{layout}-{n}") for layout in LAYOUTS[1:3] for n in CACHED]
-    + moe_layouts(),
+    ("name", "layout", "as_on_cuda"),
+    [pytest.param(n, (1, 1, 1), False, id=f"(1, 1, 1)-{n}") for n in MODELS]
+    + [pytest.param(n, (1, 1, 1), True, id=f"(1, 1, 1)-{n}-as-on-cuda") for n in CACHED]
+    + [pytest.param(n, layout, False, id=f"{layout}-{n}") for layout in LAYOUTS[1:3] for n in CACHED]
+    + [pytest.param(*param.values, False, id=param.id) for param in moe_layouts()],
 )
-def test_generation_is_that_of_transformers_and_of_training(worlds, folders, name, layout):
+def test_generation_is_that_of_transformers_and_of_training(worlds, folders, name, layout, as_on_cuda):
     """Greedy tokens over our KV cache against the whole sequence forwarded anew for each, and their log-probs against
     those of megatron's forward."""
     folder = folders(name)
     model = reference(folder)
     prompts = [row[: 2 + 3 * i] for i, row in enumerate(rows())]
-    found, gap = worlds(math.prod(layout[:3])).run(cases.hf_greedy, str(folder), layout, prompts, 9)[0]
+    found, gap = worlds(math.prod(layout[:3])).run(cases.hf_greedy, str(folder), layout, prompts, 9, as_on_cuda)[0]
     assert gap <= 1e-5
     for prompt, tokens in zip(prompts, found, strict=True):
         sequence = torch.tensor([prompt])
