@@ -207,7 +207,8 @@ def publish(
     median = {side: statistics.median(values) for side, values in seconds.items()}
     ratio = median["transformers"] / median["ours"]
     print(
-        f"{name:8} {lengths:9} {layout:5} ours {median['ours']:7.2f} s ({tokens / median['ours']:7.0f} tokens/s, {ours.threads} threads)"
+        f"{name:8} {lengths:9} {layout:5} ours {median['ours']:7.2f} s ({tokens / median['ours']:7.0f} tokens/s,"
+        f" {ours.threads} threads)"
         f"  transformers {median['transformers']:7.2f} s (batches of {theirs.batch}, {theirs.threads} threads)"
         f"  {ratio:5.2f} x"
         f"  floor {median['floor']:6.2f} s, {median['floor'] / median['ours']:4.0%} of ours",
