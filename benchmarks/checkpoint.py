@@ -40,7 +40,7 @@ def measure(rank: int, args: argparse.Namespace, port: int, folder: str) -> None
     )  # fmt: skip
     role = RoleModel("policy", model, mesh, "lm", torch.float32, OptimizerConfig())
     with torch.no_grad():
-        for parameter in role.gpt.parameters():
+        for parameter in role.chunks.parameters():
             parameter.normal_(std=0.02)
     role.start()
     tokens = torch.arange(4 * 64).view(4, 64)

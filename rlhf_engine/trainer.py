@@ -321,7 +321,7 @@ def load_base(role: RoleModel, path: str | None, seed: int = 0) -> None:
     if path and (Path(path) / ".metadata").is_file():
         return checkpoint.load_weights(Path(path), checkpoint.IMPORTED, role)
     source: Source = HFFolder(path) if path else RandomWeights(role.model, seed)
-    load_weights(role.gpt, role.model, role.head, role.mesh, source)
+    load_weights(role.chunks, role.model, role.head, role.mesh, source)
 
 
 def _dtype(config: RunConfig, mesh: ParallelMesh) -> torch.dtype:

@@ -24,15 +24,15 @@ def compose(overrides: list[str]):
 
 
 def context(overrides: list[str], layout: tuple):
-    """Context of a run on the mesh `layout` = (tp, pp, dp[, sequence_parallel[, ep]])."""
+    """Context of a run on the mesh `layout` = (tp, pp, dp[, sequence_parallel[, ep[, virtual_pp]]])."""
     from rlhf_engine.preflight import plan
     from rlhf_engine.trainer import build_context
 
-    tp, pp, dp, sequence_parallel, ep = (*layout, *(False, 1)[len(layout) - 3 :])
+    tp, pp, dp, sequence_parallel, ep, virtual_pp = (*layout, *(False, 1, 1)[len(layout) - 3 :])
     overrides = [*overrides, f"mesh.tp={tp}", f"mesh.pp={pp}", f"mesh.dp={dp}", f"mesh.ep={ep}"]
-    overrides.append(f"mesh.sequence_parallel={str(sequence_parallel).lower()}")
+    overrides += [f"mesh.sequence_parallel={str(sequence_parallel).lower()}", f"mesh.virtual_pp={virtual_pp}"]
     checked = plan(compose(overrides), int(os.environ["WORLD_SIZE"]))
-    return build_context(checked, worlds.mesh(tp, pp, dp, sequence_parallel, ep))
+    return build_context(checked, worlds.mesh(tp, pp, dp, sequence_parallel, ep, virtual_pp))
 
 
 def first_iteration(overrides: list[str], layout: tuple, phase: str) -> dict:
@@ -49,7 +49,7 @@ def first_iteration(overrides: list[str], layout: tuple, phase: str) -> dict:
         if role.head == "scalar" and ctx.mesh.is_last_stage and ctx.bases["reward"].path is None:
             # from a head near 0 next to no gradient would reach the layers below
             with role.on_device():
-                weight = role.gpt.output_layer.weight
+                weight = role.chunks[-1].output_layer.weight
                 weight.data.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
                 for parcel in itertools.chain(*role._parcels.values()):
                     parcel._is_copied = False  # weights of a frozen role are otherwise copied off once
@@ -59,7 +59,7 @@ def first_iteration(overrides: list[str], layout: tuple, phase: str) -> dict:
     digest = hashlib.sha256()
     for name in sorted(ctx.roles):
         with ctx.roles[name].on_device():
-            for parameter in ctx.roles[name].gpt.parameters():
+            for parameter in ctx.roles[name].chunks.parameters():
                 digest.update(parameter.detach().clone().numpy().tobytes())
     times = [name for name in figures if name.startswith("time/")]
     away = {name: role.presence for name, role in ctx.roles.items() if role.is_offloaded}
@@ -122,7 +122,7 @@ def generate(
     ctx = context(overrides, layout)
     role = base_policy(ctx)
     if poison is not None:
-        table = role.gpt.embedding.word_embeddings.weight
+        table = role.chunks[0].embedding.word_embeddings.weight
         if (row := poison - ctx.mesh.tp_rank * len(table)) in range(len(table)):
             table.data[row] = torch.nan
     keys = sample_keys(ctx.config.seed, 0, torch.tensor(ids, dtype=torch.int64))
@@ -159,7 +159,7 @@ def whole_logits(role, hidden, batch) -> torch.Tensor:
     from rlhf_engine.models.role import head_weight
 
     assert not role.mesh.config.sequence_parallel
-    output = torch.nn.functional.linear(hidden, head_weight(role.gpt))
+    output = torch.nn.functional.linear(hidden, head_weight(role.chunks[-1]))
     parts = [torch.empty_like(output) for _ in range(role.mesh.tp)]
     dist.all_gather(parts, output.contiguous(), group=role.mesh.tp_group)
     return torch.cat(parts, -1)[..., : role.model.vocab_size]
@@ -254,7 +254,7 @@ def te_names() -> list[str]:
         named_parameters=lambda: [(f"decoder.layers.0.{name}", torch.zeros(1)) for name in names],
     )
     table, wrong = Table(ModelConfig(architecture="qwen3"), "lm"), []
-    for (name, _), hf in zip(parameters(gpt), names.values(), strict=True):
+    for (name, _), hf in zip(parameters([gpt]), names.values(), strict=True):
         row, numbers = table.row(name)
         if numbers != ["2"] or row.hf.split()[0] != f"model.layers.*.{hf}":
             wrong.append(name)
@@ -290,25 +290,34 @@ def build_role(model: dict, head: str, layout: tuple, optimizer: bool = False, r
 def held(model: dict, head: str, layout: tuple) -> tuple[int, int, int]:
     """This rank's pipeline stage, its parameters, and those of experts among them."""
     role = build_role(model, head, layout)
-    sizes = [(p.numel(), not getattr(p, "allreduce", True)) for p in role.gpt.parameters()]
+    sizes = [(p.numel(), not getattr(p, "allreduce", True)) for p in role.chunks.parameters()]
     return role.mesh.pp_rank, sum(n for n, _ in sizes), sum(n for n, is_expert in sizes if is_expert)
+
+
+def chunk_order(layout: tuple, micro_batches: int, group: int) -> tuple[int, int, list]:
+    """This rank's pipeline stage, forwards before its first backward, and (micro-batch, chunk) in megatron's order."""
+    from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches, get_schedule_table
+
+    mesh = worlds.mesh(*layout)
+    _, _, warmup, _ = get_pp_rank_microbatches(micro_batches, mesh.virtual_pp, group)
+    return mesh.pp_rank, warmup, get_schedule_table(micro_batches, mesh.virtual_pp, group)
 
 
 def training_bytes(model: dict, layout: tuple) -> tuple[int, int, int]:
     """Bytes of this rank's weights, gradient buffers and optimizer state."""
-    from rlhf_engine.models.optim import _torch_optimizers
+    from rlhf_engine.models.optim import _torch_optimizers, gradient_tensors
 
     role = build_role(model, "lm", layout, optimizer=True)
-    buffers = [*role.module.buffers, *role.module.expert_parallel_buffers]
+    buffers = gradient_tensors(role.modules)
     states = [state for adam in _torch_optimizers(role.optimizer) for state in adam.state.values()]
     moments = sum(state[name].nbytes for state in states for name in ("exp_avg", "exp_avg_sq"))
-    return sum(p.nbytes for p in role.gpt.parameters()), sum(b.grad_data.nbytes for b in buffers), moments
+    return sum(p.nbytes for p in role.chunks.parameters()), sum(b.nbytes for b in buffers), moments
 
 
 def saved_bytes(model: dict, layout: tuple, rows: int, length: int, recompute: str) -> int:
     """Bytes that a forward keeps for backward, weights aside."""
     role = build_role(model, "lm", layout, optimizer=True, recompute=recompute)
-    weights = {p.untyped_storage().data_ptr() for p in (*role.gpt.parameters(), *role.gpt.buffers())}
+    weights = {p.untyped_storage().data_ptr() for p in (*role.chunks.parameters(), *role.chunks.buffers())}
     found: dict = {}
 
     def keep(tensor):
@@ -319,7 +328,7 @@ def saved_bytes(model: dict, layout: tuple, rows: int, length: int, recompute: s
 
     tokens = torch.zeros(rows, length, dtype=torch.int64)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        role.module(tokens, torch.arange(length).expand_as(tokens), None)
+        role.modules[0](tokens, torch.arange(length).expand_as(tokens), None)
     return sum(size for size, _ in found.values())
 
 
@@ -330,7 +339,7 @@ def matmul_flops(model: dict, layout: tuple, rows: int, length: int) -> int:
     role = build_role(model, "lm", layout)
     tokens = torch.zeros(rows, length, dtype=torch.int64)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        role.module(tokens, torch.arange(length).expand_as(tokens), None)
+        role.modules[0](tokens, torch.arange(length).expand_as(tokens), None)
     counts = counter.get_flop_counts()["Global"]
     return sum(n for operator, n in counts.items() if "attention" not in str(operator))
 
@@ -344,7 +353,7 @@ def cache_bytes(model: dict, layout: tuple, prompts: list[list[int]], response: 
     role = build_role(model, "lm", layout)
     settings = RolloutConfig(max_new_tokens=response, **config)
     engine = Engine(
-        role.gpt,
+        role.chunks[0],
         role.mesh,
         Sampler(settings, role.model.vocab_size, (0,), role.mesh.tp_group),
         prompts,

@@ -32,7 +32,10 @@ def settings(small_run, tmp_path_factory) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", [(1, 2, 1), (2, 2, 1), (2, 2, 1, True), (1, 4, 1)], ids=str)
+LAYOUTS = [(1, 2, 1), (2, 2, 1), (2, 2, 1, True), (1, 4, 1), (1, 2, 1, False, 1, 2), (2, 2, 1, True, 1, 2)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_streams_change_nothing(worlds, settings, layout):
     world = worlds(layout[0] * layout[1])
     together = world.run(cases.first_iteration, settings, layout, "ppo")

@@ -74,7 +74,7 @@ def layout(model: ModelConfig, head: Head, prefix: str, mesh: ParallelMesh) -> l
         gpt = build_model(model, mesh, head, torch.float32)
         state = gpt.sharded_state_dict(prefix=f"{prefix}.")
         found = []
-        for (name, parameter), local in zip(parameters(gpt), (n for n, _ in gpt.named_parameters()), strict=True):
+        for (name, parameter), local in zip(parameters([gpt]), (n for n, _ in gpt.named_parameters()), strict=True):
             entry = state[f"{prefix}.{local}"]
             places = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
             found.append(Parameter(name, parameter.shape, places))
@@ -157,9 +157,8 @@ class _Importer(DefaultSavePlanner):
         """The pipeline stage that has a parameter."""
         if not name.startswith("decoder.layers."):
             return 0 if name.startswith("embedding") else self.pp - 1
-        layer, total = int(name.split(".")[2]), self.model.num_layers
-        first = stage_layers(total, self.pp)[0]
-        return 0 if layer < first else 1 + (layer - first) * (self.pp - 1) // (total - first)
+        stages = [stage for stage, n in enumerate(stage_layers(self.model.num_layers, self.pp)) for _ in range(n)]
+        return stages[int(name.split(".")[2])]
 
     def read_ahead(self, plan: SavePlan) -> None:
         """To be called before the items of `plan` are written, in their order."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -87,22 +87,26 @@ class Table:
         return self.head == "lm" and self.model.tie_word_embeddings and name == "output_layer.weight"
 
 
-def parameters(gpt: GPTModel) -> Iterator[tuple[str, Tensor]]:
-    """Parameters of this rank under global names: layers count from the first stage's first, experts from the first
-    rank's, and norms that transformer-engine fuses into the projection behind them have names of their own."""
-    for name, parameter in gpt.named_parameters():
-        if match := re.match(r"decoder\.layers\.(\d+)\.(.*)", name):
-            layer = gpt.decoder.layers[int(match[1])]
-            name = f"decoder.layers.{layer.layer_number - 1}.{match[2]}"
-            if match := re.match(r"(.*\.local_experts)\.(\d+)\.(.*)", name):
-                name = f"{match[1]}.{layer.mlp.local_expert_indices[int(match[2])]}.{match[3]}"
-        name = re.sub(r"self_attention\.linear_qkv\.layer_norm_(\w+)", r"input_layernorm.\1", name)
-        name = re.sub(r"mlp\.linear_fc1\.layer_norm_(\w+)", r"pre_mlp_layernorm.\1", name)
-        yield name, parameter
+def parameters(chunks: Iterable[GPTModel]) -> Iterator[tuple[str, Tensor]]:
+    """Parameters of a rank's chunks of a model under global names: layers count from the model's first, experts from
+    the first rank's, and norms that transformer-engine fuses into the projection behind them have names of their own.
+    """
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if match := re.match(r"decoder\.layers\.(\d+)\.(.*)", name):
+                layer = chunk.decoder.layers[int(match[1])]
+                name = f"decoder.layers.{layer.layer_number - 1}.{match[2]}"
+                if match := re.match(r"(.*\.local_experts)\.(\d+)\.(.*)", name):
+                    name = f"{match[1]}.{layer.mlp.local_expert_indices[int(match[2])]}.{match[3]}"
+            name = re.sub(r"self_attention\.linear_qkv\.layer_norm_(\w+)", r"input_layernorm.\1", name)
+            name = re.sub(r"mlp\.linear_fc1\.layer_norm_(\w+)", r"pre_mlp_layernorm.\1", name)
+            yield name, parameter
 
 
 @torch.no_grad()
-def load_weights(gpt: GPTModel, model: ModelConfig, head: Head, mesh: ParallelMesh, source: Source) -> None:
+def load_weights(
+    chunks: Iterable[GPTModel], model: ModelConfig, head: Head, mesh: ParallelMesh, source: Source
+) -> None:
     """Fills this rank's parameters from HF tensors. A scalar head that the source lacks stays as it is.
 
     Raises:
@@ -110,7 +114,7 @@ def load_weights(gpt: GPTModel, model: ModelConfig, head: Head, mesh: ParallelMe
     """
     table, used, error = Table(model, head), set(), None
     try:
-        for name, parameter in parameters(gpt):
+        for name, parameter in parameters(chunks):
             tensor = table.load(name, parameter.shape, source, mesh.tp_rank, mesh.tp)
             row, numbers = table.row(name)
             used |= {w.name for w in row.windows(numbers, parameter, model, 0, mesh.tp)}
@@ -142,13 +146,15 @@ def check_leftover(source: HFFolder, model: ModelConfig, used: set[str]) -> None
 
 
 @torch.no_grad()
-def save_weights(gpt: GPTModel, model: ModelConfig, head: Head, mesh: ParallelMesh, writer: HFWriter | None) -> None:
+def save_weights(
+    chunks: Iterable[GPTModel], model: ModelConfig, head: Head, mesh: ParallelMesh, writer: HFWriter | None
+) -> None:
     """Every HF tensor of a model spread over the mesh, to the main rank's `writer` (None on the others).
 
     The ranks take turns by parameter, so no rank holds more than a file's worth.
     """
     table = Table(model, head)
-    mine = dict(parameters(gpt))
+    mine = dict(parameters(chunks))
     listing = [(name, p.shape, p.dtype) for name, p in mine.items() if not table.is_copy(name)]
     written: set[str] = set()
     for source, names in enumerate(mesh.all_gather_object(listing)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -19,7 +19,7 @@ from ..config import OptimizerConfig
 from ..cpu import cuda_type_names
 
 
-def wrap_ddp(gpt: GPTModel, config: OptimizerConfig) -> DistributedDataParallel:
+def wrap_ddp(chunk: GPTModel, config: OptimizerConfig) -> DistributedDataParallel:
     """Megatron's DDP: gradients in one float32 buffer, reduced once per optimizer step."""
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -28,14 +28,19 @@ def wrap_ddp(gpt: GPTModel, config: OptimizerConfig) -> DistributedDataParallel:
         overlap_grad_reduce=False,
         overlap_param_gather=False,
     )
-    return DistributedDataParallel(gpt.config, ddp_config, gpt)
+    return DistributedDataParallel(chunk.config, ddp_config, chunk)
 
 
 def build_optimizer(
-    ddp: DistributedDataParallel, config: OptimizerConfig, total_steps: int
+    modules: Sequence[DistributedDataParallel], config: OptimizerConfig, total_steps: int
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """Adam over the role's parameters and the schedule of its learning rate over `total_steps` updates."""
-    dtype = next(ddp.parameters()).dtype
+    """Adam over the role's parameters and the schedule of its learning rate over `total_steps` updates.
+
+    Args:
+        modules: the role's chunks in DDP.
+    """
+    params = [param for ddp in modules for param in ddp.parameters()]
+    dtype = params[0].dtype
     settings = MegatronOptimizerConfig(
         optimizer="adam",
         lr=config.lr,
@@ -49,9 +54,9 @@ def build_optimizer(
         params_dtype=dtype,
         use_distributed_optimizer=config.distributed,
     )
-    on_cpu = not next(ddp.parameters()).is_cuda
-    with cuda_type_names(ddp.parameters()) if on_cpu else contextlib.nullcontext():
-        optimizer = get_megatron_optimizer(settings, [ddp], use_gloo_process_groups=not on_cpu)
+    on_cpu = not params[0].is_cuda
+    with cuda_type_names(params) if on_cpu else contextlib.nullcontext():
+        optimizer = get_megatron_optimizer(settings, list(modules), use_gloo_process_groups=not on_cpu)
     for inner in _torch_optimizers(optimizer):
         # torch makes Adam's state in the first step, and megatron can neither save nor load what is not there
         for param in (p for group in inner.param_groups for p in group["params"]):
@@ -93,9 +98,9 @@ def load_optimizer(optimizer: MegatronOptimizer, state: dict) -> None:
             entry["step"] = entry["step"].clone()
 
 
-def gradient_tensors(ddp: DistributedDataParallel) -> list[Tensor]:
+def gradient_tensors(modules: Iterable[DistributedDataParallel]) -> list[Tensor]:
     """Megatron's flat buffers, of which every gradient is a view; a step begins by zeroing them."""
-    return [buffer.grad_data for buffer in ddp.buffers + ddp.expert_parallel_buffers]
+    return [buffer.grad_data for ddp in modules for buffer in ddp.buffers + ddp.expert_parallel_buffers]
 
 
 def optimizer_tensors(optimizer: MegatronOptimizer, weights: Iterable[Tensor]) -> Iterator[Tensor]:

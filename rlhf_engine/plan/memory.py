@@ -130,7 +130,7 @@ def stage_activations(
     if stage == mesh.pp - 1:
         kept += (3 if numbers.device == "cpu" else 2) * rows * length * hidden * numbers.itemsize
     if stage != mesh.pp - 1 or stage != 0:
-        kept += rows * length * hidden * numbers.itemsize  # sent to or received from a neighbour
+        kept += mesh.virtual_pp * rows * length * hidden * numbers.itemsize  # sent to or received from a neighbour
     return kept
 
 
