@@ -134,6 +134,8 @@ class OptimizerConfig:
     eps: float = 1e-5
     clip_grad: float = 1.0
     distributed: bool = True  # optimizer state split over DP (ZeRO-1)
+    # gradients are reduced during the last backward, and split weights gathered during the next forward; null: on GPUs
+    overlap: bool | None = None
 
 
 @dataclass

@@ -150,6 +150,9 @@ class Schedule:
                 results.append(stage.body(ctx, role, view))
             if group[0].kind in ("infer", "train"):
                 results = together(results, group, ctx)
+            if group[0].kind == "train":
+                for role in roles:
+                    role.gather()
         return [result or {} for result in results]
 
 

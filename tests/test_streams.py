@@ -47,6 +47,19 @@ def test_streams_change_nothing(worlds, settings, layout):
     assert together[0]["figures"]["policy/grad_norm"] > 0 and together[0]["figures"]["critic/grad_norm"] > 0
 
 
+@pytest.mark.parametrize("distributed", [True, False])
+@pytest.mark.parametrize("layout", [(1, 1, 2), (1, 2, 2)], ids=str)
+def test_overlap_changes_nothing(worlds, settings, layout, distributed):
+    """Gradients reduced during the last backward of each role, though another's may follow it in one stream, and
+    weights gathered during the next forward."""
+    world = worlds(layout[1] * layout[2])
+    both = ("ppo.optimizer", "ppo.critic_optimizer")
+    settings = [*settings, *(f"{key}.distributed={str(distributed).lower()}" for key in both)]
+    plain = world.run(cases.first_iteration, settings, layout, "ppo")
+    overlapped = world.run(cases.first_iteration, [*settings, *(f"{key}.overlap=true" for key in both)], layout, "ppo")
+    assert overlapped == plain
+
+
 ROLES = ("policy", "reference", "reward", "critic")
 
 

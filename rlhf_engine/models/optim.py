@@ -20,13 +20,13 @@ from ..cpu import cuda_type_names
 
 
 def wrap_ddp(chunk: GPTModel, config: OptimizerConfig) -> DistributedDataParallel:
-    """Megatron's DDP: gradients in one float32 buffer, reduced once per optimizer step."""
+    """Megatron's DDP: gradients in float32 buffers, reduced once per optimizer step."""
+    overlap = next(chunk.parameters()).is_cuda if config.overlap is None else config.overlap
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=config.distributed,
-        # An overlapped gather finishes in the next forward's hooks, which generation does not go through.
-        overlap_grad_reduce=False,
-        overlap_param_gather=False,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap and config.distributed,
     )
     return DistributedDataParallel(chunk.config, ddp_config, chunk)
 

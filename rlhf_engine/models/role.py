@@ -93,6 +93,13 @@ class RoleModel:
             weakref.finalize(self, vars(module).clear)
         self.optimizer, self.scheduler = build_optimizer(self.modules, config, self._total_steps)
 
+    def gather(self) -> None:
+        """Waits for weights of the last update that other replicas hold (`overlap` gathers them when a forward comes to
+        them): generation, checkpoints and exports do not go through the modules. Every replica takes part."""
+        for module in self.modules:
+            if self.is_trained and module.ddp_config.overlap_param_gather:
+                module.start_param_sync(force_sync=True)
+
     # -- residency ---------------------------------------------------------------------------------------
 
     @property

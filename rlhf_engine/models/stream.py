@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.distributed import finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.enums import ModelType
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
@@ -223,16 +223,18 @@ def _run(works: Sequence[Work], trace: Trace, forward_only: bool) -> list[list[A
         work, batch = micro_batches[-1]
         micro_batches.append((replace(work, fn=_nothing), batch))
     roles = list(dict.fromkeys(work.role for work in works))
+    last = {id(work.role): i for i, (work, _) in enumerate(micro_batches)}
+    steps = [(work, batch, last[id(work.role)] == i) for i, (work, batch) in enumerate(micro_batches)]
     shapes = [batch["tokens"].shape for _, batch in micro_batches]
     config = _config(roles, len(micro_batches), varies=len(roles) > 1 or len(set(shapes)) > 1)
     neighbours: dict[str, Any] = {}
     if mesh.pp > 1:
         neighbours["p2p_communicator"] = _Neighbours(mesh, config, trace)
         neighbours["pg_collection"] = ProcessGroupCollection.use_mpu_process_groups()
-    with trace.stream(has_backward=not forward_only):
+    with trace.stream(has_backward=not forward_only), _without_sync(() if forward_only else roles):
         results = get_forward_backward_func()(
             forward_step_func=lambda iterator, stream: stream.step(*next(iterator), forward_only),
-            data_iterator=[iter(micro_batches) for _ in range(mesh.virtual_pp)],
+            data_iterator=[iter(steps) for _ in range(mesh.virtual_pp)],
             model=[_Stream(config, chunk, trace) for chunk in range(mesh.virtual_pp)],
             num_microbatches=len(micro_batches),
             seq_length=shapes[0][1],
@@ -255,7 +257,7 @@ def _config(roles: Sequence[RoleModel], micro_batches: int, varies: bool) -> Tra
     config = copy.copy(roles[0].chunks[0].config)
     # `train_step` finalises the gradients of each role by itself
     config.finalize_model_grads_func = config.grad_scale_func = None
-    config.no_sync_func = lambda: _without_sync([role for role in roles if role.is_trained])
+    config.no_sync_func = contextlib.nullcontext  # and each has a last micro-batch of its own
     config.variable_seq_lengths = varies
     config.microbatch_group_size_per_vp_stage = chunk_group(roles[0].mesh.pp, micro_batches)
     return config
@@ -275,8 +277,12 @@ class _Stream(Module):
         """What the stage before has sent."""
         self.input = tensor
 
-    def step(self, work: Work, batch: Batch, forward_only: bool):
-        """Megatron's forward step: the role's output for a micro-batch, and what the last stage makes of it."""
+    def step(self, work: Work, batch: Batch, is_last: bool, forward_only: bool):
+        """Megatron's forward step: the role's output for a micro-batch, and what the last stage makes of it.
+
+        Args:
+            is_last: of the role, so that its gradients are reduced as its backward comes to them.
+        """
         tokens = batch["tokens"]
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         work.role.chunks[self.chunk].set_input_tensor(self.input)
@@ -284,14 +290,21 @@ class _Stream(Module):
             # right padding and a causal model: no real token sees padding, so there is no mask
             output = work.role.modules[self.chunk](tokens, positions, None)
 
+        def begins(gradient: Tensor) -> None:
+            if is_last:
+                _sync(work.role.modules[self.chunk], True)
+
         def finish(output: Tensor, non_loss_data: bool = False):
             if forward_only:
                 return work.fn(output, batch)
             loss, count, statistics = work.fn(output, batch)
+            loss.register_hook(begins)  # the head's gradient comes before that of the output
             # a row of outputs that is not finite shows in its sum, and which it was is asked when the loss is not
             row_sums = output.detach().flatten(1).sum(1, dtype=torch.float32)
             return loss, count.to(torch.int), (loss.detach(), count, statistics, row_sums)
 
+        if not forward_only:
+            output.register_hook(begins)
         return output, finish
 
 
@@ -315,8 +328,16 @@ class _Neighbours(P2PCommunicator):
 
 @contextlib.contextmanager
 def _without_sync(roles: Sequence[RoleModel]) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        for role in roles:
-            for module in role.modules:
-                stack.enter_context(module.no_sync())
-        yield
+    """Within it gradients are reduced from where `_sync` says so."""
+    modules = [module for role in roles for module in role.modules]
+    for module in modules:
+        _sync(module, False)
+    yield
+    for module in modules:
+        _sync(module, True)
+
+
+def _sync(module: DistributedDataParallel, is_last: bool) -> None:
+    """Whether the backward that runs is the last before a step, which megatron's `no_sync` knows only as a context."""
+    for group in module.bucket_groups + module.expert_parallel_bucket_groups:
+        group.is_last_microbatch = is_last
