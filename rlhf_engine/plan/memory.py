@@ -191,7 +191,7 @@ def kv_positions(config: RolloutConfig, rows: int, longest: int, most: float) ->
     kv_tokens = config.kv_tokens or max(longest, int(most))
     longest, slots = min(round_up(longest), kv_tokens), min(config.slots, rows)
     lanes = min(_LANES, slots, kv_tokens // longest)
-    return lanes * min(kv_tokens // lanes, -(-slots // lanes) * longest)
+    return lanes * min(kv_tokens // lanes, -(-slots // lanes) * longest) + 1  # for the rows that fill a CUDA graph
 
 
 def generation_workspace(
