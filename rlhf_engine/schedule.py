@@ -151,7 +151,7 @@ class Schedule:
             if group[0].kind in ("infer", "train"):
                 results = together(results, group, ctx)
             if group[0].kind == "train":
-                for role in roles:
+                for role in filter(None, roles):
                     role.gather()
         return [result or {} for result in results]
 
