@@ -13,9 +13,10 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 
 from rlhf_engine.compose import compose
-from rlhf_engine.config import ConfigError
+from rlhf_engine.config import JOBS, ConfigError
 from rlhf_engine.preflight import Plan, plan
 from rlhf_engine.ranks import PARENT, Ranks, end_with_parent, free_port, launched_world
 from rlhf_engine.reference import text
@@ -25,9 +26,16 @@ from rlhf_engine.xtuner import from_command_line
 _SECONDS_OF_SILENCE = 5.0  # of a rank that has only an echo of another one's failure to report
 
 
-def start_ranks(world_size: int, argv: list[str]) -> int:
-    """Runs this script once per rank on this machine."""
-    ranks = Ranks([sys.executable, __file__, *argv], 0, world_size, world_size, "127.0.0.1", free_port())
+def train(checked: Plan) -> int:
+    """The phases of a run."""
+    from rlhf_engine.trainer import run
+
+    return run(checked)
+
+
+def start_ranks(world_size: int, argv: list[str], script: str = __file__) -> int:
+    """Runs a script once per rank on this machine."""
+    ranks = Ranks([sys.executable, script, *argv], 0, world_size, world_size, "127.0.0.1", free_port())
     for signum in SIGNALS:
         signal.signal(signum, lambda signum, frame: ranks.send(signum))
     while (code := ranks.poll()) is None:
@@ -35,8 +43,8 @@ def start_ranks(world_size: int, argv: list[str]) -> int:
     return code
 
 
-def run_rank(checked: Plan) -> int:
-    """This process as one rank of the run; its exit code."""
+def run_rank(checked: Plan, job: Callable[[Plan], int] = train) -> int:
+    """This process as one rank of a job; its exit code."""
     import logging
     import warnings
 
@@ -44,11 +52,9 @@ def run_rank(checked: Plan) -> int:
     logging.getLogger("megatron").setLevel(logging.ERROR)
     import torch
 
-    from rlhf_engine.trainer import run
-
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     try:
-        code = run(checked)
+        code = job(checked)
     except BaseException as error:
         for signum in SIGNALS:
             signal.signal(signum, signal.SIG_DFL)
@@ -65,9 +71,12 @@ def run_rank(checked: Plan) -> int:
     return code
 
 
-def main(argv: list[str]) -> int:
+def main(
+    argv: list[str], job: Callable[[Plan], int] = train, script: str = __file__, about: str | None = __doc__
+) -> int:
+    """What `script`, whose docstring is `about`, does with a command line."""
     if {"--help", "-h"} & set(argv):
-        print(__doc__, text(), sep="\n")
+        print(about, text(), sep="\n")
         return 0
     if PARENT in os.environ:
         end_with_parent()
@@ -81,16 +90,18 @@ def main(argv: list[str]) -> int:
             if int(os.environ.get("RANK", "0")) == 0:
                 show(checked)
             return 0
+        if job is not train and set(checked.config.phases) & JOBS:
+            raise ConfigError(f"phases={checked.config.phases} trains nothing, and training is what is verified")
     except ConfigError as error:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr)
         return 2
     if world_size is None:
-        return start_ranks(checked.world_size, argv)
+        return start_ranks(checked.world_size, argv, script)
     theirs, _ = from_command_line(argv)
     if theirs is not None and os.environ["RANK"] == "0":
         print(theirs.table(), flush=True)
-    return run_rank(checked)
+    return run_rank(checked, job)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -145,16 +145,24 @@ def check_leftover(source: HFFolder, model: ModelConfig, used: set[str]) -> None
             raise ConfigError(f"{source.tensors[name].path}: tensor {name} has no place in a {architecture.name} model")
 
 
-@torch.no_grad()
 def save_weights(
     chunks: Iterable[GPTModel], model: ModelConfig, head: Head, mesh: ParallelMesh, writer: HFWriter | None
 ) -> None:
-    """Every HF tensor of a model spread over the mesh, to the main rank's `writer` (None on the others).
+    """Every HF tensor of a model spread over the mesh, to the main rank's `writer` (None on the others)."""
+    for name, tensor in whole_tensors(dict(parameters(chunks)), Table(model, head), mesh):
+        assert writer is not None
+        writer.add(name, tensor)
+
+
+@torch.no_grad()
+def whole_tensors(mine: Mapping[str, Tensor], table: Table, mesh: ParallelMesh) -> Iterator[tuple[str, Tensor]]:
+    """Every HF tensor of what is spread over the mesh, whole on the main rank; the others, which get none, take part.
 
     The ranks take turns by parameter, so no rank holds more than a file's worth.
+
+    Args:
+        mine: this rank's `parameters`, or something of their names and shapes, such as gradients.
     """
-    table = Table(model, head)
-    mine = dict(parameters(chunks))
     listing = [(name, p.shape, p.dtype) for name, p in mine.items() if not table.is_copy(name)]
     written: set[str] = set()
     for source, names in enumerate(mesh.all_gather_object(listing)):
@@ -163,9 +171,39 @@ def save_weights(
                 continue
             written.add(name)  # the first rank that has a parameter is the first of its tensor parallel group
             shards = mesh.shards_to_main(mine.get(name), shape, dtype, source)
-            if writer is not None:
-                for hf, tensor in table.export(name, shards).items():
-                    writer.add(hf, tensor)
+            if mesh.is_main:
+                yield from table.export(name, shards).items()
+
+
+@dataclass(frozen=True)
+class Difference:
+    name: str
+    what: str
+
+
+def compare(tensors: Iterable[tuple[str, Tensor]], source: Source, model: ModelConfig) -> tuple[int, list[Difference]]:
+    """How many whole HF tensors of a model equal those of their source bit for bit, and which do not."""
+    equal, found, seen = 0, [], set()
+    for name, tensor in tensors:
+        seen.add(name)
+        if name not in source:
+            found.append(Difference(name, "is not in the source"))
+            continue
+        wanted = source.read(Window(name, tuple(tensor.shape), 0, 0, len(tensor)))
+        tensor = tensor.cpu()
+        if wanted.dtype == tensor.dtype and torch.equal(wanted, tensor):
+            equal += 1
+        elif wanted.dtype != tensor.dtype and torch.equal(wanted.to(tensor.dtype), tensor):
+            found.append(Difference(name, f"is {tensor.dtype} for {wanted.dtype}, otherwise equal"))
+        else:
+            gap = float((wanted.double() - tensor.double()).abs().max())
+            found.append(Difference(name, f"differs by up to {gap:.3g}"))
+    if isinstance(source, HFFolder):
+        try:
+            check_leftover(source, model, seen)
+        except ConfigError as error:
+            found.append(Difference("", str(error)))
+    return equal, found
 
 
 class RandomWeights:
