@@ -10,9 +10,7 @@ time in `save` and in the `finish` that moves `latest`. Appends to benchmarks/re
 from __future__ import annotations
 
 import argparse
-import csv
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -20,8 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.multiprocessing as mp
-
-RESULTS = Path(__file__).resolve().parent / "results" / "checkpoint.csv"
+from record import append
 
 
 def measure(rank: int, args: argparse.Namespace, port: int, folder: str) -> None:
@@ -43,7 +40,7 @@ def measure(rank: int, args: argparse.Namespace, port: int, folder: str) -> None
     )  # fmt: skip
     role = RoleModel("policy", model, mesh, "lm", torch.float32, OptimizerConfig())
     with torch.no_grad():
-        for parameter in role.gpt.parameters():
+        for parameter in role.chunks.parameters():
             parameter.normal_(std=0.02)
     role.start()
     tokens = torch.arange(4 * 64).view(4, 64)
@@ -86,9 +83,7 @@ def measure(rank: int, args: argparse.Namespace, port: int, folder: str) -> None
 def report(args: argparse.Namespace, size: int, rows: dict, alone: float) -> None:
     (waited, _), (beside, step) = rows[False], rows[True]
     row = {
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "device": args.device,
-        "torch": torch.__version__,
         "ranks": args.ranks,
         "checkpoint_mb": round(size / 1e6),
         "synchronous_seconds": round(waited, 3),
@@ -98,12 +93,7 @@ def report(args: argparse.Namespace, size: int, rows: dict, alone: float) -> Non
         "step_seconds_while_writing": round(step, 4),
     }
     print("\n".join(f"{name}: {value}" for name, value in row.items()))
-    is_new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, row.keys())
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
+    append("checkpoint", [row])
 
 
 def main() -> None:

@@ -9,10 +9,8 @@ imports included. Appends a line to benchmarks/results/convert.csv.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
-import platform
 import resource
 import shutil
 import statistics
@@ -22,8 +20,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from record import append
+
 ROUNDS = 3
-HERE = Path(__file__).resolve().parent
 MODEL = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192,
     "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 64000, "tie_word_embeddings": False,
@@ -111,14 +110,9 @@ def main() -> None:
     print(
         f"{total:.2f} GB, largest tensor {largest:.2f} GB: {ratio:.2f} x the copy (work), memory limit {limit:.2f} GB"
     )
-    fields = ["gb", "tp", "pp", "copy_s", "import_s", "ratio", "copy_peak_gb", "import_peak_gb", "machine", "python"]
+    fields = ["gb", "tp", "pp", "copy_s", "import_s", "ratio", "copy_peak_gb", "import_peak_gb"]
     values = [total, args.tp, args.pp, rows["copy"][1], rows["import"][1], ratio, rows["copy"][2], rows["import"][2]]
-    with (HERE / "results" / "convert.csv").open("a") as file:
-        writer = csv.writer(file)
-        if not file.tell():
-            writer.writerow(fields)
-        rounded = [f"{value:.3g}" for value in values]
-        writer.writerow([*rounded, f"{platform.machine()} {os.cpu_count()} cores", platform.python_version()])
+    append("convert", [dict(zip(fields, values, strict=True))])
 
 
 def run_side(side: str, source: Path, target: Path, tp: int, pp: int) -> None:

@@ -12,11 +12,8 @@ with that of a copy of the same bytes. Appends to benchmarks/results/kernels.csv
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import functools
 import gc
-import importlib.metadata
 import json
 import os
 import socket
@@ -30,17 +27,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from record import RESULTS, append, machine
 
 import rlhf_kernels as kernels
 
-HERE = Path(__file__).resolve().parent / "results"
 Run = Callable[[bool], None]  # with backward or without
-
-FIELDS = (
-    "date", "op", "candidate", "shape", "dtype", "forward_ms", "both_ms", "forward_extra_mib", "both_extra_mib",
-    "gradient_mib", "floor_mb", "both_floor_mb", "of_copy", "both_of_copy", "copy_gb_s", "hardware", "threads", "torch",
-    "triton", "megatron", "liger", "trl",
-)  # fmt: skip
 
 
 def device() -> str:
@@ -320,21 +311,6 @@ def copy_bandwidth() -> float:
     return 1.024 / statistics.median(seconds(lambda: target.copy_(source)) for _ in range(9))
 
 
-def hardware() -> str:
-    if device() == "cuda":
-        return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
-    return f"{model}, {os.cpu_count()} cores"
-
-
-def version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
 def ops(args: argparse.Namespace) -> list[Op]:
     if device() == "cuda":
         return [
@@ -367,12 +343,8 @@ def main() -> None:
     if args.gpu and device() != "cuda":
         sys.exit("--gpu: torch sees no CUDA device")
     bandwidth = copy_bandwidth()
-    print(f"{hardware()}, {torch.get_num_threads()} threads, copy {bandwidth:.1f} GB/s")
-    common = {
-        "date": datetime.date.today().isoformat(), "copy_gb_s": f"{bandwidth:.1f}", "hardware": hardware(),
-        "threads": torch.get_num_threads(), "torch": torch.__version__, "triton": version("triton"),
-        "megatron": version("megatron-core"), "liger": version("liger-kernel"), "trl": version("trl"),
-    }  # fmt: skip
+    print(f"{machine()}, {torch.get_num_threads()} threads, copy {bandwidth:.1f} GB/s")
+    common = {"copy_gb_s": f"{bandwidth:.1f}", "threads": torch.get_num_threads()}
     rows = []
     for op in (op for op in ops(args) if not args.ops or op.name in args.ops):
         for name, result in times(op, args.repeats).items():
@@ -393,14 +365,8 @@ def main() -> None:
             row |= dict(zip(("of_copy", "both_of_copy"), (f"{x:.3f}" for x in reached), strict=True))
             row["gradient_mib"] = f"{op.gradient / 2**20:.1f}"
             rows.append(row)
-    HERE.mkdir(exist_ok=True)
-    with (HERE / "kernels.csv").open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if not file.tell():
-            writer.writeheader()
-        writer.writerows(rows)
-    with (HERE / "kernels.csv").open(newline="") as file:
-        here = [row for row in csv.DictReader(file) if row["hardware"] == hardware()]
+    found = append("kernels", rows, ["triton", "megatron-core", "liger-kernel", "trl"])
+    here = [row for row in found if row["machine"] == machine()]
     plot(list({(row["op"], row["shape"], row["dtype"], row["candidate"]): row for row in here}.values()))
 
 
@@ -426,9 +392,9 @@ def plot(rows: list[dict]) -> None:
             axis.set_xlabel(unit, fontsize=8)
             axis.tick_params(labelsize=7)
         pair[0].set_title(title, fontsize=8, loc="left")
-    figure.suptitle(f"forward and backward, {rows[0]['hardware']}, {rows[0]['date']}", fontsize=9)
+    figure.suptitle(f"forward and backward, {rows[0]['machine']}, {rows[0]['date']}", fontsize=9)
     figure.tight_layout()
-    figure.savefig(HERE / "kernels.png", dpi=80)
+    figure.savefig(RESULTS / "kernels.png", dpi=80)
 
 
 if __name__ == "__main__":

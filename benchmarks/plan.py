@@ -11,18 +11,15 @@ layers on one rank. Appends to benchmarks/results/plan.csv.
 from __future__ import annotations
 
 import argparse
-import csv
 import os
-import platform
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 import torch.multiprocessing as mp
+from record import append
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "plan.csv"
 SIZES = {  # hidden size, layers, MLP, vocabulary
     "6m": (256, 6, 704, 2048),
     "28m": (512, 8, 1408, 4096),
@@ -120,7 +117,6 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
     parser.add_argument("--layouts", nargs="+", default=["1x1x1", "1x1x2", "2x1x1", "1x2x1", "2x2x1"])
     args = parser.parse_args()
-    about = [f"{platform.machine()} {os.cpu_count()} cores", torch.__version__, time.strftime("%Y-%m-%d")]
     print(f"{'size':5} {'tp x pp x dp':12} {'what':48} {'planned':>8} {'calibrated':>10} {'measured':>8} {'off':>5}")
     for size in args.sizes:
         for layout in args.layouts:
@@ -131,13 +127,9 @@ def main() -> None:
                     f"{size:5} {layout:12} {what:48} {plain:8.3g} {calibrated:10.3g} {measured:8.3g} {off:>5}",
                     flush=True,
                 )
-            with RESULTS.open("a") as file:
-                writer = csv.writer(file)
-                if not file.tell():
-                    columns = ["what", "planned", "calibrated", "measured", "machine", "torch", "date"]
-                    writer.writerow(["size", "tp x pp x dp", *columns])
-                for what, *values in rows:
-                    writer.writerow([size, layout, what, *(f"{value:.4g}" for value in values), *about])
+            names = ("what", "planned", "calibrated", "measured")
+            here = {"size": size, "tp x pp x dp": layout}
+            append("plan", [here | dict(zip(names, row, strict=True)) for row in rows])
 
 
 if __name__ == "__main__":

@@ -15,10 +15,7 @@ included. Appends to benchmarks/results/ppo.csv.
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import os
-import platform
 import random
 import resource
 import statistics
@@ -33,9 +30,9 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+from record import append
 from rollout import LLAMAS, free_port, make_llama
 
-RESULTS = Path(__file__).resolve().parent / "results" / "ppo.csv"
 THREADS = 2
 PROMPT, RESPONSE, EPOCHS, KL_COEF = 32, 64, 2, 0.05
 BATCH = {"6m": (64, 16), "40m": (32, 8)}  # rows of a step, rows of a micro-batch
@@ -241,11 +238,11 @@ def compare(ctx, algorithm, specs, theirs: dict[str, Any]) -> dict[str, float]:
         "advantages": (x.advantages[:, PROMPT:] - theirs["advantages"]).abs().max(),
     }
     # the losses, on the rows of TRL's first micro-batch; it divides the variance by one less than the count
-    count = x.advantage_moments[0, 0]
-    x.advantage_moments[:, 2] *= count / (count - 1)
+    count = x.advantage_moments[0]
+    x.advantage_moments[2] *= count / (count - 1)
     chosen = torch.as_tensor(theirs["order"][: ctx.config.ppo.micro_batch_size])
     chosen = chosen.repeat(ctx.mesh.dp)  # as many on every replica, so that the mean is the same
-    whole = ("tokens", "lengths", "response_mask", "log_probs", "values", "returns", "advantages", "advantage_moments")
+    whole = ("tokens", "lengths", "response_mask", "log_probs", "values", "returns", "advantages")
     for name in whole:
         setattr(x, name, getattr(x, name)[chosen])
     epochs, ctx.config.ppo.epochs = ctx.config.ppo.epochs, 1
@@ -295,9 +292,6 @@ def measure(args: argparse.Namespace, name: str, layout: str, policy: Path, rewa
 
 
 def publish(args: argparse.Namespace, name: str, layout: str, gaps: dict, seconds: dict, peaks: dict) -> None:
-    import transformers
-    import trl
-
     def median(side: str, pick) -> float:
         return statistics.median(map(pick, seconds[side]))
 
@@ -310,21 +304,15 @@ def publish(args: argparse.Namespace, name: str, layout: str, gaps: dict, second
     print(f"  peak memory ours {peaks['ours']:.0f} MB  TRL {peaks['trl']:.0f} MB", flush=True)
     rows, micro = BATCH[name]
     row = {
-        "date": datetime.date.today().isoformat(), "workload": name, "layout": layout, "rows": rows, "micro": micro,
+        "workload": name, "layout": layout, "rows": rows, "micro": micro,
         "prompt": PROMPT, "response": RESPONSE, "epochs": EPOCHS,
         **{f"{side}_{part}_s": f"{value:.4g}" for (side, part), value in found.items()},
         **{f"{part}_ratio": f"{value:.3g}" for part, value in ratios.items()},
         **{f"{key}_gap": f"{value:.1e}" for key, value in gaps.items()},
         **{f"{side}_peak_mb": f"{value:.0f}" for side, value in peaks.items()},
-        "rounds": args.rounds, "load": f"{os.getloadavg()[0]:.1f}",
-        "machine": f"{platform.machine()} {os.cpu_count()} cores",
-        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}",
+        "rounds": args.rounds,
     }  # fmt: skip
-    with RESULTS.open("a") as file:
-        writer = csv.DictWriter(file, row)
-        if not file.tell():
-            writer.writeheader()
-        writer.writerow(row)
+    append("ppo", [row], ["transformers", "trl"])
 
 
 def main() -> None:

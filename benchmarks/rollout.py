@@ -8,18 +8,15 @@ batches, of the best of a few sizes and with the better of one thread and two, a
 response is done; tokens beyond a row's own length are not counted for it. TRL's trainers call the same `generate`. The
 floor multiplies the weights with as many rows as there are tokens at each step of one big batch, and does nothing else.
 
-Sides take turns; medians of the rounds are compared. Layouts: `1x2t` is one rank with two threads, dp2 and tp2 are two
-ranks with one thread each; the other sides always have one process. Appends to
+Sides take turns; medians of the rounds are compared. Layouts: `1x2t` is one rank with the better of one thread and two,
+dp2 and tp2 are two ranks with one thread each; the other sides always have one process. Appends to
 benchmarks/results/rollout.csv.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import os
-import platform
 import random
 import socket
 import statistics
@@ -30,8 +27,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from record import append
 
-RESULTS = Path(__file__).resolve().parent / "results" / "rollout.csv"
 THREADS = 2
 BATCHES = (32, 64, 128, 256)
 LLAMAS = {
@@ -77,6 +74,8 @@ def work(lengths: str, num_prompts: int, fixed: int, vocab_size: int) -> tuple[l
 
 
 class Ours:
+    threads = 1
+
     def __init__(self, folder: Path, tp: int, dp: int):
         from rlhf_engine.config import MeshConfig
         from rlhf_engine.hf.config import read_model_config
@@ -134,7 +133,6 @@ class Transformers:
         assert out.shape[1] == width + length
 
     def __call__(self, prompts: list[list[int]], limits: list[int]) -> None:
-        torch.set_num_threads(self.threads)
         for start in range(0, len(prompts), self.batch):
             part = slice(start, start + self.batch)
             self._batch(prompts[part], max(limits[part]))
@@ -178,32 +176,39 @@ def measure(rank: int, args: argparse.Namespace, port: int, name: str, folder: P
         if rank == 0:
             torch.set_num_threads(THREADS)
             sides |= {"transformers": Transformers(folder, prompts), "floor": Floor(folder)}
+        if world == 1:
+            ours(prompts[:8], limits[:8])  # warm
+            ours.threads = min((1, THREADS), key=lambda threads: timed(ours, prompts, limits, threads))
         seconds: dict[str, list[float]] = {side: [] for side in sides}
         for i in range(args.rounds + 1):  # the first warms up
             for side in ("ours", "transformers", "floor"):
                 dist.barrier()
-                torch.set_num_threads(THREADS // world if side == "ours" else THREADS)
                 if side not in sides or (i == 0 and side == "transformers"):  # warm from the search of its size
                     continue
-                started = time.perf_counter()
-                sides[side](prompts, limits)
+                taken = timed(sides[side], prompts, limits, getattr(sides[side], "threads", THREADS))
                 if i:
-                    seconds[side].append(time.perf_counter() - started)
+                    seconds[side].append(taken)
         if rank == 0:
-            publish(name, lengths, layout, args, sum(limits), sides["transformers"], seconds)
+            publish(name, lengths, layout, args, sum(limits), ours, sides["transformers"], seconds)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def publish(
-    name: str, lengths: str, layout: str, args: argparse.Namespace, tokens: int, theirs: Transformers, seconds: dict
-) -> None:
-    import transformers
+def timed(side, prompts: list[list[int]], limits: list[int], threads: int) -> float:
+    torch.set_num_threads(threads)
+    started = time.perf_counter()
+    side(prompts, limits)
+    return time.perf_counter() - started
 
+
+def publish(
+    name: str, lengths: str, layout: str, args, tokens: int, ours: Ours, theirs: Transformers, seconds: dict
+) -> None:
     median = {side: statistics.median(values) for side, values in seconds.items()}
     ratio = median["transformers"] / median["ours"]
     print(
-        f"{name:8} {lengths:9} {layout:5} ours {median['ours']:7.2f} s ({tokens / median['ours']:7.0f} tokens/s)"
+        f"{name:8} {lengths:9} {layout:5} ours {median['ours']:7.2f} s ({tokens / median['ours']:7.0f} tokens/s,"
+        f" {ours.threads} threads)"
         f"  transformers {median['transformers']:7.2f} s (batches of {theirs.batch}, {theirs.threads} threads)"
         f"  {ratio:5.2f} x"
         f"  floor {median['floor']:6.2f} s, {median['floor'] / median['ours']:4.0%} of ours",
@@ -211,22 +216,14 @@ def publish(
     )
     if args.quick:
         return
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
     row = {
-        "date": datetime.date.today().isoformat(), "workload": name, "lengths": lengths, "layout": layout,
+        "workload": name, "lengths": lengths, "layout": layout,
         "prompts": args.prompts, "tokens": tokens, "ours_s": f"{median['ours']:.4g}",
         "transformers_s": f"{median['transformers']:.4g}", "transformers_batch": theirs.batch,
-        "transformers_threads": theirs.threads,
+        "ours_threads": ours.threads, "transformers_threads": theirs.threads,
         "floor_s": f"{median['floor']:.4g}", "ratio": f"{ratio:.3g}", "rounds": args.rounds,
-        "load": f"{os.getloadavg()[0]:.1f}", "machine": f"{platform.machine()} {os.cpu_count()} cores",
-        "versions": versions,
     }  # fmt: skip
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a") as file:
-        writer = csv.DictWriter(file, row)
-        if not file.tell():
-            writer.writeheader()
-        writer.writerow(row)
+    append("rollout", [row], ["transformers"])
 
 
 def main() -> None:

@@ -1,32 +1,31 @@
 """Idle time of pipelines: roles one after the other against all of them in one stream.
 
-    python benchmarks/schedule.py [--stages 2 4] [--micro-batches 4] [--milliseconds 50]
+    python benchmarks/schedule.py [--stages 2 4] [--chunks 1 2] [--micro-batches 4] [--milliseconds 50]
 
 Megatron's schedules, the exchange between ranks (gloo) and the measurement are the engine's own. A stage's work is a
 sleep, twice as long backward as forward, so that stages are equal and more of them than cores do not slow each other
-down. Beside what is measured stands (P - 1) / (M + P - 1) for P stages and M micro-batches, and at the end a simulation
-of the same schedules for more stages. Appends to benchmarks/results/schedule.csv.
+down. Beside what is measured stands (P - 1) / (V M + P - 1) for P stages of V chunks and M micro-batches, and at the
+end a simulation of the same schedules for more stages. Appends to benchmarks/results/schedule.csv.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
+import itertools
 import os
-import platform
 import statistics
 import time
-from pathlib import Path
 
 import torch
 import torch.multiprocessing as mp
+from record import append
 
 from rlhf_engine.plan.pipeline import simulate
 
-RESULTS = Path(__file__).resolve().parent / "results" / "schedule.csv"
 ROUNDS = 3
 INFERRED = ("policy", "reference", "reward", "critic")
 TRAINED = ("critic", "policy")
+ROLES = {"infer": len(INFERRED), "train": len(TRAINED)}
 
 
 class _Sleep(torch.autograd.Function):
@@ -43,7 +42,7 @@ class _Sleep(torch.autograd.Function):
 
 
 class Sleeper:
-    """A role whose every stage takes `seconds` for a forward."""
+    """A role whose every stage takes `seconds` for a forward, an equal part of it in each of its chunks."""
 
     is_trained = False
     micro_batch_tokens = None
@@ -52,9 +51,10 @@ class Sleeper:
         from rlhf_engine.config import ModelConfig
         from rlhf_engine.models.build import transformer_config
 
-        self.name, self.mesh, self.seconds = name, mesh, seconds
-        self.gpt = self.module = self
-        self.config = transformer_config(ModelConfig(num_layers=mesh.pp, hidden_size=8), mesh, torch.float32)
+        self.name, self.mesh, self.seconds = name, mesh, seconds / mesh.virtual_pp
+        self.chunks = self.modules = [self] * mesh.virtual_pp
+        model = ModelConfig(num_layers=mesh.pp * mesh.virtual_pp, hidden_size=8)
+        self.config = transformer_config(model, mesh, torch.float32)
         self.input = None
 
     def set_input_tensor(self, tensors) -> None:
@@ -66,7 +66,7 @@ class Sleeper:
         return _Sleep.apply(x, self.seconds)
 
 
-def rank_main(rank: int, stages: int, micro_batches: int, seconds: float, port: int, queue) -> None:
+def rank_main(rank: int, stages: int, chunks: int, micro_batches: int, seconds: float, port: int, queue) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(stages), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     import warnings
 
@@ -77,7 +77,7 @@ def rank_main(rank: int, stages: int, micro_batches: int, seconds: float, port: 
     from rlhf_engine.models.stream import Work, _run
     from rlhf_engine.trace import Trace
 
-    mesh = ParallelMesh(MeshConfig(1, stages, 1), "cpu")
+    mesh = ParallelMesh(MeshConfig(1, stages, 1, virtual_pp=chunks), "cpu")
     batch = {"tokens": torch.zeros(micro_batches, 4, dtype=torch.int64)}
 
     def loss(output, batch):
@@ -108,12 +108,12 @@ def sum_rows(output, batch):
     return output.sum((0, 2))
 
 
-def measure(stages: int, micro_batches: int, seconds: float) -> dict[tuple[str, str], tuple[float, float]]:
+def measure(stages: int, chunks: int, micro_batches: int, seconds: float) -> dict[tuple[str, str], tuple[float, float]]:
     """Median idle share and length in seconds of each kind and way, without the first round."""
     context = mp.get_context("spawn")
     queue = context.SimpleQueue()
     port = 20000 + os.getpid() % 10000
-    args = (stages, micro_batches, seconds, port, queue)
+    args = (stages, chunks, micro_batches, seconds, port, queue)
     ranks = mp.start_processes(rank_main, args, stages, join=False, start_method="spawn")
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for _ in range((ROUNDS + 1) * 4):
@@ -124,48 +124,45 @@ def measure(stages: int, micro_batches: int, seconds: float) -> dict[tuple[str, 
     return {key: tuple(map(statistics.median, zip(*rows[1:], strict=True))) for key, rows in found.items()}
 
 
-def formula(stages: int, micro_batches: int) -> float:
-    return (stages - 1) / (micro_batches + stages - 1)
+def formula(stages: int, chunks: int, micro_batches: int) -> float:
+    return (stages - 1) / (chunks * micro_batches + stages - 1)
 
 
-def simulated(stages: int, micro_batches: int, has_backward: bool) -> float:
+def simulated(stages: int, chunks: int, micro_batches: int, has_backward: bool) -> float:
     """Idle share by the simulator that plans are made with, a forward taking 1 and a backward 2."""
     ones = [[1.0] * stages] * micro_batches
-    return simulate(ones, [[2.0] * stages] * micro_batches if has_backward else None)[1]
+    return simulate(ones, [[2.0] * stages] * micro_batches if has_backward else None, chunks=chunks)[1]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--chunks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--micro-batches", type=int, default=4)
     parser.add_argument("--milliseconds", type=float, default=50.0)
     args = parser.parse_args()
     rows = []
-    print("stages  what   idle apart (formula)   idle in one stream (formula)   times as fast")
-    for stages in args.stages:
-        found = measure(stages, args.micro_batches, args.milliseconds / 1e3)
-        for kind, roles in (("infer", len(INFERRED)), ("train", len(TRAINED))):
+    print("stages  chunks  what   idle apart (formula)   idle in one stream (formula)   times as fast")
+    for stages, chunks in itertools.product(args.stages, args.chunks):
+        found = measure(stages, chunks, args.micro_batches, args.milliseconds / 1e3)
+        for kind, roles in ROLES.items():
             (apart, slow), (stream, fast) = found[kind, "apart"], found[kind, "stream"]
-            wanted = formula(stages, args.micro_batches), formula(stages, roles * args.micro_batches)
+            wanted = [formula(stages, chunks, n * args.micro_batches) for n in (1, roles)]
             print(
-                f"{stages:6}  {kind}  {apart:10.1%} ({wanted[0]:.1%}) {stream:18.1%} ({wanted[1]:.1%})"
+                f"{stages:6}  {chunks:6}  {kind}  {apart:10.1%} ({wanted[0]:.1%}) {stream:18.1%} ({wanted[1]:.1%})"
                 f" {slow / fast:20.2f}",
                 flush=True,
             )
-            rows.append([stages, kind, args.micro_batches, args.milliseconds, apart, wanted[0], stream, wanted[1]])
+            idle = {"apart": apart, "apart_formula": wanted[0], "stream": stream, "stream_formula": wanted[1]}
+            about = {"stages": stages, "kind": kind, "micro_batches": args.micro_batches}
+            rows.append(about | {"forward_ms": args.milliseconds} | idle | {"chunks": chunks})
     print("simulated, the same number of micro-batches a role:")
-    for stages in (2, 4, 8, 16):
-        for kind, roles in (("infer", len(INFERRED)), ("train", len(TRAINED))):
-            ways = [simulated(stages, n * args.micro_batches, kind == "train") for n in (1, roles)]
-            print(f"{stages:6}  {kind}  {ways[0]:10.1%} {ways[1]:27.1%} {(1 - ways[1]) / (1 - ways[0]):29.2f}")
-    with RESULTS.open("a") as file:
-        writer = csv.writer(file)
-        if not file.tell():
-            columns = ["apart", "apart_formula", "stream", "stream_formula", "machine", "torch", "date"]
-            writer.writerow(["stages", "kind", "micro_batches", "forward_ms", *columns])
-        about = [f"{platform.machine()} {os.cpu_count()} cores", torch.__version__, time.strftime("%Y-%m-%d")]
-        for row in rows:
-            writer.writerow([*row[:4], *(f"{value:.4f}" for value in row[4:]), *about])
+    for stages, chunks in itertools.product((2, 4, 8, 16), args.chunks):
+        for kind, roles in ROLES.items():
+            ways = [simulated(stages, chunks, n * args.micro_batches, kind == "train") for n in (1, roles)]
+            times = (1 - ways[1]) / (1 - ways[0])
+            print(f"{stages:6}  {chunks:6}  {kind}  {ways[0]:10.1%} {ways[1]:27.1%} {times:29.2f}")
+    append("schedule", rows)
 
 
 if __name__ == "__main__":

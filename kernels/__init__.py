@@ -5,6 +5,7 @@ forces one.
 """
 
 from .advantage import kl_advantages
+from .attention import cached_attention
 from .linear_log_prob import linear_log_probs
 from .log_prob import token_log_probs
 from .losses import clipped_policy_loss, clipped_value_loss
@@ -14,6 +15,7 @@ __all__ = [
     "Advantages",
     "PolicyLoss",
     "ValueLoss",
+    "cached_attention",
     "clipped_policy_loss",
     "clipped_value_loss",
     "kl_advantages",

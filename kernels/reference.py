@@ -340,3 +340,22 @@ def value_sums(
 def pairwise_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
     """Bradley-Terry loss of each pair, `(P,)`: -log sigmoid(chosen - rejected)."""
     return -F.logsigmoid(chosen.float() - rejected.float())
+
+
+# -- attention over a cache --------------------------------------------------------------------------------------
+
+
+def cached_attention(
+    q: Tensor, cache: Tensor, starts: Tensor, strides: Tensor, lengths: Tensor, window: int | None
+) -> Tensor:
+    """See attention.py; every sequence is read as far as the longest goes."""
+    t = torch.arange(int(lengths.max()), device=q.device)
+    first = starts.unsqueeze(1) + strides.unsqueeze(1) * torch.arange(q.shape[1], device=q.device)
+    seen = t < lengths.unsqueeze(1)
+    if window is not None:
+        seen &= t >= lengths.unsqueeze(1) - window
+    seen = seen[:, None, :, None]
+    both = _wide(cache[(first.unsqueeze(2) + t).clamp_(max=len(cache) - 1)]).masked_fill_(~seen, 0)
+    keys, values = both.chunk(2, -1)
+    scores = _wide(q) @ keys.transpose(2, 3) * q.shape[3] ** -0.5
+    return (scores.masked_fill_(~seen.transpose(2, 3), -torch.inf).softmax(-1) @ values).to(q.dtype)

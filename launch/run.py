@@ -13,9 +13,10 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 
 from rlhf_engine.compose import compose
-from rlhf_engine.config import ConfigError
+from rlhf_engine.config import JOBS, ConfigError
 from rlhf_engine.preflight import Plan, plan
 from rlhf_engine.ranks import FINAL, PARENT, Ranks, end_with_parent, free_port, launched_world
 from rlhf_engine.reference import text
@@ -25,9 +26,16 @@ from rlhf_engine.xtuner import from_command_line
 _SECONDS_OF_SILENCE = 5.0  # of a rank that has only an echo of another one's failure to report
 
 
-def start_ranks(world_size: int, argv: list[str], max_restarts: int) -> int:
-    """Runs this script once per rank on this machine, again when a rank has died, and gives its last exit code."""
-    command, asked, code = [sys.executable, __file__, *argv], False, 0
+def train(checked: Plan) -> int:
+    """The phases of a run."""
+    from rlhf_engine.trainer import run
+
+    return run(checked)
+
+
+def start_ranks(world_size: int, argv: list[str], max_restarts: int, script: str = __file__) -> int:
+    """Runs a script once per rank on this machine, again when a rank has died, and gives its last exit code."""
+    command, asked, code = [sys.executable, script, *argv], False, 0
     for left in range(max_restarts, -1, -1):
         ranks = Ranks(command, 0, world_size, world_size, "127.0.0.1", free_port())
 
@@ -48,8 +56,8 @@ def start_ranks(world_size: int, argv: list[str], max_restarts: int) -> int:
     return code
 
 
-def run_rank(checked: Plan) -> int:
-    """This process as one rank of the run; its exit code."""
+def run_rank(checked: Plan, job: Callable[[Plan], int] = train) -> int:
+    """This process as one rank of a job; its exit code."""
     import logging
     import warnings
 
@@ -57,11 +65,9 @@ def run_rank(checked: Plan) -> int:
     logging.getLogger("megatron").setLevel(logging.ERROR)
     import torch
 
-    from rlhf_engine.trainer import run
-
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     try:
-        code = run(checked)
+        code = job(checked)
     except BaseException as error:
         for signum in SIGNALS:
             signal.signal(signum, signal.SIG_DFL)
@@ -78,9 +84,12 @@ def run_rank(checked: Plan) -> int:
     return code
 
 
-def main(argv: list[str]) -> int:
+def main(
+    argv: list[str], job: Callable[[Plan], int] = train, script: str = __file__, about: str | None = __doc__
+) -> int:
+    """What `script`, whose docstring is `about`, does with a command line."""
     if {"--help", "-h"} & set(argv):
-        print(__doc__, text(), sep="\n")
+        print(about, text(), sep="\n")
         return 0
     if PARENT in os.environ:
         end_with_parent()
@@ -94,16 +103,18 @@ def main(argv: list[str]) -> int:
             if int(os.environ.get("RANK", "0")) == 0:
                 show(checked)
             return 0
+        if job is not train and set(checked.config.phases) & JOBS:
+            raise ConfigError(f"phases={checked.config.phases} trains nothing, and training is what is verified")
     except ConfigError as error:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr)
         return 2
     if world_size is None:
-        return start_ranks(checked.world_size, argv, checked.config.max_restarts)
+        return start_ranks(checked.world_size, argv, checked.config.max_restarts, script)
     theirs, _ = from_command_line(argv)
     if theirs is not None and os.environ["RANK"] == "0":
         print(theirs.table(), flush=True)
-    return run_rank(checked)
+    return run_rank(checked, job)
 
 
 if __name__ == "__main__":

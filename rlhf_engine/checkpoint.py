@@ -253,7 +253,7 @@ def _storages(roles: Mapping[str, RoleModel]) -> set[int]:
     held: list[torch.Tensor] = []
     for role in roles.values():
         if role.is_trained:
-            held += [*role.gpt.parameters(), *role.gpt.buffers(), *optimizer_tensors(role.optimizer, ())]
+            held += [*role.chunks.parameters(), *role.chunks.buffers(), *optimizer_tensors(role.optimizer, ())]
     return {tensor.untyped_storage().data_ptr() for tensor in held}
 
 
@@ -269,7 +269,7 @@ def load(checkpoint: Path, roles: Mapping[str, RoleModel]) -> dict[str, Any]:
             loaded = dist_checkpointing.load(_sharded(roles, is_loading=True), str(checkpoint))
         for name, role in roles.items():
             if role.is_trained:
-                _fill(role, name, loaded[name]["model"])
+                role.chunks.load_state_dict(loaded[name]["model"], strict=False)
                 load_optimizer(role.optimizer, loaded[name]["optimizer"])
                 role.scheduler.load_state_dict(loaded[name]["scheduler"])
     return loaded["state"]
@@ -314,28 +314,33 @@ def _sharded(roles: Mapping[str, RoleModel], is_loading: bool) -> dict[str, Any]
     tree: dict[str, Any] = {}
     for name, role in roles.items():
         if role.is_trained:
-            model = role.gpt.sharded_state_dict(prefix=f"{name}.")
+            model = _shards(role, name)
             with cuda_calls_stay(role.mesh.device):
                 optimizer = role.optimizer.sharded_state_dict(model, is_loading, metadata=_OPTIMIZER_FORMAT)
             tree[name] = {"model": model, "optimizer": optimizer}
     return tree
 
 
+def _shards(role: RoleModel, name: str) -> dict[str, Any]:
+    """This rank's shards of the weights, by their names in `role.chunks`. In a checkpoint `name` stands before them,
+    and layers count from the model's first."""
+    return {
+        f"{i}.{key.removeprefix(f'{name}.')}": shard
+        for i, chunk in enumerate(role.chunks)
+        for key, shard in chunk.sharded_state_dict(prefix=f"{name}.").items()
+    }
+
+
 def load_weights(checkpoint: Path, name: str, role: RoleModel) -> None:
     """Fills `role` with the weights that the checkpoint holds under `name`, a head of another kind left out."""
-    model = {k: v for k, v in role.gpt.sharded_state_dict(prefix=f"{name}.").items() if "_extra_state" not in k}
+    model = {key: shard for key, shard in _shards(role, name).items() if "_extra_state" not in key}
     held = load_sharded_metadata(str(checkpoint))
     if f"{name}.output_layer.bias" in held or role.head == "scalar":
         same_head = (f"{name}.output_layer.bias" in held) == (role.head == "scalar")
         model = {key: part for key, part in model.items() if same_head or ".output_layer." not in key}
     with _quiet():
-        _fill(role, name, dist_checkpointing.load({"model": model}, str(checkpoint))["model"])
-
-
-@torch.no_grad()
-def _fill(role: RoleModel, name: str, loaded: Mapping[str, Any]) -> None:
-    stripped = {key.removeprefix(f"{name}."): value for key, value in loaded.items()}
-    role.gpt.load_state_dict(stripped, strict=False)
+        loaded = dist_checkpointing.load({"model": model}, str(checkpoint))
+    role.chunks.load_state_dict(loaded["model"], strict=False)
 
 
 @contextlib.contextmanager

@@ -37,6 +37,7 @@ class MeshConfig:
     dp: int | None = None  # data parallel replicas; null takes what the world leaves
     ep: int = 1  # expert parallel: so many replicas share each layer's experts out among them
     sequence_parallel: bool = False  # norms and residuals split over the sequence as well (needs tp > 1)
+    virtual_pp: int = 1  # chunks of layers that each stage has, apart from each other: less idle time, more messages
 
 
 @dataclass
@@ -138,6 +139,8 @@ class OptimizerConfig:
     eps: float = 1e-5
     clip_grad: float = 1.0
     distributed: bool = True  # optimizer state split over DP (ZeRO-1)
+    # gradients are reduced during the last backward, and split weights gathered during the next forward; null: on GPUs
+    overlap: bool | None = None
 
 
 @dataclass
@@ -224,6 +227,7 @@ class RolloutConfig:
     stop: list[str] = field(default_factory=list)
     slots: int = 256  # sequences decoded at once on one replica
     kv_tokens: int | None = None  # positions of the KV cache of one replica; null: what free memory holds
+    cuda_graphs: bool = True  # launch a decode step as one; false: to compare with
 
 
 @dataclass
@@ -326,8 +330,8 @@ _AT_LEAST: dict[str, float] = {
          "max_seq_len", "max_prompt_len", "min_prompt_len", "prompts_per_iteration", "samples_per_prompt", "epochs",
          "num_minibatches", "eval_prompts", "max_new_tokens", "micro_batch_tokens", "rows", "slots", "kv_tokens",
          "num_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "head_dim",
-         "vocab_size", "max_position_embeddings", "max_bad_steps", "tp", "pp", "dp", "ep", "world", "prompt_tokens",
-         "response_tokens", "measure_gap_every"),
+         "vocab_size", "max_position_embeddings", "max_bad_steps", "tp", "pp", "dp", "ep", "virtual_pp", "world",
+         "prompt_tokens", "response_tokens", "measure_gap_every"),
         1,
     ),
     **dict.fromkeys(
@@ -454,10 +458,12 @@ def check(config: RunConfig, mesh: MeshConfig, model: ModelConfig, reward: Model
     phases = set(config.phases)
     if "sft" in phases:
         _check_batch(config, "sft.batch_size", config.sft.batch_size, dp, "sft")
+        _check_pipeline(config, config.sft.batch_size, mesh, "sft")
     if "reward" in phases:
         _check_batch(config, "reward.batch_size", config.reward.batch_size, dp, "reward")
+        _check_pipeline(config, config.reward.batch_size, mesh, "reward")
     if "ppo" in phases:
-        _check_ppo(config, dp)
+        _check_ppo(config, mesh)
     if phases & JOBS:
         if config.output is None:
             raise ConfigError("output is not set: output=FILE.jsonl names the file to write")
@@ -521,6 +527,15 @@ def check_model(mesh: MeshConfig, model: ModelConfig) -> None:
             raise ConfigError(f"mesh.tp={mesh.tp} does not divide the model's {name}={size}: tp may be {fits}")
     if model.num_layers < mesh.pp:
         raise ConfigError(f"mesh.pp={mesh.pp} exceeds the model's num_layers={model.num_layers}")
+    if mesh.virtual_pp > 1 and mesh.pp == 1:
+        raise ConfigError(
+            f"mesh.virtual_pp={mesh.virtual_pp} has no pipeline to divide: use mesh.pp=2, or virtual_pp=1"
+        )
+    if model.num_layers < mesh.pp * mesh.virtual_pp:
+        raise ConfigError(
+            f"mesh.virtual_pp={mesh.virtual_pp} x mesh.pp={mesh.pp} exceeds the model's num_layers={model.num_layers}:"
+            f" use mesh.virtual_pp={model.num_layers // mesh.pp}"
+        )
     if model.num_attention_heads % model.num_key_value_heads:
         raise ConfigError(
             f"model.num_key_value_heads={model.num_key_value_heads} does not divide"
@@ -551,8 +566,24 @@ def _check_batch(config: RunConfig, key: str, rows: int, dp: int, phase: str) ->
         raise ConfigError(f"{key}={rows} is not a multiple of {of}: use {f'{lower} or ' if lower else ''}{upper}")
 
 
-def _check_ppo(config: RunConfig, dp: int) -> None:
-    ppo = config.ppo
+def _check_pipeline(config: RunConfig, rows: int, mesh: MeshConfig, phase: str) -> None:
+    """A step of so many rows keeps every stage busy that has several chunks. The schedule would fill it up with empty
+    micro-batches, as it does where nobody knows their number beforehand."""
+    assert mesh.dp is not None
+    size, share = getattr(config, phase).micro_batch_size, rows // mesh.dp
+    if mesh.virtual_pp == 1 or config.schedule.micro_batch_tokens is not None or share >= mesh.pp * size:
+        return
+    fits = [n for n in range(1, share // mesh.pp + 1) if share % n == 0]
+    raise ConfigError(
+        f"{phase}.micro_batch_size={size} cuts the {share} rows of a step on one replica into {share // size}, and"
+        f" mesh.virtual_pp={mesh.virtual_pp} needs mesh.pp={mesh.pp} micro-batches at least: use"
+        f" {f'{phase}.micro_batch_size={fits[-1]}' if fits else 'mesh.virtual_pp=1'}"
+    )
+
+
+def _check_ppo(config: RunConfig, mesh: MeshConfig) -> None:
+    assert mesh.dp is not None
+    ppo, dp = config.ppo, mesh.dp
     samples = ppo.prompts_per_iteration * ppo.samples_per_prompt
     if ppo.num_minibatches < 1 or samples % ppo.num_minibatches:
         raise ConfigError(
@@ -561,6 +592,7 @@ def _check_ppo(config: RunConfig, dp: int) -> None:
         )
     minibatch = samples // ppo.num_minibatches
     _check_batch(config, "rows per minibatch", minibatch, dp, "ppo")
+    _check_pipeline(config, minibatch, mesh, "ppo")
     if ppo.ptx.sources:
         _check_batch(config, "ppo.ptx.rows", ppo.ptx.rows, dp, "ppo")
     if ppo.score_min is not None and ppo.score_max is not None and ppo.score_min > ppo.score_max:

@@ -38,7 +38,7 @@ class Experience:
     golds: Tensor | None = None  # (B,) float32, the true preference; None where it is not known
     # what the updates aim at
     advantages: Tensor | None = None  # (B, T) float32, not whitened yet
-    advantage_moments: Tensor | None = None  # (B, 3) float32, count, mean and variance of the whole batch's
+    advantage_moments: Tensor | None = None  # (3,) float32, count, mean and variance of the whole batch's
     returns: Tensor | None = None  # (B, T) float32
     # how far the iteration has come with it
     stages: list[str] = field(default_factory=list)  # that are done

@@ -47,12 +47,16 @@ class ParallelMesh:
             found = {} if "TORCHELASTIC_USE_AGENT_STORE" in os.environ else meeting_place(limit)
             dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=limit, **found)
         parallel_state.initialize_model_parallel(
-            config.tp, config.pp, expert_model_parallel_size=config.ep, expert_tensor_parallel_size=config.tp
+            config.tp,
+            config.pp,
+            config.virtual_pp if config.virtual_pp > 1 else None,
+            expert_model_parallel_size=config.ep,
+            expert_tensor_parallel_size=config.tp,
         )
         if device == "cuda":  # megatron asks for its states around dropout, of which no role has any
             model_parallel_cuda_manual_seed(1)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.tp, self.pp, self.ep = config.tp, config.pp, config.ep
+        self.tp, self.pp, self.ep, self.virtual_pp = config.tp, config.pp, config.ep, config.virtual_pp
         self.dp = parallel_state.get_data_parallel_world_size()
         self.tp_rank = parallel_state.get_tensor_model_parallel_rank()
         self.pp_rank = parallel_state.get_pipeline_model_parallel_rank()
@@ -62,9 +66,14 @@ class ParallelMesh:
         self.pp_group = parallel_state.get_pipeline_model_parallel_group()
         self.dp_group = parallel_state.get_data_parallel_group()
         self.ep_group = parallel_state.get_expert_model_parallel_group()
-        # for the copies that generate; every rank takes part in making each group
+        # every rank takes part in making each group; these are for the copies that generate
         self._alone = [dist.new_group([rank]) for rank in range(self.world_size)] if self.is_folded_to_generate else []
         self.self_group = self._alone[self.rank] if self._alone else self.pp_group
+        # Two stages with several chunks each are both before and behind each other, and messages bear no names: those
+        # that go back take groups of their own.
+        apart, is_both = self.world_size // self.pp, self.pp == 2 and self.virtual_pp > 1
+        self._back = [dist.new_group([i, i + apart]) for i in range(apart)] if is_both else []
+        self.pp_back_group = self._back[self.rank % apart] if is_both else None
 
     @property
     def is_first_stage(self) -> bool:
@@ -83,7 +92,7 @@ class ParallelMesh:
         """Ends the mesh's groups, whose threads megatron would leave running; the world stays."""
         gc.collect()  # models that are done with hold the groups in circles of references, and so their threads
         dist.barrier()  # a rank that is still in a collective must not see its peers hang up
-        for group in {*(parallel_state._global_process_group_list or ()), *self._alone}:
+        for group in {*(parallel_state._global_process_group_list or ()), *self._alone, *self._back}:
             if isinstance(group, dist.ProcessGroup):
                 dist.destroy_process_group(group)
         parallel_state.destroy_model_parallel()

@@ -17,7 +17,7 @@ from .data.files import read_rows
 from .data.formats import check_messages
 from .data.sources import HH_MINI, Source, check_sources, parse_spec, read_sources
 from .data.tokenizer import Tokenizer
-from .hf.config import read_model_config
+from .hf.config import ARCHITECTURES, read_model_config
 from .hf.index import index
 
 SUMMARY = "summary.json"  # of a finished phase
@@ -109,7 +109,7 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
             check_sources(ptx_sources, ["ptx"], "ppo.ptx.sources")
         if not config.rerun:
             check_output_dir(config)
-    check_reward(config)
+    check_reward(config, reward)
     if config.reward.kind == "function" and "ppo" in config.phases:
         load_function(config.reward.fn or "")
     return Plan(config, mesh, {"policy": policy, "reward": reward}, device, tokenizer, sources, ptx_sources)
@@ -123,17 +123,26 @@ def read_base(path: str) -> Base:
     return Base(path, model)
 
 
-def check_reward(config: RunConfig) -> None:
+def check_reward(config: RunConfig, reward: Base) -> None:
     """What PPO builds on.
 
     Raises:
-        ConfigError: there is no reward model.
+        ConfigError: there is no reward model, or it gives no scores.
     """
     trained = "reward" in config.phases or (Path(config.output_dir) / "reward" / SUMMARY).is_file()
-    if "ppo" in config.phases and config.reward.kind == "model" and not trained and config.reward.path is None:
+    if "ppo" not in config.phases or config.reward.kind != "model" or trained:
+        return
+    if config.reward.path is None:
         raise ConfigError(
             f"PPO needs a reward model, and no reward phase is finished in {config.output_dir}:"
             " use phases=[reward,ppo], reward.path=DIR, or reward=function reward.fn=package.module:name"
+        )
+    head = ARCHITECTURES[reward.model.architecture].score
+    is_converted = (Path(config.reward.path) / ".metadata").is_file()
+    if not is_converted and not index(config.reward.path).keys() & {head, ""}:  # "": a pickle, whose names come late
+        raise ConfigError(
+            f"reward.path={config.reward.path} has no tensor {head}, so all its scores would be 0: phases=[reward,ppo]"
+            " makes a reward model of it"
         )
 
 

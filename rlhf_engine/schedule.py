@@ -160,8 +160,17 @@ class Schedule:
             for stage, role in zip(group, roles, strict=True):
                 view = SimpleNamespace(**{name: getattr(experience, name) for name in stage.reads})
                 results.append(stage.body(ctx, role, view))
+            stop = None
             if group[0].kind in ("infer", "train"):
-                results = together(results, group, ctx, experience.steps)
+                try:
+                    results = together(results, group, ctx, experience.steps)
+                except Stop as asked:  # on every rank, unlike an error
+                    stop = asked
+            if group[0].kind == "train":
+                for role in filter(None, roles):
+                    role.gather()
+            if stop is not None:
+                raise stop
         return [result or {} for result in results]
 
 

@@ -29,7 +29,7 @@ from .hf.weights import RandomWeights, Source, load_weights
 from .logbook import Logbook, show_run
 from .mesh import ParallelMesh
 from .models.role import RoleModel
-from .plan.measure import peak_flops
+from .plan.measure import device_of, peak_flops
 from .preflight import SUMMARY, Plan, load_function
 from .report import write_report
 from .schedule import Schedule
@@ -69,7 +69,6 @@ def run(plan: Plan) -> int:
 def settle_residency(ctx: Context) -> None:
     """Decides which roles leave between their stages, by the plan of the run."""
     from .plan.search import residency  # loads what only plans need
-    from .plan.show import device_of
 
     found = None
     if ctx.mesh.is_main:
@@ -341,7 +340,7 @@ def load_base(role: RoleModel, path: str | None, seed: int = 0) -> None:
     if path and (Path(path) / ".metadata").is_file():
         return checkpoint.load_weights(Path(path), checkpoint.IMPORTED, role)
     source: Source = HFFolder(path) if path else RandomWeights(role.model, seed)
-    load_weights(role.gpt, role.model, role.head, role.mesh, source)
+    load_weights(role.chunks, role.model, role.head, role.mesh, source)
 
 
 def _dtype(config: RunConfig, mesh: ParallelMesh) -> torch.dtype:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
 import os
 from pathlib import Path
 
+import pytest
 import torch
 import worlds
 
@@ -22,15 +24,15 @@ def compose(overrides: list[str]):
 
 
 def context(overrides: list[str], layout: tuple):
-    """Context of a run on the mesh `layout` = (tp, pp, dp[, sequence_parallel[, ep]])."""
+    """Context of a run on the mesh `layout` = (tp, pp, dp[, sequence_parallel[, ep[, virtual_pp]]])."""
     from rlhf_engine.preflight import plan
     from rlhf_engine.trainer import build_context
 
-    tp, pp, dp, sequence_parallel, ep = (*layout, *(False, 1)[len(layout) - 3 :])
+    tp, pp, dp, sequence_parallel, ep, virtual_pp = (*layout, *(False, 1, 1)[len(layout) - 3 :])
     overrides = [*overrides, f"mesh.tp={tp}", f"mesh.pp={pp}", f"mesh.dp={dp}", f"mesh.ep={ep}"]
-    overrides.append(f"mesh.sequence_parallel={str(sequence_parallel).lower()}")
+    overrides += [f"mesh.sequence_parallel={str(sequence_parallel).lower()}", f"mesh.virtual_pp={virtual_pp}"]
     checked = plan(compose(overrides), int(os.environ["WORLD_SIZE"]))
-    return build_context(checked, worlds.mesh(tp, pp, dp, sequence_parallel, ep))
+    return build_context(checked, worlds.mesh(tp, pp, dp, sequence_parallel, ep, virtual_pp))
 
 
 def first_iteration(overrides: list[str], layout: tuple, phase: str) -> dict:
@@ -47,7 +49,7 @@ def first_iteration(overrides: list[str], layout: tuple, phase: str) -> dict:
         if role.head == "scalar" and ctx.mesh.is_last_stage and ctx.bases["reward"].path is None:
             # from a head near 0 next to no gradient would reach the layers below
             with role.on_device():
-                weight = role.gpt.output_layer.weight
+                weight = role.chunks[-1].output_layer.weight
                 weight.data.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
                 for parcel in itertools.chain(*role._parcels.values()):
                     parcel._is_copied = False  # weights of a frozen role are otherwise copied off once
@@ -57,7 +59,7 @@ def first_iteration(overrides: list[str], layout: tuple, phase: str) -> dict:
     digest = hashlib.sha256()
     for name in sorted(ctx.roles):
         with ctx.roles[name].on_device():
-            for parameter in ctx.roles[name].gpt.parameters():
+            for parameter in ctx.roles[name].chunks.parameters():
                 digest.update(parameter.detach().clone().numpy().tobytes())
     times = [name for name in figures if name.startswith("time/")]
     away = {name: role.presence for name, role in ctx.roles.items() if role.is_offloaded}
@@ -80,6 +82,21 @@ def grad_norm_of_text(overrides: list[str], layout: tuple) -> float:
     return ctx.metrics.reduce(ctx.mesh)[0]["policy/grad_norm"]
 
 
+@contextlib.contextmanager
+def rollouts_as_on_cuda():
+    """Attention reads row by row, and a graph that only calls its step again stands for a CUDA graph."""
+    from rlhf_engine.rollout import engine, graphs
+
+    def called_again(step):
+        result = step()
+        return lambda: result.copy_(step()), result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "reads_by_row", lambda device: True)
+        patch.setattr(graphs, "capture", called_again)
+        yield
+
+
 def generate(
     overrides: list[str],
     layout: tuple,
@@ -88,6 +105,7 @@ def generate(
     ends: tuple = (),
     limits: list[int] | None = None,
     poison: int | None = None,
+    as_on_cuda: bool = False,
 ):
     """Responses of the run's policy to prompts whose noise is keyed by `ids`, and the last report of their progress.
 
@@ -95,6 +113,7 @@ def generate(
         ends: tokens that end them too.
         limits: of their lengths.
         poison: a token whose embedding is not a number.
+        as_on_cuda: see `rollouts_as_on_cuda`.
     """
     from rlhf_engine.rollout.generate import rollout
     from rlhf_engine.rollout.sampling import sample_keys
@@ -103,21 +122,22 @@ def generate(
     ctx = context(overrides, layout)
     role = base_policy(ctx)
     if poison is not None:
-        table = role.gpt.embedding.word_embeddings.weight
+        table = role.chunks[0].embedding.word_embeddings.weight
         if (row := poison - ctx.mesh.tp_rank * len(table)) in range(len(table)):
             table.data[row] = torch.nan
     keys = sample_keys(ctx.config.seed, 0, torch.tensor(ids, dtype=torch.int64))
     reports: list = []
-    responses = rollout(
-        role,
-        prompts,
-        keys,
-        ctx.config.rollout,
-        (*ctx.tokenizer.end_ids, *ends),
-        decode=ctx.tokenizer.decode,
-        limits=limits,
-        report=reports.append,
-    )
+    with rollouts_as_on_cuda() if as_on_cuda else contextlib.nullcontext():
+        responses = rollout(
+            role,
+            prompts,
+            keys,
+            ctx.config.rollout,
+            (*ctx.tokenizer.end_ids, *ends),
+            decode=ctx.tokenizer.decode,
+            limits=limits,
+            report=reports.append,
+        )
     return [(r.tokens, r.log_probs, r.finished) for r in responses], reports[-1]
 
 
@@ -139,7 +159,7 @@ def whole_logits(role, hidden, batch) -> torch.Tensor:
     from rlhf_engine.models.role import head_weight
 
     assert not role.mesh.config.sequence_parallel
-    output = torch.nn.functional.linear(hidden, head_weight(role.gpt))
+    output = torch.nn.functional.linear(hidden, head_weight(role.chunks[-1]))
     parts = [torch.empty_like(output) for _ in range(role.mesh.tp)]
     dist.all_gather(parts, output.contiguous(), group=role.mesh.tp_group)
     return torch.cat(parts, -1)[..., : role.model.vocab_size]
@@ -180,7 +200,9 @@ def hf_round_trip(folder: str, layout: tuple, rows: list[list[int]], out: str, h
     return role.infer({"tokens": torch.tensor(rows)}, fn, 2)
 
 
-def hf_greedy(folder: str, layout: tuple, prompts: list[list[int]], tokens: int) -> tuple[list[list[int]], float]:
+def hf_greedy(
+    folder: str, layout: tuple, prompts: list[list[int]], tokens: int, as_on_cuda: bool = False
+) -> tuple[list[list[int]], float]:
     """Greedy responses of a model of an HF folder, and how far their log-probs are from the trainer's at most."""
     from rlhf_engine.algorithms.heads import policy_log_probs
     from rlhf_engine.config import RolloutConfig
@@ -191,7 +213,8 @@ def hf_greedy(folder: str, layout: tuple, prompts: list[list[int]], tokens: int)
     role = hf_role(folder, layout)
     config = RolloutConfig(greedy=True, max_new_tokens=tokens, min_new_tokens=0, slots=2)
     keys = sample_keys(1, 0, torch.arange(len(prompts)))
-    responses = rollout(role, prompts, keys, config, end_ids=[])
+    with rollouts_as_on_cuda() if as_on_cuda else contextlib.nullcontext():
+        responses = rollout(role, prompts, keys, config, end_ids=[])
     rows, lengths = pad_rows([p + r.tokens for p, r in zip(prompts, responses, strict=True)], role.mesh.tp)
     mask = spans(torch.tensor([len(p) for p in prompts]), lengths, rows.shape[1])
     found = role.infer(
@@ -231,7 +254,7 @@ def te_names() -> list[str]:
         named_parameters=lambda: [(f"decoder.layers.0.{name}", torch.zeros(1)) for name in names],
     )
     table, wrong = Table(ModelConfig(architecture="qwen3"), "lm"), []
-    for (name, _), hf in zip(parameters(gpt), names.values(), strict=True):
+    for (name, _), hf in zip(parameters([gpt]), names.values(), strict=True):
         row, numbers = table.row(name)
         if numbers != ["2"] or row.hf.split()[0] != f"model.layers.*.{hf}":
             wrong.append(name)
@@ -267,25 +290,34 @@ def build_role(model: dict, head: str, layout: tuple, optimizer: bool = False, r
 def held(model: dict, head: str, layout: tuple) -> tuple[int, int, int]:
     """This rank's pipeline stage, its parameters, and those of experts among them."""
     role = build_role(model, head, layout)
-    sizes = [(p.numel(), not getattr(p, "allreduce", True)) for p in role.gpt.parameters()]
+    sizes = [(p.numel(), not getattr(p, "allreduce", True)) for p in role.chunks.parameters()]
     return role.mesh.pp_rank, sum(n for n, _ in sizes), sum(n for n, is_expert in sizes if is_expert)
+
+
+def chunk_order(layout: tuple, micro_batches: int, group: int) -> tuple[int, int, list]:
+    """This rank's pipeline stage, forwards before its first backward, and (micro-batch, chunk) in megatron's order."""
+    from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches, get_schedule_table
+
+    mesh = worlds.mesh(*layout)
+    _, _, warmup, _ = get_pp_rank_microbatches(micro_batches, mesh.virtual_pp, group)
+    return mesh.pp_rank, warmup, get_schedule_table(micro_batches, mesh.virtual_pp, group)
 
 
 def training_bytes(model: dict, layout: tuple) -> tuple[int, int, int]:
     """Bytes of this rank's weights, gradient buffers and optimizer state."""
-    from rlhf_engine.models.optim import _torch_optimizers
+    from rlhf_engine.models.optim import _torch_optimizers, gradient_tensors
 
     role = build_role(model, "lm", layout, optimizer=True)
-    buffers = [*role.module.buffers, *role.module.expert_parallel_buffers]
+    buffers = gradient_tensors(role.modules)
     states = [state for adam in _torch_optimizers(role.optimizer) for state in adam.state.values()]
     moments = sum(state[name].nbytes for state in states for name in ("exp_avg", "exp_avg_sq"))
-    return sum(p.nbytes for p in role.gpt.parameters()), sum(b.grad_data.nbytes for b in buffers), moments
+    return sum(p.nbytes for p in role.chunks.parameters()), sum(b.nbytes for b in buffers), moments
 
 
 def saved_bytes(model: dict, layout: tuple, rows: int, length: int, recompute: str) -> int:
     """Bytes that a forward keeps for backward, weights aside."""
     role = build_role(model, "lm", layout, optimizer=True, recompute=recompute)
-    weights = {p.untyped_storage().data_ptr() for p in (*role.gpt.parameters(), *role.gpt.buffers())}
+    weights = {p.untyped_storage().data_ptr() for p in (*role.chunks.parameters(), *role.chunks.buffers())}
     found: dict = {}
 
     def keep(tensor):
@@ -296,7 +328,7 @@ def saved_bytes(model: dict, layout: tuple, rows: int, length: int, recompute: s
 
     tokens = torch.zeros(rows, length, dtype=torch.int64)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        role.module(tokens, torch.arange(length).expand_as(tokens), None)
+        role.modules[0](tokens, torch.arange(length).expand_as(tokens), None)
     return sum(size for size, _ in found.values())
 
 
@@ -307,7 +339,7 @@ def matmul_flops(model: dict, layout: tuple, rows: int, length: int) -> int:
     role = build_role(model, "lm", layout)
     tokens = torch.zeros(rows, length, dtype=torch.int64)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        role.module(tokens, torch.arange(length).expand_as(tokens), None)
+        role.modules[0](tokens, torch.arange(length).expand_as(tokens), None)
     counts = counter.get_flop_counts()["Global"]
     return sum(n for operator, n in counts.items() if "attention" not in str(operator))
 
@@ -321,7 +353,7 @@ def cache_bytes(model: dict, layout: tuple, prompts: list[list[int]], response: 
     role = build_role(model, "lm", layout)
     settings = RolloutConfig(max_new_tokens=response, **config)
     engine = Engine(
-        role.gpt,
+        role.chunks[0],
         role.mesh,
         Sampler(settings, role.model.vocab_size, (0,), role.mesh.tp_group),
         prompts,

@@ -37,7 +37,7 @@ def fill(role, value: float) -> None:
     for entry in (entry for adam in _torch_optimizers(role.optimizer) for entry in adam.state.values()):
         entry["step"] = torch.tensor(1.0)
 
-    for tensor in (*role.gpt.parameters(), *optimizer_tensors(role.optimizer, ())):
+    for tensor in (*role.chunks.parameters(), *optimizer_tensors(role.optimizer, ())):
         tensor.fill_(value)
 
 
@@ -85,7 +85,7 @@ def load(overrides: list[str], layout: tuple, folder: str, is_finished: bool = F
     if found is None:
         return None, None, None, said.getvalue()
     state = load_checkpoint(found, {"policy": role})
-    tensors = [*role.gpt.parameters(), *optimizer_tensors(role.optimizer, ())]
+    tensors = [*role.chunks.parameters(), *optimizer_tensors(role.optimizer, ())]
     return found.name, state, {float(v) for t in tensors for v in t.unique()}, said.getvalue()
 
 

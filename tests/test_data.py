@@ -24,16 +24,6 @@ def tokenizer(tmp_path_factory) -> Tokenizer:
     return Tokenizer(str(path))
 
 
-def test_hh_text_to_messages():
-    text = "\n\nHuman: One\n\nAssistant: Two\n\nHuman: Three\n\nHuman: Four\n\nAssistant:"
-    assert parse_hh(text, "f:1", "chosen") == [
-        {"role": "user", "content": "One"},
-        {"role": "assistant", "content": "Two"},
-        {"role": "user", "content": "Three\nFour"},
-        {"role": "assistant", "content": ""},
-    ]
-
-
 def test_a_prompt_is_the_beginning_of_its_dialogue(tokenizer):
     """What the policy is prompted with in PPO is what SFT saw in front of an answer."""
     messages = parse_hh("\n\nHuman: Tell me\n\nAssistant: Sure.\n\nHuman: And?\n\nAssistant: More.", "", "")

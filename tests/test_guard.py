@@ -44,14 +44,14 @@ def poisoned_step(overrides: list[str], layout: tuple, poison: str):
             return total * batch["weights"].sum(), count, {}
 
         if step == 1 and poison == "gradient":
-            parameter = next(p for name, p in role.gpt.named_parameters() if "linear_fc2" in name)
+            parameter = next(p for name, p in role.chunks.named_parameters() if "linear_fc2" in name)
             hook = parameter.register_hook(lambda grad: grad * torch.inf)
-        before = [p.detach().clone() for p in role.gpt.parameters()]
+        before = [p.detach().clone() for p in role.chunks.parameters()]
         # numbers that are not those of the rows, as a minibatch of a permutation has
         work = Work(role, {**batch, "weights": weights, "samples": torch.arange(100, 108)}, loss, 2)
         problem = train_step([work], ctx.metrics, ctx.trace)["policy"]
         found.append(problem)
-        changed.append(not all(torch.equal(a, b) for a, b in zip(before, role.gpt.parameters(), strict=True)))
+        changed.append(not all(torch.equal(a, b) for a, b in zip(before, role.chunks.parameters(), strict=True)))
         row, _ = ctx.metrics.reduce(ctx.mesh)
         if step == 1:
             figures = row

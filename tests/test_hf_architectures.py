@@ -17,18 +17,18 @@ transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
-LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1)]
+LAYOUTS: list[tuple] = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (1, 2, 1, False, 1, 2)]
 LENGTH = 23
 # A vocabulary that nothing divides, a head size that is not hidden / heads, an odd number of layers.
 SIZES = dict(
-    vocab_size=211, hidden_size=36, intermediate_size=58, num_hidden_layers=3, num_attention_heads=6,
+    vocab_size=211, hidden_size=36, intermediate_size=58, num_hidden_layers=5, num_attention_heads=6,
     num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
 LLAMA3 = dict(
     rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
 )
 GPT2 = dict(
-    vocab_size=211, n_embd=36, n_layer=3, n_head=6, n_positions=64, pad_token_id=0, bos_token_id=1, eos_token_id=2
+    vocab_size=211, n_embd=36, n_layer=5, n_head=6, n_positions=64, pad_token_id=0, bos_token_id=1, eos_token_id=2
 )
 EXPERTS = dict(head_dim=10, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=14)
 MODELS = {
@@ -146,18 +146,19 @@ CACHED = ("llama-tied-llama3", "gpt2", "mistral", "qwen3-moe", "qwen2-untied-win
 
 
 @pytest.mark.parametrize(
-    ("name", "layout"),
-    [pytest.param(n, (1, 1, 1), id=f"(1, 1, 1)-{n}") for n in MODELS]
-    + [pytest.param(n, layout, id=f"{layout}-{n}") for layout in LAYOUTS[1:3] for n in CACHED]
-    + moe_layouts(),
+    ("name", "layout", "as_on_cuda"),
+    [pytest.param(n, (1, 1, 1), False, id=f"(1, 1, 1)-{n}") for n in MODELS]
+    + [pytest.param(n, (1, 1, 1), True, id=f"(1, 1, 1)-{n}-as-on-cuda") for n in CACHED]
+    + [pytest.param(n, layout, False, id=f"{layout}-{n}") for layout in LAYOUTS[1:3] for n in CACHED]
+    + [pytest.param(*param.values, False, id=param.id) for param in moe_layouts()],
 )
-def test_generation_is_that_of_transformers_and_of_training(worlds, folders, name, layout):
+def test_generation_is_that_of_transformers_and_of_training(worlds, folders, name, layout, as_on_cuda):
     """Greedy tokens over our KV cache against the whole sequence forwarded anew for each, and their log-probs against
     those of megatron's forward."""
     folder = folders(name)
     model = reference(folder)
     prompts = [row[: 2 + 3 * i] for i, row in enumerate(rows())]
-    found, gap = worlds(math.prod(layout[:3])).run(cases.hf_greedy, str(folder), layout, prompts, 9)[0]
+    found, gap = worlds(math.prod(layout[:3])).run(cases.hf_greedy, str(folder), layout, prompts, 9, as_on_cuda)[0]
     assert gap <= 1e-5
     for prompt, tokens in zip(prompts, found, strict=True):
         sequence = torch.tensor([prompt])

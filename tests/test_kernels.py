@@ -607,3 +607,34 @@ def test_cache_sized_chunks_cover_every_row(device, monkeypatch):
     whole = reference.token_stats(logits, tokens, None, None, 1.0)
     monkeypatch.setattr(reference, "CHUNK_BYTES", 50 * 4 * 7)
     assert torch.equal(reference.token_stats(logits, tokens, None, None, 1.0), whole)
+
+
+# -- attention over a cache --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("batch", "groups", "queries", "dim", "window"),
+    [(1, 1, 1, 8, None), (5, 2, 4, 64, None), (3, 4, 1, 80, 5), (4, 2, 7, 16, 70), (2, 1, 20, 128, 1)],
+)
+def test_cached_attention(device, dtype, batch, groups, queries, dim, window):
+    """Sequences of 1 to 200 positions anywhere in a cache that holds what is not a number where nobody should look."""
+    lengths = torch.tensor([1, 200, 64, 65, 17][:batch])
+    strides = lengths + torch.arange(batch)
+    starts = 3 + torch.cat([torch.zeros(1, dtype=torch.int64), (strides * groups).cumsum(0)[:-1]])
+    cache = random(int(starts[-1] + strides[-1] * groups) + 9, 2 * dim, dtype=dtype)
+    q = random(batch, groups, queries, dim, seed=1, dtype=dtype)
+    used = torch.zeros(len(cache), dtype=torch.bool)
+    expected = torch.empty(q.shape, dtype=torch.float64)
+    for b in range(batch):
+        for g in range(groups):
+            stop = int(starts[b] + g * strides[b] + lengths[b])
+            first = stop - min(int(lengths[b]), window or 10**6)
+            used[first:stop] = True
+            keys, values = cache[first:stop].double().chunk(2, -1)
+            expected[b, g] = (q[b, g].double() @ keys.T / dim**0.5).softmax(-1) @ values
+    cache[~used] = torch.nan
+    on_device = (x.to(device) for x in (q, cache, starts, strides, lengths))
+    found = kernels.cached_attention(*on_device, window)
+    assert found.dtype is dtype
+    assert close(found, expected, GRADIENT[dtype] * 2)

@@ -18,7 +18,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from rlhf_kernels import advantage_triton, log_prob_triton, losses_triton  # noqa: E402
+from rlhf_kernels import advantage_triton, attention_triton, log_prob_triton, losses_triton  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 MAX_REGISTERS, MAX_SHARED = 65536, 48 * 1024  # of a multiprocessor; of a program without asking for more
@@ -40,8 +40,8 @@ TYPES = {
     "tokens": "*i64", "rows": "*i64", "banned": "*i64", "inverse": "*i32", "early": "*u8", "mask": "*u8",
     "num_rows": "i32", "row_stride": "i32", "out_stride": "i32", "num_columns": "i32", "split_columns": "i32",
     "width": "i32", "num_blocks": "i32", "num_parts": "i32", "num_tokens": "i32", "num_scores": "i32",
-    "scale": "fp32", "inverse_temperature": "fp32", "kl_coef": "fp32", "gamma": "fp32", "decay": "fp32",
-    "clip_ratio": "fp32", "clip_value": "fp32", "eps": "fp32",
+    "starts": "*i64", "strides": "*i64", "lengths": "*i64", "scale": "fp32", "inverse_temperature": "fp32",
+    "kl_coef": "fp32", "gamma": "fp32", "decay": "fp32", "clip_ratio": "fp32", "clip_value": "fp32", "eps": "fp32",
 }  # fmt: skip
 UNALIGNED = {"num_blocks", "num_parts", "num_scores"}
 
@@ -69,6 +69,10 @@ def cases():
     config = losses_triton.LAUNCH["policy"] | {"LIMIT": 20.0, "WHITEN": True}
     yield "policy", losses_triton.policy_kernel, "fp32", config
     yield "value", losses_triton.value_kernel, "fp32", losses_triton.LAUNCH["value"]
+    for dtype, itemsize, *shape in (("bf16", 2, 4, 64), ("bf16", 2, 8, 128), ("fp32", 4, 4, 64), ("fp32", 4, 8, 128)):
+        for window in (0, 4096):
+            config = attention_triton.launch(*shape, itemsize) | {"WINDOW": window, "WIDE": False}
+            yield f"attention-{dtype}-{shape[1]}-{window}", attention_triton.attention_kernel, dtype, config
 
 
 def compile_case(kernel, dtype: str, config: dict, capability: int):
@@ -79,6 +83,8 @@ def compile_case(kernel, dtype: str, config: dict, capability: int):
     signature = {name: TYPES.get(name, "*fp32") for name in names}
     if is_logits:
         signature |= {"logits": f"*{dtype}"} | ({result: f"*{dtype}"} if result else {})
+    if kernel is attention_triton.attention_kernel:
+        signature |= dict.fromkeys(("q", "cache", "out"), f"*{dtype}")
     if kernel is advantage_triton.moments_kernel:
         signature["rows"] = "*fp32"
     signature |= dict.fromkeys(constants, "constexpr")

@@ -49,6 +49,7 @@ LAYERS = {
     "rlhf_engine.logbook": 4,
     "rlhf_engine.jobs": 4,
     "rlhf_engine.trainer": 4,
+    "rlhf_engine.verify": 4,
     "launch": 5,
     "tools": 5,
 }

@@ -32,7 +32,7 @@ def test_packing(data):
     lengths = data.draw(st.lists(st.integers(1, 40), min_size=groups * together, max_size=groups * together))
     budget = data.draw(st.integers(1, 300))
     packed = work(lengths, budget, dp, 0, tp, together=together)
-    split = packed.split()
+    split = packed.parts
     assert sorted(row for rows, _ in split for row in rows.flatten().tolist()) == list(range(len(lengths)))
     for rows, width in split:
         assert width % tp == 0 and (rows.shape[1] * width <= budget or rows.shape[1] == together)
@@ -46,7 +46,7 @@ def test_packing(data):
 
 
 def test_without_a_budget_rows_stay_as_they_come():
-    assert [(rows.tolist(), width) for rows, width in work([3, 9, 1, 2], None, dp=2, size=1).split()] == [
+    assert [(rows.tolist(), width) for rows, width in work([3, 9, 1, 2], None, dp=2, size=1).parts] == [
         ([[0], [2]], 9),
         ([[1], [3]], 9),
     ]
@@ -64,7 +64,7 @@ def test_padding_of_real_dialogues(shared, phase, limit):
     lengths = [len(e.prompt) + len(answer) for e, answers in zip(drawn, sides, strict=True) for answer in answers]
 
     def padding(budget: int | None) -> float:
-        split = work(lengths, budget, dp=2, size=8, together=len(sides[0])).split()
+        split = work(lengths, budget, dp=2, size=8, together=len(sides[0])).parts
         return 1 - sum(lengths) / sum(rows.numel() * width for rows, width in split)
 
     assert padding(None) > 0.6 and padding(1024) < limit

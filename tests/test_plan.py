@@ -13,7 +13,7 @@ from rlhf_engine.plan.devices import GPUS, data_sheet_flops
 from rlhf_engine.plan.flops import attended, forward_flops, head_flops
 from rlhf_engine.plan.memory import Numbers, kv_bytes_per_token, kv_positions, layer_activations, resident
 from rlhf_engine.plan.partition import rank_parameters
-from rlhf_engine.plan.pipeline import simulate
+from rlhf_engine.plan.pipeline import ahead, chunk_group, orders, simulate
 
 SIZES = dict(
     num_layers=3, hidden_size=48, num_attention_heads=4, num_key_value_heads=2, intermediate_size=80, vocab_size=200,
@@ -31,29 +31,32 @@ MODELS = {
     ),
     "mixtral": SIZES | dict(architecture="mixtral", num_experts=4, tie_word_embeddings=False),
 }  # fmt: skip
-LAYOUTS = [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (1, 1, 2, False, 2)]
+LAYOUTS: list[tuple] = [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (1, 1, 2, False, 2)]
+LAYOUTS += [(1, 2, 1, False, 1, 2), (1, 4, 1, False, 1, 3)]  # chunks of layers
 CPU = Numbers(4, "cpu")
 
 
 def mesh(layout: tuple) -> MeshConfig:
-    tp, pp, dp, sequence_parallel, ep = (*layout, *(False, 1)[len(layout) - 3 :])
-    return MeshConfig(tp, pp, dp, ep, sequence_parallel)
+    tp, pp, dp, sequence_parallel, ep, virtual_pp = (*layout, *(False, 1, 1)[len(layout) - 3 :])
+    return MeshConfig(tp, pp, dp, ep, sequence_parallel, virtual_pp)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_parameters_of_each_rank(worlds, layout):
     for name, sizes in MODELS.items():
-        if len(layout) > 3 and "num_experts" not in sizes:
+        if layout[4:5] == (2,) and "num_experts" not in sizes:
             continue
+        if layout[1] > 1:
+            sizes = sizes | dict(num_layers=14)  # 4 stages have 3, 4, 4 and 3
         for head in ("lm", "scalar"):
             for stage, total, experts in worlds(layout[0] * layout[1] * layout[2]).run(cases.held, sizes, head, layout):
                 found = rank_parameters(ModelConfig(**sizes), head, mesh(layout), stage)
                 assert (found.total, found.experts) == (total, experts), (name, head, stage)
 
 
-@pytest.mark.parametrize("layout", [(1, 1, 2), (1, 2, 1), (1, 1, 2, False, 2)], ids=str)
+@pytest.mark.parametrize("layout", [(1, 1, 2), (1, 2, 1), (1, 1, 2, False, 2), (1, 2, 1, False, 1, 2)], ids=str)
 def test_bytes_of_training(worlds, layout):
-    sizes = MODELS["mixtral"] if len(layout) > 3 else MODELS["llama"]
+    sizes = MODELS["mixtral"] if layout[4:5] == (2,) else MODELS["llama"] | dict(num_layers=5)
     ranks = worlds(2).run(cases.training_bytes, sizes, layout)
     planned = [
         resident(
@@ -126,6 +129,29 @@ def test_equal_stages_idle_by_the_formula(stages, micro_batches):
     assert simulate(forward, backward) == pytest.approx((3 * (micro_batches + stages - 1), share))
 
 
+@pytest.mark.parametrize("stages", [2, 3, 4])
+@pytest.mark.parametrize("chunks", [2, 3])
+def test_chunks_of_stages_shorten_what_they_idle(stages, chunks):
+    for micro_batches in (stages, stages + 1, 4 * stages + 1):
+        forward, backward = [[1.0] * stages] * micro_batches, [[2.0] * stages] * micro_batches
+        share = (stages - 1) / (chunks * micro_batches + stages - 1)
+        assert simulate(forward, chunks=chunks)[1] == pytest.approx(share)
+        assert simulate(forward, backward, chunks=chunks)[1] == pytest.approx(share)
+
+
+@pytest.mark.parametrize("layout", [(1, 2, 1, False, 1, 2), (1, 4, 1, False, 1, 3)], ids=str)
+def test_order_of_chunks(worlds, layout):
+    """As megatron has it: what each stage computes, and how far its forwards are ahead of its backwards."""
+    stages, chunks = layout[1], layout[5]
+    for micro_batches in (stages, stages + 1, 2 * stages + 1, 12):
+        size = chunk_group(stages, micro_batches)
+        planned = orders(stages, micro_batches, True, chunks)
+        for stage, warmup, table in worlds(stages).run(cases.chunk_order, layout, micro_batches, size):
+            does = [what for kind, *what in planned[stage] if kind == "forward"]
+            assert does == [list(entry) for entry in table]
+            assert ahead(stages, stage, micro_batches, chunks) == min(warmup + 1, chunks * micro_batches)
+
+
 def test_unequal_stages_wait_for_the_slowest():
     assert simulate([[1.0, 3.0]] * 4) == pytest.approx((13.0, 1 - 16 / 26))
     assert simulate([[1.0, 3.0]] * 4, transfer=0.5)[0] == pytest.approx(13.5)
@@ -194,6 +220,7 @@ def test_a_search_names_settings_that_fit(planned):
 
 
 def test_explain(planned):
-    status, out, _ = planned("model=llama_7b", "mesh.pp=2", "schedule=explain", *OFFLOADED)
-    assert status == 0 and "log_probs + ref_log_probs" in out and "train_critic + train_policy" in out
+    status, out, _ = planned("model=llama_7b", "mesh.pp=2", "mesh.virtual_pp=2", "schedule=explain", *OFFLOADED)
+    assert status == 0 and "pp 2 (2 chunks a stage)" in out
+    assert "log_probs + ref_log_probs" in out and "train_critic + train_policy" in out
     assert re.search(r"^score +infer +reward +policy, reference, critic +reward", out, re.M)

@@ -55,6 +55,23 @@ def refused(run, capsys, monkeypatch):
         (["max_restarts=1", "rerun=true"], ["max_restarts=1", "rerun=true"]),
         (["mesh.ep=2", "model.num_experts=3"], ["mesh.ep=2", "num_experts=3"]),
         (["mesh.pp=5"], ["mesh.pp=5", "num_layers=4"]),
+        (["mesh.virtual_pp=2"], ["mesh.virtual_pp=2", "use mesh.pp=2"]),
+        (["mesh.pp=2", "mesh.virtual_pp=3"], ["mesh.virtual_pp=3", "num_layers=4", "use mesh.virtual_pp=2"]),
+        (
+            ["mesh.pp=2", "mesh.virtual_pp=2", "mesh.dp=1", "sft.micro_batch_size=64"],
+            ["sft.micro_batch_size=64", "mesh.virtual_pp=2", "use sft.micro_batch_size=32"],
+        ),
+        (
+            [
+                "mesh.pp=4",
+                "model.num_layers=8",
+                "mesh.virtual_pp=2",
+                "mesh.dp=32",
+                "phases=[reward]",
+                "reward.micro_batch_size=1",
+            ],
+            ["reward.micro_batch_size=1", "needs mesh.pp=4", "use mesh.virtual_pp=1"],
+        ),
         (["sft.batch_size=60"], ["sft.batch_size=60", "32 or 64"]),
         (["ppo.num_minibatches=3"], ["ppo.num_minibatches=3", "64"]),
         (["ppo.micro_batch_size=5"], ["ppo.micro_batch_size=5", "multiple"]),

@@ -58,6 +58,14 @@ def test_a_run_and_what_it_exports(policy, scorers, tmp_path):
     assert other.returncode == 2 and "reward.path=None" in other.stderr
 
 
+def test_a_model_without_a_score_is_refused(policy, tmp_path):
+    folder = make(tmp_path, "LlamaForCausalLM", SCORER | dict(head_dim=10))
+    settings = [*SMALL, policy, f"reward.path={folder}", "phases=[ppo]", f"output_dir={tmp_path / 'run'}"]
+    refused = launch(*settings, check=False)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr
+    assert all(word in refused.stderr for word in ("score.weight", "phases=[reward,ppo]")), refused.stderr
+
+
 @pytest.mark.parametrize(
     ("change", "overrides", "words"),
     [

@@ -96,6 +96,15 @@ def test_samples_of_one_prompt_and_lengths_of_their_own(worlds, settings, many, 
     assert len({tuple(tokens[:3]) for tokens, _, _ in found}) > 30
 
 
+@pytest.mark.parametrize("options", [["slots=64"], ["slots=24", "kv_tokens=200"], ["cuda_graphs=false"]], ids=str)
+@pytest.mark.parametrize("layout", [(1, 1, 1), (2, 1, 1)], ids=str)
+def test_rows_are_read_one_by_one_as_on_cuda(worlds, settings, many, options, layout):
+    """In steps of fixed sizes, the rest of a step filled with rows of nothing."""
+    options = [*settings, "rollout.max_new_tokens=41", *(f"rollout.{option}" for option in options)]
+    found = generate(worlds, options, layout, MANY, list(range(60)), limits=LIMITS, as_on_cuda=True)
+    assert tokens_of(found) == tokens_of(many)
+
+
 def test_what_is_reported(worlds, settings):
     for layout in ((1, 1, 1), (1, 1, 2), (2, 1, 1)):
         slots = [*settings, "rollout.slots=4"]

@@ -110,6 +110,18 @@ def test_resumes_on_another_mesh(phases, whole, tmp_path, layout, distributed):
     assert_close(figures(folder / "ppo")[:4], figures(whole / "ppo")[:4], 1e-4)
 
 
+def test_chunks_of_layers_resume_and_leave(tmp_path):
+    """From two chunks a stage to one and back."""
+    settings = [*SMALL, "phases=[sft]", "model.num_layers=5"]
+    launch(*settings, "mesh.dp=1", f"output_dir={tmp_path / 'whole'}")
+    for i, virtual_pp in enumerate((2, 1, 2)):
+        mesh = ["mesh.pp=2", f"mesh.virtual_pp={virtual_pp}", "mesh.dp=1"]
+        (tmp_path / "run" / "sft" / "summary.json").unlink(missing_ok=True)  # as if it had been stopped
+        result = launch(*settings, *mesh, f"sft.iterations={i + 1}", f"output_dir={tmp_path / 'run'}")
+        assert i == 0 or f"sft: resuming at iteration {i} of {i + 1}" in result.stdout
+    assert_close(figures(tmp_path / "run" / "sft"), figures(tmp_path / "whole" / "sft"), 1e-4)
+
+
 def test_experts_resume_on_another_mesh(tmp_path):
     """From experts shared out over two replicas to all of them on one rank."""
     settings = [*SMALL, "phases=[sft]", "model.architecture=mixtral", "model.num_experts=4"]

@@ -32,7 +32,10 @@ def settings(small_run, tmp_path_factory) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", [(1, 2, 1), (2, 2, 1), (2, 2, 1, True), (1, 4, 1)], ids=str)
+LAYOUTS = [(1, 2, 1), (2, 2, 1), (2, 2, 1, True), (1, 4, 1), (1, 2, 1, False, 1, 2), (2, 2, 1, True, 1, 2)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_streams_change_nothing(worlds, settings, layout):
     world = worlds(layout[0] * layout[1])
     together = world.run(cases.first_iteration, settings, layout, "ppo")
@@ -42,6 +45,19 @@ def test_streams_change_nothing(worlds, settings, layout):
         assert set(TOGETHER) <= set(mine.pop("times")) and not set(TOGETHER) & set(theirs.pop("times"))
         assert mine == theirs
     assert together[0]["figures"]["policy/grad_norm"] > 0 and together[0]["figures"]["critic/grad_norm"] > 0
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+@pytest.mark.parametrize("layout", [(1, 1, 2), (1, 2, 2)], ids=str)
+def test_overlap_changes_nothing(worlds, settings, layout, distributed):
+    """Gradients reduced during the last backward of each role, though another's may follow it in one stream, and
+    weights gathered during the next forward."""
+    world = worlds(layout[1] * layout[2])
+    both = ("ppo.optimizer", "ppo.critic_optimizer")
+    settings = [*settings, *(f"{key}.distributed={str(distributed).lower()}" for key in both)]
+    plain = world.run(cases.first_iteration, settings, layout, "ppo")
+    overlapped = world.run(cases.first_iteration, [*settings, *(f"{key}.overlap=true" for key in both)], layout, "ppo")
+    assert overlapped == plain
 
 
 ROLES = ("policy", "reference", "reward", "critic")

@@ -82,7 +82,7 @@ def _serve(rank: int, size: int, port: int, pipe) -> None:
 
 
 @functools.cache
-def mesh(tp: int, pp: int, dp: int, sequence_parallel: bool = False, ep: int = 1):
+def mesh(tp: int, pp: int, dp: int, sequence_parallel: bool = False, ep: int = 1, virtual_pp: int = 1):
     """In a rank process: the mesh, the one before it closed (a world has one at a time)."""
     from rlhf_engine.config import MeshConfig
     from rlhf_engine.mesh import ParallelMesh
@@ -90,7 +90,7 @@ def mesh(tp: int, pp: int, dp: int, sequence_parallel: bool = False, ep: int = 1
     if _current:
         _current.pop().close()
         mesh.cache_clear()
-    _current.append(ParallelMesh(MeshConfig(tp, pp, dp, ep, sequence_parallel), "cpu"))
+    _current.append(ParallelMesh(MeshConfig(tp, pp, dp, ep, sequence_parallel, virtual_pp), "cpu"))
     return _current[0]
 
 

@@ -34,7 +34,7 @@ def policy_log_probs(
     Returns:
         `(B, T)` each, float32.
     """
-    mesh, weight = role.mesh, head_weight(role.gpt)
+    mesh, weight = role.mesh, head_weight(role.chunks[-1])
     # positions before rows, `(T, B)`: ranks that split the sequence hold neighbouring parts of that order
     chosen = mask.T.clone()
     chosen[0] = False

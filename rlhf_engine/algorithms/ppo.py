@@ -176,12 +176,7 @@ def advantage(ctx: Context, _, x):
         error = max(-0.2, min(0.2, float(kl.mean()) / config.kl_target - 1))
         state.kl_coef *= 1 + error * len(kl) / config.kl_horizon
     moments = result.moments if config.whiten_advantages else torch.tensor([1.0, 0.0, 1.0])
-    # a row for each sample, as every field has
-    return {
-        "advantages": result.advantages,
-        "returns": result.returns,
-        "advantage_moments": moments.repeat(len(mask), 1),
-    }
+    return {"advantages": result.advantages, "returns": result.returns, "advantage_moments": moments}
 
 
 def train_critic(ctx: Context, critic: RoleModel, x) -> Works:
@@ -208,7 +203,7 @@ def train_policy(ctx: Context, policy: RoleModel, x) -> Works:
     config = ctx.config.ppo
     if ctx.state.iteration < config.critic_warmup_iterations:
         return None
-    moments = x.advantage_moments[0].to(ctx.mesh.device)  # of the whole batch, and so the same in each row
+    moments = x.advantage_moments.to(ctx.mesh.device)
 
     def loss(hidden: Tensor, batch: Batch, is_first: bool):
         mask = batch["response_mask"]

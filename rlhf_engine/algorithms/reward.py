@@ -102,5 +102,5 @@ class Reward:
         offset = float(reward.infer(batch, last_scores, 2 * self.config.micro_batch_size).mean())
         with reward.on_device(), torch.no_grad():
             if ctx.mesh.is_last_stage:
-                cast(ScalarHead, reward.gpt.output_layer).bias.sub_(offset)
+                cast(ScalarHead, reward.chunks[-1].output_layer).bias.sub_(offset)
         return offset

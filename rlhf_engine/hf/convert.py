@@ -40,7 +40,7 @@ from .config import Head, family, parse, read_json
 from .export import head_config
 from .files import HFFolder, HFWriter, whole_folder, write_assets
 from .rows import Vocabulary
-from .weights import Table, check_leftover, parameters
+from .weights import Difference, Table, check_leftover, compare, parameters
 
 _PIECE = 1 << 18  # bytes of a write
 Progress = Callable[[int], Any]  # is told of bytes as they are done
@@ -74,7 +74,7 @@ def layout(model: ModelConfig, head: Head, prefix: str, mesh: ParallelMesh) -> l
         gpt = build_model(model, mesh, head, torch.float32)
         state = gpt.sharded_state_dict(prefix=f"{prefix}.")
         found = []
-        for (name, parameter), local in zip(parameters(gpt), (n for n, _ in gpt.named_parameters()), strict=True):
+        for (name, parameter), local in zip(parameters([gpt]), (n for n, _ in gpt.named_parameters()), strict=True):
             entry = state[f"{prefix}.{local}"]
             places = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
             found.append(Parameter(name, parameter.shape, places))
@@ -157,9 +157,8 @@ class _Importer(DefaultSavePlanner):
         """The pipeline stage that has a parameter."""
         if not name.startswith("decoder.layers."):
             return 0 if name.startswith("embedding") else self.pp - 1
-        layer, total = int(name.split(".")[2]), self.model.num_layers
-        first = stage_layers(total, self.pp)[0]
-        return 0 if layer < first else 1 + (layer - first) * (self.pp - 1) // (total - first)
+        stages = [stage for stage, n in enumerate(stage_layers(self.model.num_layers, self.pp)) for _ in range(n)]
+        return stages[int(name.split(".")[2])]
 
     def read_ahead(self, plan: SavePlan) -> None:
         """To be called before the items of `plan` are written, in their order."""
@@ -373,32 +372,7 @@ def export_folder(checkpoint: Checkpoint, out: Path, max_bytes: int, start: Call
         writer.close(head_config(model, head, checkpoint.described), [checkpoint.described])
 
 
-@dataclass(frozen=True)
-class Difference:
-    name: str
-    what: str
-
-
 def verify(checkpoint: Checkpoint, hf: Path, start: Callable[[int], Progress]) -> tuple[int, list[Difference]]:
     """How many tensors of a checkpoint equal those of an HF folder bit for bit, and which do not."""
-    source, equal, found, seen = HFFolder(hf), 0, [], set()
     with one_rank() as mesh:
-        for name, tensor in checkpoint.read(mesh, start):
-            seen.add(name)
-            if name not in source:
-                found.append(Difference(name, f"is not in {hf}"))
-                continue
-            wanted = source.read_whole(name, tuple(tensor.shape))
-            if wanted.dtype == tensor.dtype and torch.equal(wanted, tensor):
-                equal += 1
-            elif wanted.dtype != tensor.dtype and torch.equal(wanted.to(tensor.dtype), tensor):
-                found.append(Difference(name, f"is {tensor.dtype} for {wanted.dtype}, otherwise equal"))
-            else:
-                gap = float((wanted.double() - tensor.double()).abs().max())
-                found.append(Difference(name, f"differs by up to {gap:.3g}"))
-    model = checkpoint.model()[0]
-    try:
-        check_leftover(source, model, seen)
-    except ConfigError as error:
-        found.append(Difference("", str(error)))
-    return equal, found
+        return compare(checkpoint.read(mesh, start), HFFolder(hf), checkpoint.model()[0])

@@ -24,7 +24,7 @@ def export_role(role: RoleModel, target: Path, config: dict[str, Any], assets: S
     with contextlib.ExitStack() as stack:
         writer = HFWriter(stack.enter_context(whole_folder(target))) if role.mesh.is_main else None
         stack.enter_context(role.on_device())
-        save_weights(role.gpt, role.model, role.head, role.mesh, writer)
+        save_weights(role.chunks, role.model, role.head, role.mesh, writer)
         if writer is not None:
             writer.close(config, assets)
     role.mesh.barrier()

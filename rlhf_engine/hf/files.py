@@ -76,9 +76,6 @@ class HFFolder:
             raise ConfigError(f"{path}: {window.name} has entries that are not finite")
         return tensor
 
-    def read_whole(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        return self.read(Window(name, shape, 0, 0, shape[0]))
-
     def _load_bin(self, path: Path) -> dict[str, Tensor]:
         if self._bin is None or self._bin[0] != path:
             try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -87,22 +87,26 @@ class Table:
         return self.head == "lm" and self.model.tie_word_embeddings and name == "output_layer.weight"
 
 
-def parameters(gpt: GPTModel) -> Iterator[tuple[str, Tensor]]:
-    """Parameters of this rank under global names: layers count from the first stage's first, experts from the first
-    rank's, and norms that transformer-engine fuses into the projection behind them have names of their own."""
-    for name, parameter in gpt.named_parameters():
-        if match := re.match(r"decoder\.layers\.(\d+)\.(.*)", name):
-            layer = gpt.decoder.layers[int(match[1])]
-            name = f"decoder.layers.{layer.layer_number - 1}.{match[2]}"
-            if match := re.match(r"(.*\.local_experts)\.(\d+)\.(.*)", name):
-                name = f"{match[1]}.{layer.mlp.local_expert_indices[int(match[2])]}.{match[3]}"
-        name = re.sub(r"self_attention\.linear_qkv\.layer_norm_(\w+)", r"input_layernorm.\1", name)
-        name = re.sub(r"mlp\.linear_fc1\.layer_norm_(\w+)", r"pre_mlp_layernorm.\1", name)
-        yield name, parameter
+def parameters(chunks: Iterable[GPTModel]) -> Iterator[tuple[str, Tensor]]:
+    """Parameters of a rank's chunks of a model under global names: layers count from the model's first, experts from
+    the first rank's, and norms that transformer-engine fuses into the projection behind them have names of their own.
+    """
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if match := re.match(r"decoder\.layers\.(\d+)\.(.*)", name):
+                layer = chunk.decoder.layers[int(match[1])]
+                name = f"decoder.layers.{layer.layer_number - 1}.{match[2]}"
+                if match := re.match(r"(.*\.local_experts)\.(\d+)\.(.*)", name):
+                    name = f"{match[1]}.{layer.mlp.local_expert_indices[int(match[2])]}.{match[3]}"
+            name = re.sub(r"self_attention\.linear_qkv\.layer_norm_(\w+)", r"input_layernorm.\1", name)
+            name = re.sub(r"mlp\.linear_fc1\.layer_norm_(\w+)", r"pre_mlp_layernorm.\1", name)
+            yield name, parameter
 
 
 @torch.no_grad()
-def load_weights(gpt: GPTModel, model: ModelConfig, head: Head, mesh: ParallelMesh, source: Source) -> None:
+def load_weights(
+    chunks: Iterable[GPTModel], model: ModelConfig, head: Head, mesh: ParallelMesh, source: Source
+) -> None:
     """Fills this rank's parameters from HF tensors. A scalar head that the source lacks stays as it is.
 
     Raises:
@@ -110,7 +114,7 @@ def load_weights(gpt: GPTModel, model: ModelConfig, head: Head, mesh: ParallelMe
     """
     table, used, error = Table(model, head), set(), None
     try:
-        for name, parameter in parameters(gpt):
+        for name, parameter in parameters(chunks):
             tensor = table.load(name, parameter.shape, source, mesh.tp_rank, mesh.tp)
             row, numbers = table.row(name)
             used |= {w.name for w in row.windows(numbers, parameter, model, 0, mesh.tp)}
@@ -141,14 +145,24 @@ def check_leftover(source: HFFolder, model: ModelConfig, used: set[str]) -> None
             raise ConfigError(f"{source.tensors[name].path}: tensor {name} has no place in a {architecture.name} model")
 
 
+def save_weights(
+    chunks: Iterable[GPTModel], model: ModelConfig, head: Head, mesh: ParallelMesh, writer: HFWriter | None
+) -> None:
+    """Every HF tensor of a model spread over the mesh, to the main rank's `writer` (None on the others)."""
+    for name, tensor in whole_tensors(dict(parameters(chunks)), Table(model, head), mesh):
+        assert writer is not None
+        writer.add(name, tensor)
+
+
 @torch.no_grad()
-def save_weights(gpt: GPTModel, model: ModelConfig, head: Head, mesh: ParallelMesh, writer: HFWriter | None) -> None:
-    """Every HF tensor of a model spread over the mesh, to the main rank's `writer` (None on the others).
+def whole_tensors(mine: Mapping[str, Tensor], table: Table, mesh: ParallelMesh) -> Iterator[tuple[str, Tensor]]:
+    """Every HF tensor of what is spread over the mesh, whole on the main rank; the others, which get none, take part.
 
     The ranks take turns by parameter, so no rank holds more than a file's worth.
+
+    Args:
+        mine: this rank's `parameters`, or something of their names and shapes, such as gradients.
     """
-    table = Table(model, head)
-    mine = dict(parameters(gpt))
     listing = [(name, p.shape, p.dtype) for name, p in mine.items() if not table.is_copy(name)]
     written: set[str] = set()
     for source, names in enumerate(mesh.all_gather_object(listing)):
@@ -157,9 +171,39 @@ def save_weights(gpt: GPTModel, model: ModelConfig, head: Head, mesh: ParallelMe
                 continue
             written.add(name)  # the first rank that has a parameter is the first of its tensor parallel group
             shards = mesh.shards_to_main(mine.get(name), shape, dtype, source)
-            if writer is not None:
-                for hf, tensor in table.export(name, shards).items():
-                    writer.add(hf, tensor)
+            if mesh.is_main:
+                yield from table.export(name, shards).items()
+
+
+@dataclass(frozen=True)
+class Difference:
+    name: str
+    what: str
+
+
+def compare(tensors: Iterable[tuple[str, Tensor]], source: Source, model: ModelConfig) -> tuple[int, list[Difference]]:
+    """How many whole HF tensors of a model equal those of their source bit for bit, and which do not."""
+    equal, found, seen = 0, [], set()
+    for name, tensor in tensors:
+        seen.add(name)
+        if name not in source:
+            found.append(Difference(name, "is not in the source"))
+            continue
+        wanted = source.read(Window(name, tuple(tensor.shape), 0, 0, len(tensor)))
+        tensor = tensor.cpu()
+        if wanted.dtype == tensor.dtype and torch.equal(wanted, tensor):
+            equal += 1
+        elif wanted.dtype != tensor.dtype and torch.equal(wanted.to(tensor.dtype), tensor):
+            found.append(Difference(name, f"is {tensor.dtype} for {wanted.dtype}, otherwise equal"))
+        else:
+            gap = float((wanted.double() - tensor.double()).abs().max())
+            found.append(Difference(name, f"differs by up to {gap:.3g}"))
+    if isinstance(source, HFFolder):
+        try:
+            check_leftover(source, model, seen)
+        except ConfigError as error:
+            found.append(Difference("", str(error)))
+    return equal, found
 
 
 class RandomWeights:

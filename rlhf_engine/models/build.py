@@ -28,7 +28,7 @@ from ..config import ModelConfig, Recompute
 from ..cpu import cuda_calls_stay
 from ..hf.config import Head
 from ..mesh import ParallelMesh
-from ..plan.partition import first_stage_layers, padded_vocab_size
+from ..plan.partition import chunk_layers, padded_vocab_size
 from .layers import (
     ColumnWithoutBias,
     CoreAttention,
@@ -89,7 +89,7 @@ def transformer_config(
         attention_dropout=0.0,
         tensor_model_parallel_size=mesh.tp,
         pipeline_model_parallel_size=pp,
-        num_layers_in_first_pipeline_stage=first_stage_layers(model.num_layers, pp),
+        pipeline_model_parallel_layout=_pipeline_layout(model, mesh) if pp > 1 else None,
         sequence_parallel=mesh.config.sequence_parallel and not folded,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -109,19 +109,27 @@ def transformer_config(
     )
 
 
+def _pipeline_layout(model: ModelConfig, mesh: ParallelMesh) -> list[list[str]]:
+    """Layers of each chunk, and what the first and the last have besides, as megatron wants to be told."""
+    chunks = [["decoder"] * layers for layers in chunk_layers(model.num_layers, mesh.pp, mesh.virtual_pp)]
+    return [["embedding", *chunks[0]], *chunks[1:-1], [*chunks[-1], "loss"]]
+
+
 def build_model(
     model: ModelConfig,
     mesh: ParallelMesh,
     head: Head,
     dtype: torch.dtype,
+    chunk: int = 0,
     folded: bool = False,
     recompute: Recompute = "none",
 ) -> GPTModel:
-    """This rank's part of the model, its weights allocated and not filled.
+    """A chunk of this rank's part of the model, its weights allocated and not filled.
 
     Args:
         head: "lm" gives hidden states `(B, S, H)` (under sequence parallelism this rank's part of S), "scalar" gives
             `(B, S, 1)` in float32.
+        chunk: of this rank's `mesh.virtual_pp`.
         folded, recompute: see `transformer_config`.
     """
     assert model.vocab_size is not None
@@ -130,22 +138,22 @@ def build_model(
     if folded:
         groups.pp = groups.ep = mesh.self_group
         groups.tp_ep = groups.expt_tp = mesh.tp_group
-    pp_rank = 0 if folded else mesh.pp_rank
     norm = {"rms": RMSNorm, "layer": LayerNorm}[model.norm]
     spec = _layer_spec(model, norm)
-    num_layers = get_num_layers_to_build(config, None, pp_rank)
+    num_layers = get_num_layers_to_build(config, chunk, 0 if folded else mesh.pp_rank)
     with cuda_calls_stay(mesh.device):
         gpt = GPTModel(
             config,
             TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=norm),
             vocab_size=padded_vocab_size(model.vocab_size, mesh.tp),
             max_sequence_length=model.max_position_embeddings,
-            pre_process=folded or mesh.is_first_stage,
-            post_process=folded or mesh.is_last_stage,
+            pre_process=folded or (mesh.is_first_stage and chunk == 0),
+            post_process=folded or (mesh.is_last_stage and chunk == mesh.virtual_pp - 1),
             share_embeddings_and_output_weights=model.tie_word_embeddings and head == "lm",
             position_embedding_type="rope" if model.positions == "rotary" else "learned_absolute",
             rotary_base=model.rope_theta,  # type: ignore[arg-type]
             pg_collection=groups,
+            vp_stage=chunk,
         )
     if model.rope_scaling is not None:
         gpt.rotary_pos_emb.inv_freq = scaled_frequencies(gpt.rotary_pos_emb.inv_freq, model.rope_scaling)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -19,23 +19,28 @@ from ..config import OptimizerConfig
 from ..cpu import cuda_type_names
 
 
-def wrap_ddp(gpt: GPTModel, config: OptimizerConfig) -> DistributedDataParallel:
-    """Megatron's DDP: gradients in one float32 buffer, reduced once per optimizer step."""
+def wrap_ddp(chunk: GPTModel, config: OptimizerConfig) -> DistributedDataParallel:
+    """Megatron's DDP: gradients in float32 buffers, reduced once per optimizer step."""
+    overlap = next(chunk.parameters()).is_cuda if config.overlap is None else config.overlap
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=config.distributed,
-        # An overlapped gather finishes in the next forward's hooks, which generation does not go through.
-        overlap_grad_reduce=False,
-        overlap_param_gather=False,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap and config.distributed,
     )
-    return DistributedDataParallel(gpt.config, ddp_config, gpt)
+    return DistributedDataParallel(chunk.config, ddp_config, chunk)
 
 
 def build_optimizer(
-    ddp: DistributedDataParallel, config: OptimizerConfig, total_steps: int
+    modules: Sequence[DistributedDataParallel], config: OptimizerConfig, total_steps: int
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """Adam over the role's parameters and the schedule of its learning rate over `total_steps` updates."""
-    dtype = next(ddp.parameters()).dtype
+    """Adam over the role's parameters and the schedule of its learning rate over `total_steps` updates.
+
+    Args:
+        modules: the role's chunks in DDP.
+    """
+    params = [param for ddp in modules for param in ddp.parameters()]
+    dtype = params[0].dtype
     settings = MegatronOptimizerConfig(
         optimizer="adam",
         lr=config.lr,
@@ -49,9 +54,9 @@ def build_optimizer(
         params_dtype=dtype,
         use_distributed_optimizer=config.distributed,
     )
-    on_cpu = not next(ddp.parameters()).is_cuda
-    with cuda_type_names(ddp.parameters()) if on_cpu else contextlib.nullcontext():
-        optimizer = get_megatron_optimizer(settings, [ddp], use_gloo_process_groups=not on_cpu)
+    on_cpu = not params[0].is_cuda
+    with cuda_type_names(params) if on_cpu else contextlib.nullcontext():
+        optimizer = get_megatron_optimizer(settings, list(modules), use_gloo_process_groups=not on_cpu)
     for inner in _torch_optimizers(optimizer):
         # torch makes Adam's state in the first step, and megatron can neither save nor load what is not there
         for param in (p for group in inner.param_groups for p in group["params"]):
@@ -81,7 +86,7 @@ def load_optimizer(optimizer: MegatronOptimizer, state: dict) -> None:
     optimizer expects it among the tensors of the checkpoint, where it is not; and all parameters are left with one
     counter between them, which Adam would then advance once for each."""
     adams = _torch_optimizers(optimizer)
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in _parts(optimizer):
         if part.optimizer in adams and isinstance(part, DistributedOptimizer):
             part._set_main_param_and_optimizer_states = functools.partial(_set_with_step, part)
     rates = [(group.get("max_lr"), group.get("min_lr")) for group in optimizer.param_groups]
@@ -93,20 +98,19 @@ def load_optimizer(optimizer: MegatronOptimizer, state: dict) -> None:
             entry["step"] = entry["step"].clone()
 
 
-def gradient_tensors(ddp: DistributedDataParallel) -> list[Tensor]:
+def gradient_tensors(modules: Iterable[DistributedDataParallel]) -> list[Tensor]:
     """Megatron's flat buffers, of which every gradient is a view; a step begins by zeroing them."""
-    return [buffer.grad_data for buffer in ddp.buffers + ddp.expert_parallel_buffers]
+    return [buffer.grad_data for ddp in modules for buffer in ddp.buffers + ddp.expert_parallel_buffers]
 
 
 def optimizer_tensors(optimizer: MegatronOptimizer, weights: Iterable[Tensor]) -> Iterator[Tensor]:
     """Moments and the weights that the optimizer keeps for itself: not those that are views of the model's."""
     of_model = {weight.untyped_storage()._cdata for weight in weights}
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        inner = part.optimizer
-        if inner is None:
-            continue
-        held = [p for group in inner.param_groups for p in group["params"]]
-        held += [value for entry in inner.state.values() for value in entry.values() if isinstance(value, Tensor)]
+    for part in _parts(optimizer):
+        held = [p for group in part.optimizer.param_groups for p in group["params"]]
+        held += [
+            value for entry in part.optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)
+        ]
         for tensor in held:
             # a step counter is a number on the CPU
             if tensor.dim() and tensor.untyped_storage()._cdata not in of_model:
@@ -120,6 +124,11 @@ def _set_with_step(optimizer: DistributedOptimizer, param: torch.nn.Parameter, t
 
 def _torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
     """The torch optimizers inside megatron's; none where apex or transformer-engine bring theirs."""
+    inner = (part.optimizer for part in _parts(optimizer))
+    return [adam for adam in inner if isinstance(adam, torch.optim.Adam | torch.optim.AdamW)]
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The optimizers that megatron's is a chain of, without those that have no parameters on this rank."""
     chained = getattr(optimizer, "chained_optimizers", [optimizer])
-    inner = [o.optimizer for o in chained if o.optimizer is not None]
-    return [o for o in inner if isinstance(o, torch.optim.Adam | torch.optim.AdamW)]
+    return [part for part in chained if part.optimizer is not None]

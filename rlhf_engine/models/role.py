@@ -11,10 +11,12 @@ import itertools
 import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
+from torch.nn import ModuleList
 
 from ..config import ModelConfig, OptimizerConfig, Recompute
 from ..mesh import ParallelMesh
@@ -25,7 +27,7 @@ from .stream import Batch, InferFn, Work, infer
 
 
 def head_weight(gpt: GPTModel) -> Tensor:
-    """`(V / tp, H)`, the LM head's, on the last pipeline stage."""
+    """`(V / tp, H)`, the LM head's, of a model's last chunk."""
     if gpt.share_embeddings_and_output_weights:
         return gpt.shared_embedding_or_output_weight()
     return gpt.output_layer.weight
@@ -33,6 +35,10 @@ def head_weight(gpt: GPTModel) -> Tensor:
 
 class RoleModel:
     """A model split over the mesh.
+
+    Attributes:
+        chunks: this rank's parts of it in the order of their depth: one, or `mesh.virtual_pp` that lie apart.
+        modules: the same as they are trained, in megatron's DDP.
 
     Args:
         name: of the role; prefixes its metrics and its entries in a checkpoint.
@@ -58,17 +64,18 @@ class RoleModel:
         micro_batch_tokens: int | None = None,
     ):
         self.name, self.model, self.mesh, self.head, self.dtype = name, model, mesh, head, dtype
-        self.gpt = build_model(model, mesh, head, dtype, recompute=recompute)
+        chunks = [build_model(model, mesh, head, dtype, i, recompute=recompute) for i in range(mesh.virtual_pp)]
+        self.chunks: Any = ModuleList(chunks)  # of GPTModels
         self.is_trained = optimizer is not None
         self.presence = Presence.TRAINING
         self._offload = offload
         self._parcels: dict[Presence, list[Parcel]] = {}
         self.micro_batch_tokens = micro_batch_tokens
-        self.module = self.gpt
+        self.modules: list[Any] = list(self.chunks)
         self._optimizer_config, self._total_steps = optimizer, total_steps
         if not self.is_trained:
-            self.gpt.requires_grad_(False)
-            self.gpt.eval()  # megatron's experts ask for sequence parallelism only where gradients are at stake
+            self.chunks.requires_grad_(False)
+            self.chunks.eval()  # megatron's experts ask for sequence parallelism only where gradients are at stake
 
     def start(self) -> None:
         """Called once the weights are in place: wraps a trained role for DDP and builds its optimizer."""
@@ -79,11 +86,19 @@ class RoleModel:
             self.move(Presence.AWAY)
 
     def _start_training(self, config: OptimizerConfig) -> None:
-        self.module = wrap_ddp(self.gpt, config)
+        self.modules = [wrap_ddp(chunk, config) for chunk in self.chunks]
         # DDP, its hooks on gradients and the optimizer's views of weights refer to each other in a circle through C++
         # that no garbage collector sees: left alone, a finished phase would keep its memory
-        weakref.finalize(self, vars(self.module).clear)
-        self.optimizer, self.scheduler = build_optimizer(self.module, config, self._total_steps)
+        for module in self.modules:
+            weakref.finalize(self, vars(module).clear)
+        self.optimizer, self.scheduler = build_optimizer(self.modules, config, self._total_steps)
+
+    def gather(self) -> None:
+        """Waits for weights of the last update that other replicas hold (`overlap` gathers them when a forward comes to
+        them): generation, checkpoints and exports do not go through the modules. Every replica takes part."""
+        for module in self.modules:
+            if self.is_trained and module.ddp_config.overlap_param_gather:
+                module.start_param_sync(force_sync=True)
 
     # -- residency ---------------------------------------------------------------------------------------
 
@@ -94,7 +109,7 @@ class RoleModel:
 
     def _pack(self, folder: Path) -> None:
         def weights() -> Iterable[Tensor]:
-            return itertools.chain(self.gpt.parameters(), self.gpt.buffers())
+            return itertools.chain(self.chunks.parameters(), self.chunks.buffers())
 
         def parcel(name: str, find, contents) -> Parcel:
             path = folder / f"rank_{self.mesh.rank}" / f"{self.name}_{name}"
@@ -103,7 +118,7 @@ class RoleModel:
         self._parcels[Presence.WEIGHTS] = [parcel("weights", weights, "changing" if self.is_trained else "constant")]
         if self.is_trained:
             self._parcels[Presence.TRAINING] = [
-                parcel("gradients", lambda: gradient_tensors(self.module), "scratch"),
+                parcel("gradients", lambda: gradient_tensors(self.modules), "scratch"),
                 parcel("optimizer", lambda: optimizer_tensors(self.optimizer, weights()), "changing"),
             ]
 

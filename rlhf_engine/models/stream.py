@@ -2,30 +2,36 @@
 
 Megatron's schedules run one model; here they run a stand-in that hands each micro-batch to the role that it belongs
 to. P stages and M micro-batches leave (P - 1) / (M + P - 1) of the time idle, so four roles of M micro-batches idle
-less in one stream of 4 M than one after the other: 16% for 43% at P = M = 4. Roles may differ in depth and width:
-neighbouring stages tell each other the shapes.
+less in one stream of 4 M than one after the other: 16% for 43% at P = M = 4. With V chunks on each stage a micro-batch
+counts V times (`mesh.virtual_pp`). Roles may differ in depth and width: neighbouring stages tell each other the shapes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.distributed import finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.enums import ModelType
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn import Module
 
 from ..guard import numbered
+from ..hf.weights import parameters
+from ..mesh import ParallelMesh
 from ..metrics import Metrics
 from ..plan.flops import BACKWARD, forward_flops
+from ..plan.pipeline import chunk_group
 from ..trace import Trace
 from .optim import gradient_tensors
 from .residency import Presence
@@ -56,7 +62,8 @@ class Work:
     micro_batch_size: int
     together: int = 1
 
-    def split(self) -> list[tuple[Tensor, int]]:
+    @functools.cached_property
+    def parts(self) -> list[tuple[Tensor, int]]:
         """The micro-batches: which rows, `(dp, rows)` with a line for each replica, and the width that they are cut to.
 
         Under a token budget rows of like length go together, the longest first, as many as it holds and one at least.
@@ -111,10 +118,10 @@ def infer(works: Sequence[Work], trace: Trace | None = None) -> list[Tensor]:
         length = whole.batch["tokens"].shape[1]
         wide = [
             F.pad(found, (0, length - width)) if found.dim() > 1 else found
-            for found, (_, width) in zip(part, whole.split(), strict=False)
+            for found, (_, width) in zip(part, whole.parts, strict=False)
         ]  # none on other stages than the last
         found = mesh.gather(torch.cat(wide) if mesh.is_last_stage else None)
-        order = torch.cat([rows for rows, _ in whole.split()], 1).flatten()
+        order = torch.cat([rows for rows, _ in whole.parts], 1).flatten()
         results.append(found[order.argsort()][: len(work.batch["tokens"])])
     return results
 
@@ -133,7 +140,8 @@ def train_step(works: Sequence[Work], metrics: Metrics, trace: Trace) -> dict[st
     with contextlib.ExitStack() as stack:
         for role in roles:
             stack.enter_context(role.on_device(Presence.TRAINING))
-            role.module.zero_grad_buffer()
+            for module in role.modules:
+                module.zero_grad_buffer()
             role.optimizer.zero_grad()
         return _step(works, roles, metrics, trace)
 
@@ -151,7 +159,7 @@ def _step(works: Sequence[Work], roles: Sequence[RoleModel], metrics: Metrics, t
     for role, total in zip(roles, totals, strict=True):
         # Reduces the gradients over the replicas and divides them by the total of all counts. Neither the schedule nor
         # DDP has divided them by anything, as `calculate_per_token_loss` asks.
-        finalize_model_grads([role.module], total)
+        finalize_model_grads(role.modules, total)
     problems = _problems(works, outcomes, roles)
     for work, results in zip(works, outcomes, strict=True):
         name = work.role.name
@@ -159,7 +167,7 @@ def _step(works: Sequence[Work], roles: Sequence[RoleModel], metrics: Metrics, t
             metrics.add(f"{name}/loss", loss, count)
             for key, value in statistics.items():
                 metrics.add(f"{name}/{key}", value, count)
-        padded = sum(rows.numel() * width for rows, width in work.split())
+        padded = sum(rows.numel() * width for rows, width in work.parts)
         metrics.add(f"throughput/{name}_padding", padded - int(work.batch["lengths"].sum()), padded)
     for role in roles:
         learning_rate = role.optimizer.param_groups[0]["lr"]
@@ -176,7 +184,7 @@ def _problems(works: Sequence[Work], outcomes: Sequence[list], roles: Sequence[R
     mesh = roles[0].mesh
     sums = []
     for role in roles:
-        parts = [buffer.sum() for buffer in gradient_tensors(role.module)]
+        parts = [buffer.sum() for buffer in gradient_tensors(role.modules)]
         parts += [r[0] for work, results in zip(works, outcomes, strict=True) if work.role is role for r in results]
         sums.append(torch.stack([part.float() for part in parts]).sum())
     bad = mesh.any_rank(~torch.stack(sums).isfinite())
@@ -193,13 +201,13 @@ def _problem(works: Sequence[Work], outcomes: Sequence[list], role: RoleModel) -
         if work.role is not role:
             continue
         numbers = work.batch.get("samples", torch.arange(len(work.batch["tokens"])))
-        for (rows, _), (loss, _, _, row_sums) in zip(work.split(), results, strict=False):
+        for (rows, _), (loss, _, _, row_sums) in zip(work.parts, results, strict=False):
             if not loss.isfinite():
                 mine = rows[role.mesh.dp_rank]
                 fields = [f[mine].flatten(1) if f.dim() > 1 else f[mine, None] for f in work.batch.values()]
                 suspects = ~torch.cat([row_sums.cpu()[:, None], *(f.float() for f in fields)], 1).isfinite().all(1)
                 samples += numbers[mine][suspects if suspects.any() else slice(None)].tolist()
-    gradients = [name for name, p in role.gpt.named_parameters() if not p.main_grad.sum().isfinite()]
+    gradients = [name for name, p in parameters(role.chunks) if not p.main_grad.sum().isfinite()]  # type: ignore[attr-defined]
     parts = role.mesh.all_gather_object((samples, gradients))
     if found := sorted({sample for part, _ in parts for sample in part}):
         return f"the loss of {role.name} is not finite at {numbered(found)}"
@@ -210,20 +218,25 @@ def _problem(works: Sequence[Work], outcomes: Sequence[list], role: RoleModel) -
 def _run(works: Sequence[Work], trace: Trace, forward_only: bool) -> list[list[Any]]:
     """What the last pipeline stage made of each micro-batch, by work; nothing on the other stages."""
     mesh = works[0].role.mesh
-    splits = [work.split() for work in works]
-    micro_batches = [(work, work.cut(*part)) for work, split in zip(works, splits, strict=True) for part in split]
+    micro_batches = [(work, work.cut(*part)) for work in works for part in work.parts]
+    # chunks pass on as many as there are stages; what fills them up goes first, or it would be the last of its role
+    empty = max(0, mesh.pp - len(micro_batches)) if mesh.virtual_pp > 1 else 0
+    work, batch = micro_batches[0]
+    micro_batches = [(replace(work, fn=_nothing), batch)] * empty + micro_batches
     roles = list(dict.fromkeys(work.role for work in works))
+    last = {id(work.role): i for i, (work, _) in enumerate(micro_batches)}
+    steps = [(work, batch, last[id(work.role)] == i) for i, (work, batch) in enumerate(micro_batches)]
     shapes = [batch["tokens"].shape for _, batch in micro_batches]
-    stream = _Stream(roles, trace, varies=len(roles) > 1 or len(set(shapes)) > 1)
+    config = _config(roles, len(micro_batches), varies=len(roles) > 1 or len(set(shapes)) > 1)
     neighbours: dict[str, Any] = {}
     if mesh.pp > 1:
-        neighbours["p2p_communicator"] = _Neighbours(mesh.pp_group, stream.config, trace)
+        neighbours["p2p_communicator"] = _Neighbours(mesh, config, trace)
         neighbours["pg_collection"] = ProcessGroupCollection.use_mpu_process_groups()
-    with trace.stream(has_backward=not forward_only):
+    with trace.stream(has_backward=not forward_only), _without_sync(() if forward_only else roles):
         results = get_forward_backward_func()(
             forward_step_func=lambda iterator, stream: stream.step(*next(iterator), forward_only),
-            data_iterator=iter(micro_batches),
-            model=[stream],
+            data_iterator=[iter(steps) for _ in range(mesh.virtual_pp)],
+            model=[_Stream(config, chunk, trace) for chunk in range(mesh.virtual_pp)],
             num_microbatches=len(micro_batches),
             seq_length=shapes[0][1],
             micro_batch_size=shapes[0][0],
@@ -231,63 +244,101 @@ def _run(works: Sequence[Work], trace: Trace, forward_only: bool) -> list[list[A
             collect_non_loss_data=forward_only,
             **neighbours,
         )
-    found = iter(results)
-    return [[next(found) for _ in split] if mesh.is_last_stage else [] for split in splits]
+    found = iter(results[empty:])
+    return [[next(found) for _ in work.parts] if mesh.is_last_stage else [] for work in works]
 
 
-class _Stream:
-    """Stands where megatron's schedules expect a model. `varies`: its micro-batches differ in shape."""
+def _nothing(output: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Mapping[str, Tensor]]:
+    """The loss of a micro-batch that only fills up a pipeline."""
+    return 0 * output.sum(), torch.zeros([], device=output.device), {}
+
+
+def _config(roles: Sequence[RoleModel], micro_batches: int, varies: bool) -> TransformerConfig:
+    """What megatron's schedules ask of a model. `varies`: its micro-batches differ in shape."""
+    config = copy.copy(roles[0].chunks[0].config)
+    # `train_step` finalises the gradients of each role by itself
+    config.finalize_model_grads_func = config.grad_scale_func = None
+    config.no_sync_func = contextlib.nullcontext  # and each has a last micro-batch of its own
+    config.variable_seq_lengths = varies
+    config.microbatch_group_size_per_vp_stage = chunk_group(roles[0].mesh.pp, micro_batches)
+    return config
+
+
+class _Stream(Module):
+    """Stands where megatron's schedules expect a chunk of a model."""
 
     model_type = ModelType.encoder_or_decoder
 
-    def __init__(self, roles: Sequence[RoleModel], trace: Trace, varies: bool):
-        self.trace = trace
-        self.config = copy.copy(roles[0].gpt.config)
-        # `train_step` finalises the gradients of each role by itself
-        self.config.finalize_model_grads_func = self.config.grad_scale_func = None
-        self.config.no_sync_func = lambda: _without_sync([role for role in roles if role.is_trained])
-        self.config.variable_seq_lengths = varies
+    def __init__(self, config: TransformerConfig, chunk: int, trace: Trace):
+        super().__init__()
+        self.config, self.chunk, self.trace = config, chunk, trace
         self.input: Any = None
 
     def set_input_tensor(self, tensor) -> None:
         """What the stage before has sent."""
         self.input = tensor
 
-    def step(self, work: Work, batch: Batch, forward_only: bool):
-        """Megatron's forward step: the role's output for a micro-batch, and what the last stage makes of it."""
+    def step(self, work: Work, batch: Batch, is_last: bool, forward_only: bool):
+        """Megatron's forward step: the role's output for a micro-batch, and what the last stage makes of it.
+
+        Args:
+            is_last: of the role, so that its gradients are reduced as its backward comes to them.
+        """
         tokens = batch["tokens"]
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        work.role.gpt.set_input_tensor(self.input)
+        work.role.chunks[self.chunk].set_input_tensor(self.input)
         with self.trace.span(work.role.name, "forward"):
             # right padding and a causal model: no real token sees padding, so there is no mask
-            output = work.role.module(tokens, positions, None)
+            output = work.role.modules[self.chunk](tokens, positions, None)
+
+        def begins(gradient: Tensor) -> None:
+            if is_last:
+                _sync(work.role.modules[self.chunk], True)
 
         def finish(output: Tensor, non_loss_data: bool = False):
             if forward_only:
                 return work.fn(output, batch)
             loss, count, statistics = work.fn(output, batch)
+            loss.register_hook(begins)  # the head's gradient comes before that of the output
             # a row of outputs that is not finite shows in its sum, and which it was is asked when the loss is not
-            row_sums = output.detach().float().flatten(1).sum(1)
+            row_sums = output.detach().flatten(1).sum(1, dtype=torch.float32)
             return loss, count.to(torch.int), (loss.detach(), count, statistics, row_sums)
 
+        if not forward_only:
+            output.register_hook(begins)
         return output, finish
 
 
 class _Neighbours(P2PCommunicator):
     """Megatron's exchange with the stages before and behind, its time noted as waiting."""
 
-    def __init__(self, group, config, trace: Trace):
-        super().__init__(group, config)
-        self.trace = trace
+    def __init__(self, mesh: ParallelMesh, config: TransformerConfig, trace: Trace):
+        super().__init__(mesh.pp_group, config)
+        self.mesh, self.trace = mesh, trace
 
     def _communicate(self, **tensors):
         with self.trace.span("neighbours", "wait"):
-            return super()._communicate(**tensors)
+            if self.mesh.pp_back_group is None:
+                return super()._communicate(**tensors)
+            received, _, handles = super()._communicate(**tensors | dict(tensor_send_prev=None, recv_next=False))
+            self.pp_group = self.mesh.pp_back_group
+            _, gradient, _ = super()._communicate(**tensors | dict(tensor_send_next=None, recv_prev=False))
+            self.pp_group = self.mesh.pp_group
+            return received, gradient, handles
 
 
 @contextlib.contextmanager
 def _without_sync(roles: Sequence[RoleModel]) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        for role in roles:
-            stack.enter_context(role.module.no_sync())
-        yield
+    """Within it gradients are reduced from where `_sync` says so."""
+    modules = [module for role in roles for module in role.modules]
+    for module in modules:
+        _sync(module, False)
+    yield
+    for module in modules:
+        _sync(module, True)
+
+
+def _sync(module: DistributedDataParallel, is_last: bool) -> None:
+    """Whether the backward that runs is the last before a step, which megatron's `no_sync` knows only as a context."""
+    for group in module.bucket_groups + module.expert_parallel_bucket_groups:
+        group.is_last_microbatch = is_last

@@ -31,7 +31,7 @@ from .memory import (
     workspace,
 )
 from .partition import Parameters, rank_parameters
-from .pipeline import in_flight, simulate
+from .pipeline import ahead, simulate
 from .rows import Rows, rows_of
 
 
@@ -164,8 +164,9 @@ class Forecaster:
             shape = (self.models[name], self.specs[name].head, *rows.largest)
             if kind == "train":
                 each = stage_activations(*shape, self.mesh, self.numbers, stage, self.config.schedule.recompute)
-                count = in_flight(self.mesh.pp, stage, len(group) * self._micro_batches(rows.minibatch))
-                kept = max(kept, each * count)
+                chunks = self.mesh.virtual_pp
+                count = ahead(self.mesh.pp, stage, len(group) * self._micro_batches(rows.minibatch), chunks)
+                kept = max(kept, each * count / chunks)
                 if (optimizer := self.specs[name].optimizer) is not None:
                     step = max(step, at_a_step(self._held(name, stage), optimizer, self.mesh, self.numbers))
             outputs = rows.largest[0] * rows.response
@@ -278,8 +279,10 @@ class Forecaster:
             both_ways = 2 if train else 1
             layers = -(-model.num_layers // self.mesh.pp)
             sent["tp"] += steps * count * both_ways * layers * costs.tp_bytes(tokens)
-            sent["pp"] += steps * count * both_ways * costs.pp_bytes(tokens)
-        seconds, idle = simulate(forward, backward if train else None, costs.transfer(tokens))
+            sent["pp"] += steps * count * both_ways * self.mesh.virtual_pp * costs.pp_bytes(tokens)
+        if self.mesh.virtual_pp > 1:  # fewer micro-batches than stages are filled up with empty ones
+            forward, backward = ([*times, *times[-1:] * (self.mesh.pp - len(times))] for times in (forward, backward))
+        seconds, idle = simulate(forward, backward if train else None, costs.transfer(tokens), self.mesh.virtual_pp)
         busy = self.mesh.tp * self.dp * sum(map(sum, forward + backward))
         seconds = self._shared(seconds, busy)
         if train:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import psutil
 import torch
 
-from .devices import Device, data_sheet_flops
+from ..config import RunConfig
+from .devices import GPUS, Device, data_sheet_flops, gpu_here
 
 
 def cpu(ranks: int) -> Device:
@@ -24,6 +26,13 @@ def cpu(ranks: int) -> Device:
         "cpu", psutil.virtual_memory().total / ranks, matmul_flops(), copy_bandwidth(), 1e9, 1e9, 1e9,
         max(1, (os.cpu_count() or 1) // threads), latency=10e-6, collective=1e-3, base=resident_bytes(),
     )  # fmt: skip
+
+
+def device_of(config: RunConfig, world: int) -> Device:
+    """The device that a run is planned for, with the memory that the user allows."""
+    name = config.plan.device or ("cpu" if config.device == "cpu" else gpu_here() or "cpu")
+    device = GPUS[name] if name in GPUS else cpu(world)
+    return device if config.plan.memory is None else replace(device, memory=config.plan.memory * 1e9)
 
 
 def peak_flops(device: torch.device) -> float | None:

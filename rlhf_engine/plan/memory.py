@@ -130,7 +130,7 @@ def stage_activations(
     if stage == mesh.pp - 1:
         kept += (3 if numbers.device == "cpu" else 2) * rows * length * hidden * numbers.itemsize
     if stage != mesh.pp - 1 or stage != 0:
-        kept += rows * length * hidden * numbers.itemsize  # sent to or received from a neighbour
+        kept += mesh.virtual_pp * rows * length * hidden * numbers.itemsize  # sent to or received from a neighbour
     return kept
 
 
@@ -191,7 +191,7 @@ def kv_positions(config: RolloutConfig, rows: int, longest: int, most: float) ->
     kv_tokens = config.kv_tokens or max(longest, int(most))
     longest, slots = min(round_up(longest), kv_tokens), min(config.slots, rows)
     lanes = min(_LANES, slots, kv_tokens // longest)
-    return lanes * min(kv_tokens // lanes, -(-slots // lanes) * longest)
+    return lanes * min(kv_tokens // lanes, -(-slots // lanes) * longest) + 1  # for the rows that fill a CUDA graph
 
 
 def generation_workspace(

@@ -14,21 +14,19 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
     return (vocab_size + unit - 1) // unit * unit
 
 
-def first_stage_layers(num_layers: int, pp: int) -> int | None:
-    """Layers of the first pipeline stage where pp does not divide them all; None where it does.
-
-    The other stages share the rest evenly, and the first gets the count nearest to theirs.
-    """
-    if num_layers % pp == 0:
-        return None
-    choices = [n for n in range(1, num_layers) if (num_layers - n) % (pp - 1) == 0 and num_layers - n >= pp - 1]
-    return min(choices, key=lambda n: abs(n - num_layers / pp))
-
-
 def stage_layers(num_layers: int, pp: int) -> list[int]:
-    """Layers of each pipeline stage."""
-    first = first_stage_layers(num_layers, pp) or num_layers // pp
-    return [first, *([(num_layers - first) // (pp - 1)] * (pp - 1) if pp > 1 else [])]
+    """Layers of each pipeline stage: as many as the others, or one more in the middle. The first stage has the
+    embedding and most activations, the last one the head."""
+    each, more = divmod(num_layers, pp)
+    first = (pp - more + 1) // 2
+    return [each + (first <= stage < first + more) for stage in range(pp)]
+
+
+def chunk_layers(num_layers: int, pp: int, virtual_pp: int) -> list[int]:
+    """Layers of each chunk of a model in the order of its depth. Stage `i % pp` has the i-th: its `virtual_pp` chunks
+    lie apart, so a micro-batch passes through all stages that often (Narayanan et al. 2021, section 2.2)."""
+    stages = [stage_layers(layers, virtual_pp) for layers in stage_layers(num_layers, pp)]
+    return [stage[chunk] for chunk in range(virtual_pp) for stage in stages]
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ class Choice:
 
 def mesh_text(mesh: MeshConfig) -> str:
     experts = f" (ep {mesh.ep})" if mesh.ep > 1 else ""
-    return f"tp {mesh.tp} x pp {mesh.pp} x dp {mesh.dp}{experts}" + (
+    chunks = f" ({mesh.virtual_pp} chunks a stage)" if mesh.virtual_pp > 1 else ""
+    return f"tp {mesh.tp} x pp {mesh.pp}{chunks} x dp {mesh.dp}{experts}" + (
         ", sequence parallel" if mesh.sequence_parallel else ""
     )
 
@@ -119,6 +120,7 @@ def remedy(config: RunConfig, mesh: MeshConfig, models: Mapping[str, ModelConfig
     assert mesh.dp is not None
     world = mesh.tp * mesh.pp * mesh.dp
     single: list[Changes] = [{"schedule.recompute": "full"}, {"mesh.sequence_parallel": True}]
+    single += [{"mesh.virtual_pp": 1}] if mesh.virtual_pp > 1 else []  # which holds fewer micro-batches
     single += [micro_batches(config, rows, mesh.dp) for rows in (16, 8, 4, 2, 1)]
     single += [{"rollout.slots": config.rollout.slots // n} for n in (2, 4, 8) if config.rollout.slots >= n]
     single += [{"schedule.residency": "offload", "schedule.offload": list(roles)} for roles in _ROLES_THAT_LEAVE]

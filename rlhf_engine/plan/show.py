@@ -13,9 +13,9 @@ from ..config import ConfigError, MeshConfig, ModelConfig, RunConfig
 from ..preflight import Plan
 from ..schedule import Schedule
 from .calibrate import stage_factors
-from .devices import GPUS, Device, gpu_here
+from .devices import Device
 from .forecast import PhaseForecast, forecast, training_phases
-from .measure import cpu
+from .measure import device_of
 from .memory import Memory
 from .search import Choice, changed, mesh_text, remedy, residency, search
 
@@ -57,13 +57,6 @@ def show(plan: Plan) -> None:
         show_phase(console, each, config, plan.mesh)
     if not all(phase.fits for phase in found):
         raise ConfigError(refusal(found, config, plan.mesh, models, device))
-
-
-def device_of(config: RunConfig, world: int) -> Device:
-    """The device that a run is planned for, with the memory that the user allows."""
-    name = config.plan.device or ("cpu" if config.device == "cpu" else gpu_here() or "cpu")
-    device = GPUS[name] if name in GPUS else cpu(world)
-    return device if config.plan.memory is None else replace(device, memory=config.plan.memory * 1e9)
 
 
 def refusal(

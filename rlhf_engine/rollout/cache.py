@@ -63,9 +63,9 @@ class Lane:
             self._views = (shape, list(zip(*(part.unbind(0) for part in parts), strict=True)))
         return self._views[1]
 
-    def target(self, i: int) -> int:
-        """Where in the flat cache the next key and value of row i go, for its first group."""
-        return self.offset + i * self.groups * self.capacity + self.rows[i].length
+    def start(self, i: int) -> int:
+        """Where in the flat cache row i begins, its first group; the others are `capacity` apart."""
+        return self.offset + i * self.groups * self.capacity
 
     def add(self, rows: Sequence[Row]) -> None:
         """Rows whose keys and values are in place, behind the others."""
@@ -107,7 +107,8 @@ class KVCache:
         self, num_layers: int, groups: int, head_dim: int, num_regions: int, region_tokens: int, dtype, device
     ):
         self.groups, self.region_tokens = groups, region_tokens
-        shape = (num_layers, num_regions * region_tokens * groups, 2 * head_dim)
+        self.spare = num_regions * region_tokens * groups  # a position of no lane, for each group
+        shape = (num_layers, self.spare + groups, 2 * head_dim)
         # Zeros, because what a mask hides is still multiplied by 0 and must be a number. numpy's come from the system,
         # which gives each page its memory when it is first written: rows take what they fill, not what is reserved.
         if device.type == "cpu":

@@ -20,9 +20,13 @@ import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from rlhf_kernels import cached_attention
+
 from ..models.layers import LayerNorm, RMSNorm
 from ..models.role import head_weight
 from .cache import KVCache, Lane
+
+Attend = Callable[[int, Tensor], Tensor]  # the layer's number and its input to attention, to the output
 
 
 class Decoder:
@@ -44,11 +48,17 @@ class Decoder:
         self.head = head_weight(gpt)
         self.windows = [layer.self_attention.core_attention.window for layer in gpt.decoder.layers]
         self.positions = torch.arange(length, device=self.head.device)
+        self.groups = torch.arange(self.num_groups, device=self.head.device)
         self.rotary = self._rotary_tables(length) if gpt.position_embedding_type == "rope" else None
 
     def new_cache(self, num_regions: int, region_tokens: int) -> KVCache:
         shape = (len(self.windows), self.num_groups, self.head_dim, num_regions, region_tokens)
         return KVCache(*shape, self.head.dtype, self.head.device)
+
+    @property
+    def is_static(self) -> bool:
+        """Whether a step does the same whatever its numbers are; experts take as many rows as they are given."""
+        return self.config.num_moe_experts is None
 
     def _rotary_tables(self, length: int) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines `(L, 1, n + 2, D)` that turn a group's queries and its key, and leave its value."""
@@ -87,14 +97,41 @@ class Decoder:
         return self._logits(x.view(batch, length, -1)[torch.arange(batch, device=x.device), lengths - 1])
 
     def decode(
-        self, tokens: Tensor, positions: Tensor, target: Tensor, cache: KVCache, lanes: Sequence[Lane]
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        starts: Tensor,
+        strides: Tensor,
+        cache: KVCache,
+        lanes: Sequence[Lane] | None = None,
     ) -> Tensor:
-        """The next token `(B,)` of all rows of the lanes, one lane behind the other: logits `(B, V / tp)`.
+        """The next token `(B,)` of every row: logits `(B, V / tp)`.
 
         Args:
             positions: `(B,)`, of these tokens in their sequences.
-            target: `(B G,)`, where their keys and values go in the flat cache.
+            starts, strides: `(B,)`, where each row begins in the flat cache, and from one of its groups to the next.
+            lanes: that the rows are of, one lane behind the other, and that attention then reads as dense blocks,
+                which suits a CPU; None: it reads row by row, and all shapes depend on B alone.
         """
+        target = ((starts + positions).unsqueeze(1) + strides.unsqueeze(1) * self.groups).flatten()
+        read = self._row_by_row(positions, starts, strides, cache) if lanes is None else self._by_lane(positions, lanes)
+
+        def attend(i: int, qkv: Tensor) -> Tensor:
+            cache.flat[i].index_copy_(0, target, qkv[:, :, -2:].flatten(2).flatten(0, 1))
+            # the query heads of a group stand as its query positions, so keys and values are never expanded
+            return read(i, qkv[:, :, :-2]).reshape(len(tokens), -1)
+
+        return self._logits(self._layers(tokens, positions, attend))
+
+    def _row_by_row(self, positions: Tensor, starts: Tensor, strides: Tensor, cache: KVCache) -> Attend:
+        lengths = positions + 1
+
+        def read(i: int, queries: Tensor) -> Tensor:
+            return cached_attention(queries, cache.flat[i], starts, strides, lengths, self.windows[i])
+
+        return read
+
+    def _by_lane(self, positions: Tensor, lanes: Sequence[Lane]) -> Attend:
         longest = self.positions[: max(lane.window for lane in lanes)]
         behind = longest > positions.unsqueeze(1)
         zero = torch.zeros((), dtype=self.head.dtype, device=positions.device)
@@ -112,17 +149,14 @@ class Decoder:
             parts.append((start, stop, lane.views(), mine))
             start = stop
 
-        def attend(i: int, qkv: Tensor) -> Tensor:
-            cache.flat[i].index_copy_(0, target, qkv[:, :, -2:].flatten(2).flatten(0, 1))
-            # the query heads of a group stand as its query positions, so keys and values are never expanded
-            queries, window = qkv[:, :, :-2], self.windows[i]
+        def read(i: int, queries: Tensor) -> Tensor:
             outs = [
-                F.scaled_dot_product_attention(queries[start:stop], *views[i], attn_mask=mine[window])
+                F.scaled_dot_product_attention(queries[start:stop], *views[i], attn_mask=mine[self.windows[i]])
                 for start, stop, views, mine in parts
             ]
-            return (outs[0] if len(outs) == 1 else torch.cat(outs)).reshape(len(tokens), -1)
+            return outs[0] if len(outs) == 1 else torch.cat(outs)
 
-        return self._logits(self._layers(tokens, positions, attend))
+        return read
 
     def _causal_mask(self, length: int, window: int | None) -> Tensor | None:
         if window is None or window >= length:
@@ -131,7 +165,7 @@ class Decoder:
 
     # -- what they share -------------------------------------------------------------------------------------
 
-    def _layers(self, tokens: Tensor, positions: Tensor, attend: Callable[[int, Tensor], Tensor]) -> Tensor:
+    def _layers(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Embedding and all layers, `(T,)` to `(T, H)`; `attend` takes a layer's `(T, G, n + 2, D)`."""
         x = self._embed(tokens, positions)
         if self.rotary is not None:

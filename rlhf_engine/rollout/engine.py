@@ -20,6 +20,7 @@ from torch import Tensor
 from ..mesh import ParallelMesh
 from .cache import Lane, Row, round_up
 from .decoder import Decoder
+from .graphs import DecodeGraphs
 from .sampling import Sampler
 
 _LANES = 4  # fewer read too far, more cost too many calls
@@ -71,6 +72,11 @@ class Progress:
 Report = Callable[[Progress], None]
 
 
+def reads_by_row(device: torch.device) -> bool:
+    """Whether attention reads the cache row by row, in one launch, and not lane by lane as dense blocks."""
+    return device.type == "cuda"
+
+
 class Engine:
     """Generates for one replica.
 
@@ -109,6 +115,10 @@ class Engine:
         self.rows_per_lane = -(-self.slots // num_lanes)
         self.decoder = Decoder(gpt, mesh.tp_group, longest)
         self.cache = self.decoder.new_cache(num_lanes, min(kv_tokens // num_lanes, self.rows_per_lane * longest))
+        self.by_row = reads_by_row(self.device)
+        self.graphs: DecodeGraphs | None = None
+        if self.by_row and self.decoder.is_static and sampler.config.cuda_graphs:
+            self.graphs = DecodeGraphs(self.decoder, self.cache, self.slots)
         self.is_end = torch.zeros(len(self.decoder.head) * mesh.tp, dtype=torch.bool, device=self.device)
         self.is_end[list(sampler.end_ids)] = True
         # samples of one prompt stand side by side
@@ -187,7 +197,11 @@ class Engine:
 
     def _decode(self) -> None:
         """One more token for every row."""
-        logits = self.decoder.decode(self.last, self.positions, self.target, self.cache, self.lanes)
+        rows = (self.last, self.positions, self.starts, self.strides)
+        if self.graphs is not None:
+            logits = self.graphs(*rows)
+        else:
+            logits = self.decoder.decode(*rows, self.cache, None if self.by_row else self.lanes)
         for lane in self.lanes:
             lane.advance()
         self.progress.rows_decoded += len(self.last)
@@ -196,8 +210,8 @@ class Engine:
         if done:
             self._settle(set(done))
         else:
-            for counter in (self.positions, self.target, self.steps):
-                counter += 1
+            self.positions += 1
+            self.steps += 1
 
     def _sample(self, logits: Tensor, samples: Tensor, steps: Tensor) -> tuple[Tensor, list[int]]:
         """The next token of each row, and which rows end with it."""
@@ -246,15 +260,14 @@ class Engine:
             row.place = place
         table = torch.tensor(
             [
-                (row.sample, row.length, row.length - len(self.prompts[row.sample]) + 1, lane.target(i), lane.capacity)
+                (row.sample, row.length, row.length - len(self.prompts[row.sample]) + 1, lane.start(i), lane.capacity)
                 for lane, i, row in rows
             ],
             dtype=torch.int64,
             device=self.device,
         )
-        self.samples, self.positions, self.steps, target, stride = (column.clone() for column in table.view(-1, 5).t())
-        groups = torch.arange(self.cache.groups, device=self.device)
-        self.target = (target.unsqueeze(1) + stride.unsqueeze(1) * groups).flatten()
+        columns = (column.clone() for column in table.view(-1, 5).t())
+        self.samples, self.positions, self.steps, self.starts, self.strides = columns
 
     def _dissolve(self) -> bool:
         """Closes an empty lane, or moves the rows of a small one to where they lengthen the reading least.

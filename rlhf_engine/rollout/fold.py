@@ -25,16 +25,16 @@ _BUCKET_NUMEL = 1 << 26  # parameters sent at once when stages fold
 @torch.no_grad()
 def whole_model(role: RoleModel) -> GPTModel:
     """The policy whole but for TP: the training model itself, or under PP or EP a copy, freed with its last user."""
-    return _fold(role) if role.mesh.is_folded_to_generate else role.gpt
+    return _fold(role) if role.mesh.is_folded_to_generate else role.chunks[0]
 
 
 def _fold(role: RoleModel) -> GPTModel:
     """A copy of the whole depth and all experts (this rank's TP shard)."""
     mesh = role.mesh
     gpt = build_model(role.model, mesh, role.head, role.dtype, folded=True).requires_grad_(False).eval()
-    wanted = dict(parameters(gpt))
+    wanted = dict(parameters([gpt]))
     # under tied embeddings the last stage has a second copy, which the folded model has no place for
-    mine = {name: p for name, p in parameters(role.gpt) if name in wanted}
+    mine = {name: p for name, p in parameters(role.chunks) if name in wanted}
     _exchange(mine, wanted, mesh.pp_group, mesh)
     # every rank now has its own experts of all layers
     if mesh.ep > 1:

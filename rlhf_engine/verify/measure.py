@@ -1,0 +1,196 @@
+"""The first iteration of a phase on a few short rows, and its gradients in a form that knows no mesh."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..algorithms import ALGORITHMS
+from ..algorithms.context import Context, TrainState
+from ..config import OptimizerConfig, RunConfig
+from ..data.dataset import Dataset, Example
+from ..experience import Experience
+from ..hf.weights import Table, parameters, whole_tensors
+from ..models.role import RoleModel
+from ..models.stream import Work
+from ..schedule import Schedule, Stage
+from ..trainer import build_role
+
+MICRO_BATCH = 2
+_MOST_NEW_TOKENS = 16
+_ENTRIES = 1 << 16  # of each tensor's gradient that are kept to be compared
+_NO_CLIPPING = 1e30
+
+
+def small(config: RunConfig, world: int) -> RunConfig:
+    """The experiment with batches of a few rows, which any mesh of the world divides, and one step an iteration."""
+    config = copy.deepcopy(config)
+    rows = 2 * world * math.ceil(4 / world)
+    sft, reward, ppo, sampling = config.sft, config.reward, config.ppo, config.rollout
+    sft.batch_size = reward.batch_size = ppo.prompts_per_iteration = ppo.ptx.rows = rows
+    sft.micro_batch_size = reward.micro_batch_size = ppo.micro_batch_size = MICRO_BATCH
+    ppo.samples_per_prompt = ppo.epochs = ppo.num_minibatches = 1
+    ppo.critic_warmup_iterations, ppo.write_rollouts = 0, False
+    config.schedule.micro_batch_tokens = None
+    sampling.max_new_tokens = min(sampling.max_new_tokens, _MOST_NEW_TOKENS)
+    sampling.min_new_tokens = min(sampling.min_new_tokens, sampling.max_new_tokens)
+    return config
+
+
+def frozen(config: OptimizerConfig) -> OptimizerConfig:
+    """The optimizer whose steps change neither weights nor gradients."""
+    return replace(config, lr=0.0, min_lr=0.0, clip_grad=_NO_CLIPPING)
+
+
+def few(dataset: Dataset, rows: int) -> Dataset:
+    """So many rows of each source, evenly among the shorter half."""
+
+    def length(example: Example) -> int:
+        return len(example.prompt) + max(len(answer or ()) for answer in (example.chosen, example.rejected))
+
+    parts = []
+    for part in dataset.parts:
+        by_length = sorted(part.train, key=length)
+        half = by_length[: max(rows, len(by_length) // 2)]
+        parts.append(replace(part, train=half[:: max(1, len(half) // rows)][:rows]))
+    return Dataset(parts, dataset.seed, dataset.strategy)
+
+
+@dataclass
+class Gradient:
+    """Of a role: each HF tensor's norm, and entries of it. Empty on ranks that are not the main one."""
+
+    norms: dict[str, float] = field(default_factory=dict)
+    entries: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def norm(self) -> float:
+        return math.hypot(*self.norms.values())
+
+    def gap(self, other: Gradient) -> tuple[float, str]:
+        """The largest distance of a tensor, as a share of the other's, and which tensor it is.
+
+        One that is next to nothing is measured by the whole gradient: what there is of it is rounding.
+        """
+        whole = math.hypot(*(float(entries.norm()) for entries in other.entries.values()))
+        gaps = {
+            name: float((self.entries[name] - entries).norm() / (entries.norm() + 1e-3 * whole + 1e-30))
+            for name, entries in other.entries.items()
+        }
+        worst = max(gaps, key=lambda name: gaps[name] if gaps[name] == gaps[name] else math.inf, default="")
+        return gaps.get(worst, 0.0), worst
+
+
+def gather_gradient(role: RoleModel) -> None:
+    """Behind a step: makes the gradient whole on every replica, where the optimizer left each a shard."""
+    for module in role.modules:
+        if not module.ddp_config.use_distributed_optimizer:
+            continue
+        for buffer in module.buffers + module.expert_parallel_buffers:
+            group = buffer.data_parallel_group
+            for bucket in buffer.buckets:
+                mine = bucket.grad_data.chunk(dist.get_world_size(group))[dist.get_rank(group)].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, mine, group=group)
+
+
+def gradient(role: RoleModel) -> Gradient:
+    """Of the step that was just made."""
+    gather_gradient(role)
+    found = Gradient()
+    mine = {name: parameter.main_grad for name, parameter in parameters(role.chunks)}  # type: ignore[attr-defined]
+    for name, tensor in whole_tensors(mine, Table(role.model, role.head), role.mesh):
+        flat = tensor.float().flatten()
+        found.norms[name] = float(flat.norm())
+        found.entries[name] = flat[:: math.ceil(len(flat) / _ENTRIES)].cpu()
+    return found
+
+
+@dataclass
+class Iteration:
+    """The first iteration of a phase, its weights as they were.
+
+    Attributes:
+        works: of each trained role's step, its own first.
+        gradients: of each trained role.
+    """
+
+    ctx: Context
+    phase: str
+    examples: list[Example] = field(default_factory=list)
+    experience: Experience = field(default_factory=Experience)
+    figures: dict[str, float] = field(default_factory=dict)
+    works: dict[str, list[Work]] = field(default_factory=dict)
+    gradients: dict[str, Gradient] = field(default_factory=dict)
+
+
+def first_iteration(ctx: Context, phase: str, rollout: Mapping[str, Any] | None = None) -> Iteration:
+    """Builds a phase's roles, runs its stage table once, and keeps what it comes to.
+
+    Args:
+        rollout: fields of an Experience that an earlier iteration has generated; None to generate.
+    """
+    algorithm = ALGORITHMS[phase](ctx.config)
+    specs = algorithm.roles()
+    specs = {n: replace(s, optimizer=frozen(s.optimizer)) if s.optimizer else s for n, s in specs.items()}
+    ctx.state = TrainState()
+    ctx.roles = {name: build_role(ctx, name, spec) for name, spec in specs.items()}
+    for role in ctx.roles.values():
+        wake_head(role)
+    found = Iteration(ctx, phase)
+
+    def watched(stage: Stage) -> Stage:
+        def body(ctx: Context, role: RoleModel, x):
+            works: Any = stage.body(ctx, role, x)
+            steps = [step if isinstance(step, list) else [step] for step in works]
+            found.works[role.name] = steps[0]
+            yield from steps
+            found.gradients[role.name] = gradient(role)
+
+        return replace(stage, body=body) if stage.kind == "train" else stage
+
+    stages = [watched(stage) for stage in algorithm.stages if rollout is None or stage.kind != "rollout"]
+    schedule = Schedule(stages, {*algorithm.provided, *(rollout or ())}, specs)
+    found.examples = ctx.datasets[phase].batch(0, ctx.config.sft.batch_size)
+    found.experience = algorithm.batch(ctx)
+    for name, value in (rollout or {}).items():
+        setattr(found.experience, name, value)
+    schedule.run(ctx, found.experience)
+    found.figures, _ = ctx.metrics.reduce(ctx.mesh)
+    return found
+
+
+@torch.no_grad()
+def wake_head(role: RoleModel) -> None:
+    """Gives a scalar head of zeros some weights, without which nothing below it would have a gradient."""
+    if role.head != "scalar" or (role.is_offloaded and not role.is_trained):  # which has left its weights already
+        return
+    with role.on_device():
+        if role.mesh.is_last_stage and not (weight := role.chunks[-1].output_layer.weight).any():
+            noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+            weight.copy_(noise / weight.shape[1] ** 0.5)
+    if role.is_trained:
+        role.optimizer.reload_model_params()
+
+
+def generated(x: Experience, multiple: int) -> dict[str, Any]:
+    """What a rollout has written, in rows that are a multiple of so many positions long."""
+    assert x.tokens is not None
+    width = x.tokens.shape[1]
+    found = {}
+    for name in ("tokens", "lengths", "response_mask", "finished", "sampler_log_probs"):
+        value = getattr(x, name)
+        found[name] = F.pad(value, (0, -width % multiple)) if value.dim() == 2 else value
+    return found
+
+
+def rows_of(examples: Sequence[Example]) -> list[list[int]]:
+    """Prompts with their answers, where there are some."""
+    return [example.prompt + (example.chosen or []) for example in examples]
