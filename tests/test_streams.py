@@ -48,13 +48,22 @@ def test_streams_change_nothing(worlds, settings, layout):
 
 
 @pytest.mark.parametrize("distributed", [True, False])
-@pytest.mark.parametrize("layout", [(1, 1, 2), (1, 2, 2)], ids=str)
-def test_overlap_changes_nothing(worlds, settings, layout, distributed):
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [
+        ((1, 1, 2), []),
+        ((1, 2, 2), []),
+        # one micro-batch of each role, filled up to as many as there are stages
+        ((1, 2, 2, False, 1, 2), ["schedule.train_stream=false", "schedule.micro_batch_tokens=99999"]),
+    ],
+    ids=["replicas", "pipelines", "chunks"],
+)
+def test_overlap_changes_nothing(worlds, settings, layout, options, distributed):
     """Gradients reduced during the last backward of each role, though another's may follow it in one stream, and
     weights gathered during the next forward."""
     world = worlds(layout[1] * layout[2])
     both = ("ppo.optimizer", "ppo.critic_optimizer")
-    settings = [*settings, *(f"{key}.distributed={str(distributed).lower()}" for key in both)]
+    settings = [*settings, *options, *(f"{key}.distributed={str(distributed).lower()}" for key in both)]
     plain = world.run(cases.first_iteration, settings, layout, "ppo")
     overlapped = world.run(cases.first_iteration, [*settings, *(f"{key}.overlap=true" for key in both)], layout, "ppo")
     assert overlapped == plain
