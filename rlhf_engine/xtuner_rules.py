@@ -140,7 +140,7 @@ def _engine(role: str, optimizer: str | None) -> Iterator[tuple[str, Rule]]:
     yield "parallel.tensor.size", Rule("mesh.tp")
     yield "parallel.tensor.mode", only("1d", why="weights are split along one dimension here")
     yield "parallel.pipeline.size", Rule("mesh.pp")
-    yield "parallel.pipeline.interleaved_overlap", only(False, why="messages of interleaved stages (mesh.virtual_pp) are waited for")
+    yield "parallel.pipeline.interleaved_overlap", only(False, why="stages wait for messages here")
     yield "parallel.sequence", Rule("mesh.sequence_parallel")
     yield "mixed_precision", Rule("dtype", _dtype)
     if optimizer:
