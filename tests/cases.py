@@ -261,6 +261,21 @@ def te_names() -> list[str]:
     return wrong
 
 
+def verify(overrides: list[str], fault: str | None = None) -> int:
+    """The exit code of what launch/verify.py runs on a rank, with one of the faults of faults.py in the engine."""
+    import faults
+    import pytest
+
+    from rlhf_engine.preflight import plan
+    from rlhf_engine.verify.suite import run
+
+    worlds.close_mesh()
+    with pytest.MonkeyPatch.context() as patch:
+        if fault is not None:
+            getattr(faults, fault)(patch)
+        return run(plan(compose(overrides), int(os.environ["WORLD_SIZE"])))
+
+
 def num_models() -> int:
     """Models that this process still holds."""
     import gc

@@ -87,11 +87,16 @@ def mesh(tp: int, pp: int, dp: int, sequence_parallel: bool = False, ep: int = 1
     from rlhf_engine.config import MeshConfig
     from rlhf_engine.mesh import ParallelMesh
 
+    close_mesh()
+    _current.append(ParallelMesh(MeshConfig(tp, pp, dp, ep, sequence_parallel, virtual_pp), "cpu"))
+    return _current[0]
+
+
+def close_mesh() -> None:
+    """In a rank process: makes room for another mesh."""
     if _current:
         _current.pop().close()
         mesh.cache_clear()
-    _current.append(ParallelMesh(MeshConfig(tp, pp, dp, ep, sequence_parallel, virtual_pp), "cpu"))
-    return _current[0]
 
 
 _current: list = []

@@ -1,0 +1,152 @@
+"""launch/verify.py passes where nothing is wrong, on every mesh of four ranks, and names what is."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import cases
+import pytest
+import torch
+from conftest import ROOT, SMALL
+
+from rlhf_engine.data.sources import HH_MINI, read_sources
+from rlhf_engine.data.tokenizer import train_tokenizer
+
+
+def lines(folder: Path) -> dict[str, dict]:
+    return {line["name"]: line for line in json.loads((folder / "verify.json").read_text())["checks"]}
+
+
+def failed(folder: Path) -> dict[str, str]:
+    return {name: line["detail"] for name, line in lines(folder).items() if line["outcome"] == "FAIL"}
+
+
+@pytest.fixture(scope="module")
+def embedded(worlds, tmp_path_factory) -> Path:
+    """The output folder of checks of the embedded experiment, on a mesh that is parallel in several ways at once."""
+    folder = tmp_path_factory.mktemp("embedded")
+    settings = [*SMALL, "tokenizer.vocab_size=700", f"output_dir={folder}", "mesh.tp=2", "mesh.pp=2"]
+    assert worlds(4).run(cases.verify, [*settings, "mesh.sequence_parallel=true"]) == [0] * 4
+    return folder
+
+
+def test_every_mesh_of_four_ranks(embedded):
+    found = lines(embedded)
+    assert {line["outcome"] for line in found.values()} == {"pass"}
+    assert all(line["figure"] <= line["limit"] for line in found.values())
+    meshes = ["1 x pp 1 x dp 4", "1 x pp 2 x dp 2", "2 x pp 1 x dp 2", "2 x pp 2 x dp 1"]
+    wanted = {f"{phase} on tp {mesh}" for phase in ("sft", "reward", "ppo") for mesh in meshes}
+    wanted |= {f"{phase} on tp 2 x pp 1 x dp 2, sequence parallel" for phase in ("sft", "reward", "ppo")}
+    assert {name for name in found if " on tp " in name} == wanted
+    assert [path.name for path in embedded.glob("verify*")] == ["verify.json"]
+
+
+def test_real_weights_on_every_mesh_of_four_ranks(worlds, shared, tmp_path):
+    model = shared / "models" / "stories260K_hf"
+    settings = [*SMALL, "phases=[sft]", f"output_dir={tmp_path}", f"policy.path={model}"]
+    # its tokenizer cuts more finely
+    settings += ["data.max_seq_len=512", "data.max_prompt_len=400"]
+    assert worlds(4).run(cases.verify, settings) == [0] * 4
+    found = lines(tmp_path)
+    assert len([name for name in found if " on tp " in name]) == 8
+    assert found["model: logits against transformers"]["outcome"] == "pass"
+
+
+@pytest.fixture(scope="module")
+def biased(tmp_path_factory) -> list[str]:
+    """Settings of a model in HF format whose biases are not 0, and whose vocabulary is padded."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Qwen2Config(
+        vocab_size=700, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = transformers.Qwen2ForCausalLM(config)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator) + float("norm" in name))
+    folder = tmp_path_factory.mktemp("biased")
+    model.save_pretrained(folder)
+    texts = [row.chosen for source in read_sources(HH_MINI, 200, 8, 1) for row in source.train]
+    train_tokenizer([f"\n\nHuman: {text}" for text in texts if text], folder / "tokenizer.model", 700)
+    return [*SMALL, f"policy.path={folder}", "phases=[sft]"]
+
+
+@pytest.fixture(scope="module")
+def outcomes(worlds, biased, tmp_path_factory):
+    """`outcomes(fault)`: the checks that fail with it, and what they say."""
+    known: dict[str, dict[str, str]] = {}
+
+    def get(fault: str) -> dict[str, str]:
+        if fault not in known:
+            folder = tmp_path_factory.mktemp(fault)
+            assert worlds(1).run(cases.verify, [*biased, f"output_dir={folder}"], fault) == [1]
+            known[fault] = failed(folder)
+        return known[fault]
+
+    return get
+
+
+@pytest.mark.parametrize(
+    ("fault", "check", "words"),
+    [
+        ("wrong_kernel", "log-probs: against float64", ""),
+        ("wrong_backward", "log-probs: gradients against float64", ""),
+        ("off_by_one", "log-probs: shift of outputs to tokens", "the output 0 before"),
+        ("padding_counted", "vocabulary: padding has no probability", ""),
+        ("noise_of_the_batch", "generation: independent of the batch", ""),
+        ("bias_lost_while_loading", "weights: HF to Megatron to HF", "q_proj.bias"),
+        ("bias_lost_while_loading", "model: logits against transformers", ""),
+        ("bias_lost_in_training", "sft: every parameter has a gradient", "q_proj.bias"),
+        ("bias_lost_in_training", "generation: sampler against trainer", ""),
+        ("doubled_gradients", "sft: gradients against the loss's change", "is 2 times"),
+        ("doubled_loss", "sft: loss against plain", "2 times as large"),
+        ("unmasked_prompt", "sft: prompts carry no loss", ""),
+        ("forgotten_optimizer", "sft: interrupted against uninterrupted", ""),
+    ],
+)
+def test_a_fault_is_caught_by_name(outcomes, fault, check, words):
+    found = outcomes(fault)
+    assert check in found and words in found[check]
+
+
+@pytest.mark.parametrize(
+    ("fault", "check"),
+    [("values_off_by_one", "ppo: values at their tokens"), ("wrong_clipping", "ppo: policy loss against plain")],
+)
+def test_a_fault_of_ppo_is_caught_by_name(worlds, tmp_path, fault, check):
+    settings = [*SMALL, "phases=[ppo]", "reward=function", "reward.fn=rewards:short_and_polite"]
+    assert worlds(1).run(cases.verify, [*settings, f"output_dir={tmp_path}"], fault) == [1]
+    assert check in failed(tmp_path)
+
+
+def test_a_layout_that_learns_something_else_is_caught(worlds, tmp_path):
+    settings = [*SMALL, "phases=[sft]", f"output_dir={tmp_path}"]
+    assert worlds(4).run(cases.verify, settings, "norms_not_reduced") == [1] * 4
+    found = failed(tmp_path)
+    assert found and all(name.endswith("sequence parallel") and "norm" in detail for name, detail in found.items())
+
+
+def script(*overrides: str) -> subprocess.CompletedProcess:
+    """`python launch/verify.py` as a user types it."""
+    command = [sys.executable, str(ROOT / "launch" / "verify.py"), *overrides]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+
+
+def test_the_command(biased, tmp_path):
+    result = script(*biased, f"output_dir={tmp_path}", "mesh.dp=1")
+    assert result.returncode == 0, result.stdout + result.stderr
+    table = result.stdout.splitlines()
+    assert table[-1].startswith(f"{len(lines(tmp_path))} passed, 0 failed, 0 skipped")
+    assert sum(line.startswith("pass ") for line in table) == len(lines(tmp_path))
+
+
+def test_what_trains_nothing_is_refused(biased, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "Hi"}\n')
+    path = next(setting for setting in biased if setting.startswith("policy.path"))
+    result = script("+exp=generate", path, f"data.sources=[{rows}]", f"output={tmp_path / 'out.jsonl'}")
+    assert result.returncode == 2 and result.stderr.startswith("error: phases=['generate'] trains nothing")
