@@ -46,6 +46,8 @@ def start_ranks(world_size: int, argv: list[str], max_restarts: int, script: str
 
         for signum in SIGNALS:
             signal.signal(signum, pass_on)
+        if asked:  # while nobody was there to be told
+            ranks.send(signal.SIGTERM)
         while (found := ranks.poll()) is None:
             time.sleep(0.1)
         code = found
@@ -110,7 +112,7 @@ def main(
             print(f"error: {error}", file=sys.stderr)
         return 2
     if world_size is None:
-        return start_ranks(checked.world_size, argv, checked.config.max_restarts, script)
+        return start_ranks(checked.world_size, argv, checked.config.max_restarts if job is train else 0, script)
     theirs, _ = from_command_line(argv)
     if theirs is not None and os.environ["RANK"] == "0":
         print(theirs.table(), flush=True)

@@ -104,6 +104,7 @@ def train(ctx: Context, algorithm: Algorithm) -> bool:
             ctx.state = TrainState.from_dict(checkpoint.load(found, ctx.roles))
     ctx.guard = Guard(config.guard, mesh.is_main, ctx.state.skipped)
     if ctx.state.experience is not None and ctx.state.metrics is not None:
+        check_cut(ctx, folder / "config.yaml", algorithm.name)
         ctx.state.experience.widen(mesh.tp)
         ctx.metrics.hold(ctx.state.metrics, mesh)
     if ctx.state.iteration > algorithm.iterations:
@@ -141,6 +142,31 @@ def train(ctx: Context, algorithm: Algorithm) -> bool:
     if mesh.device.type == "cuda":
         torch.cuda.empty_cache()
     return True
+
+
+# what cuts an iteration into updates, and deals them its rows
+_CUT = ("batch_size", "prompts_per_iteration", "samples_per_prompt", "epochs", "num_minibatches")
+
+
+def check_cut(ctx: Context, before: Path, phase: str) -> None:
+    """An iteration that was left between its updates goes on with the rows that are left.
+
+    Args:
+        before: the phase's configuration when it was left.
+
+    Raises:
+        ConfigError: they would be other rows now.
+    """
+    old = ctx.mesh.from_main(yaml.safe_load(before.read_text()) if ctx.mesh.is_main else None)
+    new = asdict(ctx.config)
+    cuts = [("seed", old["seed"], new["seed"])]
+    cuts += [(f"{phase}.{key}", old[phase][key], new[phase][key]) for key in _CUT if key in new[phase]]
+    for key, was, now in cuts:
+        if was != now:
+            raise ConfigError(
+                f"{key}={now}, and {phase} was stopped within iteration {ctx.state.iteration + 1} with {was}: start it"
+                f" once more with {key}={was}, to the end of that iteration at least"
+            )
 
 
 def iterate(

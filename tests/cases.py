@@ -87,13 +87,14 @@ def rollouts_as_on_cuda():
     """Attention reads row by row, and a graph that only calls its step again stands for a CUDA graph."""
     from rlhf_engine.rollout import engine, graphs
 
-    def called_again(step):
+    def called_again(step, pool):
         result = step()
-        return lambda: result.copy_(step()), result
+        return lambda: result.copy_(step()), result, pool
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "reads_by_row", lambda device: True)
+        patch.setattr(engine, "reads_by_row", lambda cache: True)
         patch.setattr(graphs, "capture", called_again)
+        patch.setattr(graphs, "_EAGER_STEPS", 1)
         yield
 
 

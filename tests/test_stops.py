@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import cases
@@ -17,13 +18,16 @@ from rlhf_engine.guard import Skipped
 PPO = [*SMALL, "phases=[ppo]", "export_hf=false", "ppo.kl_controller=adaptive", "ppo.score_scale=true"]
 
 
-def train(folder: Path, layout: tuple, stop_at: int | None = None, iterations: int = 2) -> bool:
+def train(
+    folder: Path, layout: tuple, stop_at: int | None = None, iterations: int = 2, options: Sequence[str] = ()
+) -> bool:
     """In a rank: PPO from where it is, stopped at the so-manieth point where it can be. Whether it came to its end."""
     from rlhf_engine.algorithms import ALGORITHMS
     from rlhf_engine.signals import Stop
     from rlhf_engine.trainer import train
 
-    ctx, passed = cases.context([*PPO, f"ppo.iterations={iterations}", f"output_dir={folder}"], layout), 0
+    settings = [*PPO, f"ppo.iterations={iterations}", f"output_dir={folder}", *options]
+    ctx, passed = cases.context(settings, layout), 0
 
     def stop_if_asked() -> None:
         nonlocal passed
@@ -65,6 +69,14 @@ def test_stopped_and_gone_on_with_on_other_meshes(small_run, worlds, whole, tmp_
         size = layout[0] * layout[1] * layout[2]
         assert worlds(size).run(train, folder, layout, stop_at) == [stop_at is None] * size
     assert_close(figures(folder / "ppo"), figures(whole / "ppo"), 1e-4)
+
+
+def test_an_iteration_that_is_cut_otherwise_is_refused(small_run, worlds, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(small_run, folder)
+    worlds(2).run(train, folder, (1, 1, 2), 16)
+    with pytest.raises(AssertionError, match=r"ConfigError: ppo\.epochs=3, and ppo was stopped within iteration 1"):
+        worlds(2).run(train, folder, (1, 1, 2), None, 2, ["ppo.epochs=3"])
 
 
 def test_a_state_comes_back_whole():

@@ -27,7 +27,7 @@ from rlhf_engine.compose import compose
 from rlhf_engine.config import ConfigError, MeshConfig, RunConfig, check, resolve_mesh
 from rlhf_engine.preflight import read_base
 from rlhf_engine.ranks import FINAL, Ranks, free_port
-from rlhf_engine.signals import SIGNALS
+from rlhf_engine.signals import SIGNALS, STOPPED, Stop
 
 RUN = str(Path(__file__).resolve().parent.parent / "run.py")
 _SECONDS_TO_ANSWER = 40.0  # of the nodes that are left, when a run ends, and of the cluster, when a node is lost
@@ -127,10 +127,16 @@ class Node:
         self.ranks.end(code)
 
 
-def start_nodes(argv: list[str], counts: Sequence[int], kind: str) -> tuple[list[Any], Any]:
-    """An actor on each of as many nodes as there are `counts`, its ranks running; and their placement group."""
+def start_nodes(argv: list[str], counts: Sequence[int], kind: str, received: Sequence[int]) -> tuple[list[Any], Any]:
+    """An actor on each of as many nodes as there are `counts`, its ranks running; and their placement group.
+
+    Raises:
+        Stop: a signal was received before there was room.
+    """
     group = placement_group([{kind: count} for count in counts], strategy="STRICT_SPREAD")
     while not group.wait(10):
+        if received:
+            raise Stop
         print(f"waiting for {sum(counts)} {kind}s on {len(counts)} nodes", flush=True)
     # as srun does; what belongs to the machine stays its own
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "CUDA_VISIBLE_DEVICES"))}
@@ -152,15 +158,12 @@ def start_nodes(argv: list[str], counts: Sequence[int], kind: str) -> tuple[list
     return nodes, group
 
 
-def watch(nodes: Sequence[Any], counts: Sequence[int]) -> tuple[int, int, bool]:
-    """Shows what the ranks write, and passes signals on to them.
+def watch(nodes: Sequence[Any], counts: Sequence[int], received: Sequence[int]) -> tuple[int, int]:
+    """Shows what the ranks write, and passes on to them the signals that are `received`.
 
     Returns:
-        The exit code of the first to fail, how many nodes were lost, and whether there were signals.
+        The exit code of the first to fail, and how many nodes were lost.
     """
-    received: list[int] = []
-    for signum in SIGNALS:
-        signal.signal(signum, lambda signum, frame: received.append(signum))
     polls = {node.poll.remote(): i for i, node in enumerate(nodes)}
     failed, lost, passed_on, deadline = 0, 0, 0, float("inf")
     while polls and time.monotonic() < deadline:
@@ -185,7 +188,7 @@ def watch(nodes: Sequence[Any], counts: Sequence[int]) -> tuple[int, int, bool]:
                 failed, deadline = code, time.monotonic() + _SECONDS_TO_ANSWER
                 for other in polls.values():
                     nodes[other].end.remote(code)
-    return failed, lost, bool(received)
+    return failed, lost
 
 
 def run(argv: list[str]) -> int:
@@ -193,21 +196,26 @@ def run(argv: list[str]) -> int:
 
     Raises:
         ConfigError: the cluster is too small.
+        Stop: asked to stop before it could start.
     """
     config = compose(argv)
     kind, free = slots(config.device)
+    received: list[int] = []
+    for signum in SIGNALS:
+        signal.signal(signum, lambda signum, frame: received.append(signum))
     for left in range(config.max_restarts, -1, -1):
         counts = ranks_per_node(free, config.mesh)
         num_nodes = len(free)
-        nodes, group = start_nodes(argv, counts, kind)
-        code, lost, was_asked = watch(nodes, counts)
-        if code in FINAL or was_asked or not left:
+        nodes, group = start_nodes(argv, counts, kind, received)
+        code, lost = watch(nodes, counts, received)
+        if code in FINAL or received or not left:
             break
         for node in nodes:
             ray.kill(node)
         remove_placement_group(group)
         deadline = time.monotonic() + _SECONDS_TO_ANSWER
-        while lost and len(free) == num_nodes and time.monotonic() < deadline:  # the cluster has not noticed yet
+        # the cluster has not noticed yet
+        while lost and len(free) == num_nodes and not received and time.monotonic() < deadline:
             time.sleep(1)
             kind, free = slots(config.device)
         config.mesh.dp = replicas_left(config, free)
@@ -228,6 +236,8 @@ def main(arguments: list[str]) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Stop:
+        return STOPPED
 
 
 if __name__ == "__main__":

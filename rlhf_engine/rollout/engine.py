@@ -17,6 +17,8 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from rlhf_kernels.dispatch import use_triton
+
 from ..mesh import ParallelMesh
 from .cache import Lane, Row, round_up
 from .decoder import Decoder
@@ -72,9 +74,9 @@ class Progress:
 Report = Callable[[Progress], None]
 
 
-def reads_by_row(device: torch.device) -> bool:
+def reads_by_row(cache: Tensor) -> bool:
     """Whether attention reads the cache row by row, in one launch, and not lane by lane as dense blocks."""
-    return device.type == "cuda"
+    return cache.is_cuda and use_triton(cache)
 
 
 class Engine:
@@ -115,7 +117,7 @@ class Engine:
         self.rows_per_lane = -(-self.slots // num_lanes)
         self.decoder = Decoder(gpt, mesh.tp_group, longest)
         self.cache = self.decoder.new_cache(num_lanes, min(kv_tokens // num_lanes, self.rows_per_lane * longest))
-        self.by_row = reads_by_row(self.device)
+        self.by_row = reads_by_row(self.cache.flat)
         self.graphs: DecodeGraphs | None = None
         if self.by_row and self.decoder.is_static and sampler.config.cuda_graphs:
             self.graphs = DecodeGraphs(self.decoder, self.cache, self.slots)
@@ -274,10 +276,10 @@ class Engine:
 
         While prompts wait for a region that is reason enough; later it has to pay.
         """
-        most = math.inf if self.waiting and not self.cache.free else _PADDING
+        most = math.inf if self.waiting and not self.cache.free else 0 if self.by_row else _PADDING
         for lane in sorted(self.lanes, key=lambda lane: len(lane.rows)):
             room = {other.region: other.size - len(other.rows) for other in self.lanes if other is not lane}
-            if sum(room.values()) < len(lane.rows):
+            if sum(room.values()) < len(lane.rows) or (lane.rows and not most):
                 return False  # nor is there any for the larger ones
             targets, cost = [], 0
             for row in lane.rows:

@@ -78,17 +78,19 @@ def _walk(works: Sequence[Work], step: float) -> tuple[float, float]:
     role = works[0].role
     mine = dict(parameters(role.chunks))
     before = {name: parameter.clone() for name, parameter in mine.items()}
-    directions = {name: parameter.main_grad.clone() for name, parameter in mine.items()}  # type: ignore[attr-defined]
-    losses, ends = [], []
+    losses, ends = [], {}
     for sign in (1, -1):
         for name, parameter in mine.items():
-            parameter.copy_(before[name] + sign * step * directions[name])
-        ends.append({name: parameter.clone() for name, parameter in mine.items()})
+            parameter.copy_(before[name] + sign * step * parameter.main_grad)  # type: ignore[attr-defined]
         losses.append(whole_loss(works))
+        if sign == 1:
+            ends = {name: parameter.clone() for name, parameter in mine.items()}
+    # between the ends as the weights' type has rounded them, in the gradient's place
+    products = {}
     for name, parameter in mine.items():
+        gradient = parameter.main_grad  # type: ignore[attr-defined]
+        products[name] = gradient.mul_(ends[name].float() - parameter.float())
         parameter.copy_(before[name])
-    # between the ends as the weights' type has rounded them
-    products = {name: (ends[0][name].float() - ends[1][name].float()) * directions[name] for name in mine}
     parts = whole_tensors(products, Table(role.model, role.head), role.mesh)
     promised = sum(float(tensor.double().sum()) for _, tensor in parts)
     return role.mesh.from_main(promised), losses[0] - losses[1]
