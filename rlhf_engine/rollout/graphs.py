@@ -62,8 +62,8 @@ class DecodeGraphs:
             if self.steps[size] <= _EAGER_STEPS:
                 return self.decoder.decode(tokens, positions, starts, strides, self.cache)
             self.inputs[:, :size] = self.spare  # it runs once before it is captured
-            inputs = self.inputs[:, :size].unbind()
-            step = functools.partial(self.decoder.decode, *inputs, cache=self.cache)
+            rows = self.inputs[:, :size]
+            step = functools.partial(self.decoder.decode, rows[0], rows[1], rows[2], rows[3], self.cache)
             replay, logits, self.pool = capture(step, self.pool)
             self.graphs[size] = replay, logits
         self.inputs[:, :count] = torch.stack([tokens, positions, starts, strides])
