@@ -20,6 +20,8 @@ import torch
 import torch.multiprocessing as mp
 from record import append
 
+from rlhf_engine.ranks import free_port
+
 
 def measure(rank: int, args: argparse.Namespace, port: int, folder: str) -> None:
     """One rank: saves that are waited for, then saves that are not."""
@@ -105,8 +107,6 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="of training behind each save")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     args = parser.parse_args()
-    from rlhf_engine.ranks import free_port
-
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         mp.spawn(measure, (args, str(free_port()), folder), nprocs=args.ranks)
 

@@ -16,7 +16,6 @@ import functools
 import gc
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -188,10 +187,9 @@ def tensor_parallel_mesh():
     """Megatron's groups, in a world of this process alone."""
     from rlhf_engine.config import MeshConfig
     from rlhf_engine.mesh import ParallelMesh
+    from rlhf_engine.ranks import free_port
 
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1"}
     return ParallelMesh(MeshConfig(1, 1, 1), device())
 

@@ -19,6 +19,8 @@ import torch
 import torch.multiprocessing as mp
 from record import append
 
+from rlhf_engine.ranks import free_port
+
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = {  # hidden size, layers, MLP, vocabulary
     "6m": (256, 6, 704, 2048),
@@ -90,7 +92,7 @@ def measure(size: str, layout: tuple[int, int, int]) -> list[list]:
         calibration.start()
         factors, device = queue.get()
         calibration.join()
-        port, world = 20000 + os.getpid() % 10000, layout[0] * layout[1] * layout[2]
+        port, world = free_port(), layout[0] * layout[1] * layout[2]
         args = (size, layout, folder, port, queue)
         ranks = mp.start_processes(rank_main, args, world, join=False, start_method="spawn")
         found = sorted((queue.get() for _ in range(world)), key=lambda entry: entry[0])

@@ -31,7 +31,9 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 from record import append
-from rollout import LLAMAS, free_port, make_llama
+from rollout import LLAMAS, make_llama
+
+from rlhf_engine.ranks import free_port
 
 THREADS = 2
 PROMPT, RESPONSE, EPOCHS, KL_COEF = 32, 64, 2, 0.05

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import socket
 import statistics
 import tempfile
 import time
@@ -28,6 +27,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from record import append
+
+from rlhf_engine.ranks import free_port
 
 THREADS = 2
 BATCHES = (32, 64, 128, 256)
@@ -50,12 +51,6 @@ def make_llama(name: str, folder: Path) -> Path:
     common = dict(max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2)
     LlamaForCausalLM(LlamaConfig(**LLAMAS[name], **common)).save_pretrained(folder)
     return folder
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def work(lengths: str, num_prompts: int, fixed: int, vocab_size: int) -> tuple[list[list[int]], list[int]]:

@@ -21,6 +21,7 @@ import torch.multiprocessing as mp
 from record import append
 
 from rlhf_engine.plan.pipeline import simulate
+from rlhf_engine.ranks import free_port
 
 ROUNDS = 3
 INFERRED = ("policy", "reference", "reward", "critic")
@@ -112,7 +113,7 @@ def measure(stages: int, chunks: int, micro_batches: int, seconds: float) -> dic
     """Median idle share and length in seconds of each kind and way, without the first round."""
     context = mp.get_context("spawn")
     queue = context.SimpleQueue()
-    port = 20000 + os.getpid() % 10000
+    port = free_port()
     args = (stages, chunks, micro_batches, seconds, port, queue)
     ranks = mp.start_processes(rank_main, args, stages, join=False, start_method="spawn")
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}
