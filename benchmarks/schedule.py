@@ -47,6 +47,7 @@ class Sleeper:
 
     is_trained = False
     micro_batch_tokens = None
+    bucket_groups = expert_parallel_bucket_groups = ()  # of gradients
 
     def __init__(self, name: str, mesh, seconds: float):
         from rlhf_engine.config import ModelConfig
