@@ -147,7 +147,7 @@ class OptimizerConfig:
 class SFTConfig:
     iterations: int = 200
     batch_size: int = 64  # dialogues per optimizer step, over all replicas
-    micro_batch_size: int = 16
+    micro_batch_size: int = 16  # rows of a forward and backward on one replica, were all as long as the longest
     eval_every: int = 50
     save_every: int = 100
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -163,7 +163,7 @@ class RewardConfig:
     path: str | None = None
     iterations: int = 100
     batch_size: int = 32  # pairs per optimizer step, over all replicas
-    micro_batch_size: int = 8  # pairs
+    micro_batch_size: int = 8  # pairs, likewise
     eval_every: int = 50
     save_every: int = 100
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -185,7 +185,7 @@ class PPOConfig:
     samples_per_prompt: int = 1
     epochs: int = 2  # passes over the samples of an iteration
     num_minibatches: int = 2  # optimizer steps per epoch
-    micro_batch_size: int = 16  # rows per forward and backward on one replica
+    micro_batch_size: int = 16  # rows, likewise
     kl_coef: float = 0.05
     kl_controller: Literal["fixed", "adaptive"] = "fixed"
     kl_target: float = 6.0  # nats per response, for the adaptive controller
@@ -236,8 +236,8 @@ class ScheduleConfig:
     train_stream: bool = True  # and so do the critic's and the policy's updates
     # activations that backward computes again and need not be kept: of attention, or of whole layers
     recompute: Recompute = "none"
-    # rows of like length are packed into micro-batches of so many tokens, padding included (a longer row goes alone);
-    # null: micro_batch_size rows as they come
+    # rows of like length are packed into micro-batches of at most so many tokens, padding included (a longer row goes
+    # alone); null: the tokens of micro_batch_size rows that are as long as the batch's longest
     micro_batch_tokens: int | None = None
     # where weights, gradients and optimizers are while no stage needs them: on the device or off it, which for a CPU
     # means in files; auto offloads the fewest roles that make the run fit by its plan
@@ -457,11 +457,9 @@ def check(config: RunConfig, mesh: MeshConfig, model: ModelConfig, reward: Model
     dp = mesh.dp
     phases = set(config.phases)
     if "sft" in phases:
-        _check_batch(config, "sft.batch_size", config.sft.batch_size, dp, "sft")
-        _check_pipeline(config, config.sft.batch_size, mesh, "sft")
+        _check_batch("sft.batch_size", config.sft.batch_size, dp)
     if "reward" in phases:
-        _check_batch(config, "reward.batch_size", config.reward.batch_size, dp, "reward")
-        _check_pipeline(config, config.reward.batch_size, mesh, "reward")
+        _check_batch("reward.batch_size", config.reward.batch_size, dp)
     if "ppo" in phases:
         _check_ppo(config, mesh)
     if phases & JOBS:
@@ -556,29 +554,11 @@ def check_model(mesh: MeshConfig, model: ModelConfig) -> None:
         )
 
 
-def _check_batch(config: RunConfig, key: str, rows: int, dp: int, phase: str) -> None:
-    unit, of = dp, f"mesh.dp={dp}"
-    if config.schedule.micro_batch_tokens is None:
-        size = getattr(config, phase).micro_batch_size
-        unit, of = dp * size, f"{of} x {phase}.micro_batch_size={size}"
-    if rows < 1 or rows % unit:
-        lower, upper = rows // unit * unit, (rows // unit + 1) * unit
-        raise ConfigError(f"{key}={rows} is not a multiple of {of}: use {f'{lower} or ' if lower else ''}{upper}")
-
-
-def _check_pipeline(config: RunConfig, rows: int, mesh: MeshConfig, phase: str) -> None:
-    """A step of so many rows keeps every stage busy that has several chunks. The schedule would fill it up with empty
-    micro-batches, as it does where nobody knows their number beforehand."""
-    assert mesh.dp is not None
-    size, share = getattr(config, phase).micro_batch_size, rows // mesh.dp
-    if mesh.virtual_pp == 1 or config.schedule.micro_batch_tokens is not None or share >= mesh.pp * size:
-        return
-    fits = [n for n in range(1, share // mesh.pp + 1) if share % n == 0]
-    raise ConfigError(
-        f"{phase}.micro_batch_size={size} cuts the {share} rows of a step on one replica into {share // size}, and"
-        f" mesh.virtual_pp={mesh.virtual_pp} needs mesh.pp={mesh.pp} micro-batches at least: use"
-        f" {f'{phase}.micro_batch_size={fits[-1]}' if fits else 'mesh.virtual_pp=1'}"
-    )
+def _check_batch(key: str, rows: int, dp: int) -> None:
+    if rows < 1 or rows % dp:
+        lower, upper = rows // dp * dp, (rows // dp + 1) * dp
+        fits = f"{lower} or {upper}" if lower else upper
+        raise ConfigError(f"{key}={rows} is not a multiple of mesh.dp={dp}: use {fits}")
 
 
 def _check_ppo(config: RunConfig, mesh: MeshConfig) -> None:
@@ -591,10 +571,9 @@ def _check_ppo(config: RunConfig, mesh: MeshConfig) -> None:
             " (ppo.prompts_per_iteration x ppo.samples_per_prompt)"
         )
     minibatch = samples // ppo.num_minibatches
-    _check_batch(config, "rows per minibatch", minibatch, dp, "ppo")
-    _check_pipeline(config, minibatch, mesh, "ppo")
+    _check_batch("rows per minibatch", minibatch, dp)
     if ppo.ptx.sources:
-        _check_batch(config, "ppo.ptx.rows", ppo.ptx.rows, dp, "ppo")
+        _check_batch("ppo.ptx.rows", ppo.ptx.rows, dp)
     if ppo.score_min is not None and ppo.score_max is not None and ppo.score_min > ppo.score_max:
         raise ConfigError(f"ppo.score_min={ppo.score_min} exceeds ppo.score_max={ppo.score_max}")
     if 0 < ppo.iterations <= ppo.critic_warmup_iterations:

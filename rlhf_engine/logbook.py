@@ -124,12 +124,9 @@ def show_run(plan: Plan, ctx: Context) -> None:
 
     def split(rows: int, what: str, micro_batch_size: int, tokens: int) -> str:
         """How `rows` of an optimizer step reach the replicas, and the most tokens of one micro-batch."""
-        per_replica, budget = rows // mesh.dp, config.schedule.micro_batch_tokens
-        if budget is not None:
-            return f"{rows} {what} a step = {mesh.dp} replicas x {per_replica}, in micro-batches of {budget} tokens"
+        most = config.schedule.micro_batch_tokens or micro_batch_size * tokens
         return (
-            f"{rows} {what} a step = {mesh.dp} replicas x {per_replica // micro_batch_size} micro-batches"
-            f" x {micro_batch_size}, at most {micro_batch_size * tokens} tokens each"
+            f"{rows} {what} a step = {mesh.dp} replicas x {rows // mesh.dp}, in micro-batches of at most {most} tokens"
         )
 
     if "sft" in config.phases:
