@@ -60,7 +60,7 @@ def test_what_the_experiment_needs(given, missing):
 
 
 def test_a_size_may_be_open_and_another_number_may_not():
-    with pytest.raises(ConfigError, match="sft.iterations=None is not a whole number"):
+    with pytest.raises(ConfigError, match=r"sft\.iterations=None is not"):
         compose(["sft.iterations=null"])
 
 
