@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 from worlds import World
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,12 +24,8 @@ SMALL = [
 
 
 def launch(*overrides: str, check: bool = True) -> subprocess.CompletedProcess:
-    """`python launch/run.py` as a user types it."""
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "launch" / "run.py"), *overrides], capture_output=True, text=True, timeout=300
-    )
-    assert not check or result.returncode == 0, result.stdout + result.stderr
-    return result
+    """`python launch/run.py` as a user types it, started warm."""
+    return warm.run([sys.executable, str(ROOT / "launch" / "run.py"), *overrides], check=check)
 
 
 @pytest.fixture(scope="session")
