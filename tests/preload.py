@@ -8,15 +8,15 @@ warnings.simplefilter("ignore")
 import hydra  # noqa: F401, E402
 import pyarrow.parquet  # noqa: F401, E402
 import sentencepiece  # noqa: F401, E402
-import torch.distributed.checkpoint  # noqa: F401, E402
+import torch.distributed.checkpoint  # noqa: E402
 import torch.utils.tensorboard  # noqa: F401, E402
 import transformers.models.auto.modeling_auto  # noqa: F401, E402
 
-import rlhf_engine.compose  # noqa: F401, E402
-import rlhf_engine.jobs  # noqa: F401, E402
-import rlhf_engine.plan.show  # noqa: F401, E402
-import rlhf_engine.reference  # noqa: F401, E402
-import rlhf_engine.trainer  # noqa: F401, E402
+import rlhf_engine.compose  # noqa: E402
+import rlhf_engine.jobs  # noqa: E402
+import rlhf_engine.plan.show  # noqa: E402
+import rlhf_engine.reference  # noqa: E402
+import rlhf_engine.trainer  # noqa: E402
 import rlhf_engine.verify.suite  # noqa: F401, E402
 
 READY = True

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import cases
 import psutil
 import pytest
+import warm
 from conftest import ROOT, SMALL, launch
 
 
@@ -76,7 +76,7 @@ def test_killed_and_started_again(phases, whole, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(phases, folder)
     command = [sys.executable, str(ROOT / "launch" / "run.py"), *LONG, f"output_dir={folder}"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = warm.Command(command)
     ranks = []
     metrics, latest = folder / "ppo" / "metrics.jsonl", folder / "ppo" / "checkpoints" / "latest"
     deadline = time.monotonic() + 120
