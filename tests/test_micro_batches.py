@@ -23,7 +23,7 @@ def work(lengths: list[int], budget: int | None, dp=1, dp_rank=0, tp=1, size=2, 
     return Work(role, {"tokens": tokens, "lengths": found}, None, size, together)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_packing(data):
     """Every row once, what belongs together on one replica, alike on all replicas, no more padding than told."""
