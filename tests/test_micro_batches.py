@@ -31,7 +31,7 @@ def least(widths: list[int], budget: int, cost: int) -> int:
     return min(n * widths[0] + cost + least(widths[n:], budget, cost) for n in fits)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=10), st.integers(1, 200), st.integers(0, 50))
 def test_nothing_computes_less(lengths, budget, cost):
     widths = sorted(lengths, reverse=True)
@@ -43,7 +43,7 @@ def test_nothing_computes_less(lengths, budget, cost):
     assert sum(n * width + cost for n, width in zip(sizes, firsts, strict=True)) == least(widths, budget, cost)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_packing(data):
     """Every row once, what belongs together on one replica, alike on all replicas, no more tokens than told."""
