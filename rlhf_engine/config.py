@@ -214,6 +214,7 @@ class PPOConfig:
     critic_warmup_iterations: int = 0  # first iterations train the critic alone
     ptx: PTXConfig = field(default_factory=PTXConfig)
     write_rollouts: bool = False  # every iteration's responses, in OUTPUT_DIR/ppo/rollouts/ITERATION.jsonl
+    write_arrays: bool = False  # and all that its updates were computed from, in ITERATION.npz (docs/data.md)
     eval_prompts: int = 128
     save_every: int = 10
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-4))
@@ -279,6 +280,26 @@ class CheckpointConfig:
 
 
 @dataclass
+class WandBConfig:
+    """Weights & Biases: a run for each phase."""
+
+    project: str | None = None  # null: none is written
+    entity: str | None = None  # null: the user's own
+    group: str | None = None  # of the phases' runs; null: the last part of output_dir
+    name: str | None = None  # null: the last part of output_dir, and the phase
+    tags: list[str] = field(default_factory=list)
+    mode: Literal["online", "offline"] | None = None  # null: what WANDB_MODE says, online where it says nothing
+
+
+@dataclass
+class LogConfig:
+    """Where figures go beside OUTPUT_DIR/PHASE/metrics.jsonl. What fails there is said once and ends no run."""
+
+    tensorboard: bool = True  # events in OUTPUT_DIR/PHASE
+    wandb: WandBConfig = field(default_factory=WandBConfig)
+
+
+@dataclass
 class GuardConfig:
     """Numbers gone bad. An update whose loss or gradient is not finite is skipped and counted (`skipped/ROLE`), and so
     are all updates of an iteration in which a stage gave something that is not."""
@@ -317,6 +338,7 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     timeout: TimeoutConfig = field(default_factory=TimeoutConfig)
     # when a rank dies, start again from the last checkpoint, so often at most; by plain Python and Ray (other launchers

@@ -37,6 +37,7 @@ class Experience:
     scores: Tensor | None = None  # (B,) float32, one per response
     golds: Tensor | None = None  # (B,) float32, the true preference; None where it is not known
     # what the updates aim at
+    rewards: Tensor | None = None  # (B, T) float32, of each token: the KL's share, and the score at the last
     advantages: Tensor | None = None  # (B, T) float32, not whitened yet
     advantage_moments: Tensor | None = None  # (3,) float32, count, mean and variance of the whole batch's
     returns: Tensor | None = None  # (B, T) float32

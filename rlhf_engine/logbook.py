@@ -1,16 +1,20 @@
-"""What a run writes and shows while it runs: metrics.jsonl, TensorBoard events, a table at start, progress lines."""
+"""What a run writes and shows while it runs: metrics.jsonl, the sinks, a table at start, progress lines."""
 
 from __future__ import annotations
 
 import json
 import os
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from .config import RunConfig
+from .sinks import Dialogues, Sinks
 
 if TYPE_CHECKING:
     from .algorithms.context import Context
@@ -33,22 +37,20 @@ class Logbook:
         is_within: the next one has begun.
     """
 
-    def __init__(self, folder: Path, phase: str, total: int, resumed_at: int, is_main: bool, is_within: bool = False):
-        self.folder, self.phase, self.total, self.is_main = folder, phase, total, is_main
+    def __init__(self, config: RunConfig, phase: str, total: int, resumed_at: int, is_main: bool, is_within: bool):
+        self.folder, self.phase, self.total, self.is_main = Path(config.output_dir) / phase, phase, total, is_main
         self.started, self.resumed_at = time.monotonic(), resumed_at
         self.last_line = 0.0
         if not is_main:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "metrics.jsonl"
         kept = _lines_before(path, resumed_at) if resumed_at else []
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(kept))
         os.replace(temporary, path)
         self.file = path.open("a")
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.tensorboard = SummaryWriter(str(folder), purge_step=resumed_at)
+        self.sinks = Sinks(config.log, self.folder, asdict(config), resumed_at)
         if resumed_at or is_within:
             place = f"{'within' if is_within else 'at'} iteration {resumed_at + is_within}"
             print(f"{phase}: resuming {place} of {total}", flush=True)
@@ -59,17 +61,16 @@ class Logbook:
             return
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
-        for name, value in row.items():
-            if name != "iteration":
-                self.tensorboard.add_scalar(name, value, int(row["iteration"]))
+        figures = {name: value for name, value in row.items() if name != "iteration"}
+        self.sinks.write(int(row["iteration"]), figures)
         now, done = time.monotonic(), int(row["iteration"]) + 1
         if now - self.last_line >= _SECONDS_BETWEEN_LINES or done == self.total:
             self.last_line = now
             per_iteration = (now - self.started) / (done - self.resumed_at)
             left = per_iteration * (self.total - done)
-            figures = "  ".join(f"{label} {row[name]:.4g}" for name, label in _SHOWN.items() if name in row)
+            shown = "  ".join(f"{label} {row[name]:.4g}" for name, label in _SHOWN.items() if name in row)
             print(
-                f"{self.phase} {done}/{self.total}  {figures}  {per_iteration:.2f} s/iteration"
+                f"{self.phase} {done}/{self.total}  {shown}  {per_iteration:.2f} s/iteration"
                 f"  {int(left) // 60}:{int(left) % 60:02d} left",
                 flush=True,
             )
@@ -79,17 +80,17 @@ class Logbook:
         if not self.is_main:
             return
         self.file.close()
-        self.tensorboard.close()
+        self.sinks.close()
         saved = "and saved" if is_saved else "and could not save"
         place = f"{'within' if is_within else 'at'} iteration {done + is_within}"
         print(f"{self.phase}: stopped {place} of {self.total} {saved}: start the same again", flush=True)
 
-    def finish(self, figures: dict[str, float]) -> None:
-        """The held-out figures at the end of the phase."""
+    def finish(self, figures: dict[str, float], dialogues: Dialogues) -> None:
+        """The held-out figures at the end of the phase, and what the model says there."""
         self.file.close()
-        for name, value in figures.items():
-            self.tensorboard.add_scalar(name, value, self.total)
-        self.tensorboard.close()
+        self.sinks.write(self.total, figures)
+        self.sinks.show(dialogues)
+        self.sinks.close()
         shown = "  ".join(f"{name.removeprefix('eval/')} {value:.4g}" for name, value in figures.items())
         print(f"{self.phase} done in {time.monotonic() - self.started:.0f} s: {shown}", flush=True)
 

@@ -18,7 +18,7 @@ class Metrics:
         self._whole: dict[str, float] = {}
 
     def add(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:
-        """This replica's share of a mean. Called on the last pipeline stage of each replica."""
+        """This replica's share of a mean. Called on the last pipeline stage of each replica, or alike on every rank."""
         entry = self._partial.setdefault(name, [0.0, 0.0])
         entry[0] = entry[0] + total
         entry[1] = entry[1] + count
@@ -26,6 +26,10 @@ class Metrics:
     def record(self, name: str, value: Tensor | float) -> None:
         """A figure that every rank knows whole."""
         self._whole[name] = float(value)
+
+    def most(self, name: str, value: Tensor | float) -> None:
+        """The largest that is recorded of a figure that every rank knows whole."""
+        self._whole[name] = max(self._whole.get(name, float("-inf")), float(value))
 
     def mean(self, name: str, values: Tensor, mask: Tensor | None = None) -> None:
         """Records the (masked) mean of something that every rank knows whole."""

@@ -113,7 +113,7 @@ def train(ctx: Context, algorithm: Algorithm) -> bool:
             " use more iterations or another output_dir"
         )
     is_within = ctx.state.experience is not None
-    logbook = Logbook(folder, algorithm.name, algorithm.iterations, ctx.state.iteration, mesh.is_main, is_within)
+    logbook = Logbook(config, algorithm.name, algorithm.iterations, ctx.state.iteration, mesh.is_main, is_within)
     if mesh.is_main:
         (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
 
@@ -250,7 +250,7 @@ def close_trace(ctx: Context, folder: Path, times: Mapping[str, float], peak: fl
 def finish(ctx: Context, folder: Path, algorithm: Algorithm, evaluation: Evaluation, logbook: Logbook) -> None:
     """Writes report.html and, last, summary.json, which says that the phase is finished."""
     mesh, figures = ctx.mesh, evaluation.figures
-    logbook.finish(figures)
+    logbook.finish(figures, evaluation.samples)
     about = {
         "data": ", ".join(part.source.spec.name for part in ctx.datasets[algorithm.name].parts),
         "policy": ctx.config.policy.path or "random weights",

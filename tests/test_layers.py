@@ -47,6 +47,8 @@ LAYERS = {
     "rlhf_engine.algorithms": 3,
     "rlhf_engine.preflight": 4,
     "rlhf_engine.sizes": 4,
+    "rlhf_engine.sinks": 0,
+    "rlhf_engine.to_wandb": 0,
     "rlhf_engine.logbook": 4,
     "rlhf_engine.jobs": 4,
     "rlhf_engine.trainer": 4,

@@ -10,11 +10,14 @@ import sys
 from pathlib import Path
 
 import cases
+import numpy as np
 import psutil
 import pytest
 import warm
 from clusters import PATIENCE, wait_until
 from conftest import ROOT, SMALL, launch
+
+from rlhf_engine.config import PPOConfig
 
 
 def figures(folder: Path) -> list[dict]:
@@ -180,7 +183,7 @@ def test_options_of_ppo(phases, tmp_path):
         "ppo.score_min=-1.5", "ppo.score_max=1.0", "ppo.samples_per_prompt=2",
         "schedule.residency=offload", "schedule.offload=[reference,reward]",
         "ppo.critic_warmup_iterations=1", "ppo.iterations=3", "rollout.temperature=0.8", "rollout.min_new_tokens=3",
-        "ppo.write_rollouts=true", "schedule.micro_batch_tokens=500", "data.strategy=in_data",
+        "ppo.write_rollouts=true", "ppo.write_arrays=true", "schedule.micro_batch_tokens=500", "data.strategy=in_data",
         "data.sources=['hh_mini/helpful-base::1.0[system=helpful]','hh_mini/harmless-base::0.5[reward=hhh]']",
         "ppo.ptx.sources=[hh_mini/helpful-base]", "ppo.ptx.rows=6",
     )  # fmt: skip
@@ -203,6 +206,34 @@ def test_options_of_ppo(phases, tmp_path):
         }.items():
             assert sum(values) / 32 == pytest.approx(row[name], abs=1e-4)
         assert all(found["prompt"].endswith("\n\nAssistant:") for found in written)
+        check_arrays(dict(np.load(folder / "ppo" / "rollouts" / f"{i}.npz")), row, written)
+
+
+def check_arrays(x: dict, row: dict, written: list[dict]) -> None:
+    """Advantages, returns and figures of an iteration, computed again from what was written of it."""
+    mask, gamma, gae_lambda = x["response_mask"], PPOConfig().gamma, PPOConfig().gae_lambda
+    advantages, last, after = np.zeros_like(x["values"]), 0.0, 0.0
+    for t in reversed(range(mask.shape[1])):
+        delta = x["rewards"][:, t] + gamma * after - x["values"][:, t]
+        advantages[:, t] = np.where(mask[:, t], delta + gamma * gae_lambda * last, 0)
+        after = np.where(mask[:, t], x["values"][:, t], after)
+        last = np.where(mask[:, t], advantages[:, t], last)
+    assert advantages == pytest.approx(x["advantages"], abs=1e-5)
+    assert x["returns"] == pytest.approx(np.where(mask, advantages + x["values"], 0), abs=1e-5)
+    kl = np.where(mask, x["log_probs"] - x["ref_log_probs"], 0)
+    of_scores = x["rewards"] + row["kl/coef"] * kl  # what is left is the score, at the last token alone
+    end = x["lengths"] - 1
+    assert np.abs(of_scores[np.arange(len(end)), end]).max() > 0.1
+    of_scores[np.arange(len(end)), end] = 0
+    assert np.abs(of_scores).max() < 1e-5
+    assert row["reward/mean"] == pytest.approx(x["rewards"].sum(1).mean(), abs=1e-4)
+    assert row["critic/value"] == pytest.approx(x["values"][mask].mean(), abs=1e-5)
+    gap = np.abs(x["log_probs"] - x["sampler_log_probs"])[mask].max()
+    assert row["rollout/log_prob_gap"] == pytest.approx(gap, abs=1e-7)
+    assert row["rollout/finished"] == pytest.approx(x["finished"].mean())
+    assert [len(found["kl"]) for found in written] == mask.sum(1).tolist()
+    assert [found["score"] for found in written] == pytest.approx(x["scores"].tolist(), abs=1e-6)
+    assert (x["tokens"] * (np.arange(mask.shape[1]) >= x["lengths"][:, None]) == 0).all()
 
 
 def test_old_log_probs_of_the_sampler(phases, tmp_path):

@@ -8,14 +8,15 @@
 | ref_log_probs | reference | infer   | tokens, lengths, response_mask                 | ref_log_probs               |
 | score         | reward    | infer   | prompts, reward_prompts, tokens, lengths       | scores                      |
 | values        | critic    | infer   | tokens, lengths, response_mask                 | values                      |
-| advantage     | -         | local   | log_probs, ref_log_probs, values, scores, ...  | advantages, ..., returns    |
+| advantage     | -         | local   | log_probs, ref_log_probs, values, scores, ...  | rewards, advantages, ...    |
 | train_critic  | critic    | train   | tokens, ..., values, returns                   | -                           |
 | train_policy  | policy    | train   | tokens, ..., log_probs, advantages, ...        | -                           |
 | gold          | -         | local   | prompts, tokens, lengths                       | golds                       |
 | write         | -         | local   | prompts, tokens, scores, golds, log_probs, ... | -                           |
+| write_arrays  | -         | local   | tokens, ..., advantages, returns               | -                           |
 
 With a reward function, score is a local stage. Gold is measured where the true preference is known, and never
-learned from. The last stage is there with `ppo.write_rollouts=true`.
+learned from. The last stages are there with `ppo.write_rollouts=true` and `ppo.write_arrays=true`.
 
 Where it deviates from the papers:
 1. Old log-probs come from the trainer's forward, so the first ratio of an iteration is exactly 1; the sampler's are
@@ -34,6 +35,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -155,7 +157,8 @@ def advantage(ctx: Context, _, x):
     """
     config, state, metrics = ctx.config.ppo, ctx.state, ctx.metrics
     mask = x.response_mask
-    kl = (kl_estimate(x.log_probs, x.ref_log_probs) * mask).sum(1)
+    kl_of_tokens = kl_estimate(x.log_probs, x.ref_log_probs) * mask
+    kl = kl_of_tokens.sum(1)
     metrics.mean("score/mean", x.scores)
     metrics.record("score/std", x.scores.std(correction=0))
     metrics.mean("kl/mean", kl)
@@ -168,6 +171,8 @@ def advantage(ctx: Context, _, x):
         gae_lambda=config.gae_lambda,
     )
     result = Advantages(*(field.cpu() for field in found))
+    rewards = -state.kl_coef * kl_of_tokens
+    rewards[torch.arange(len(scores)), x.lengths - 1] += scores
     metrics.mean("reward/mean", result.rewards)
     metrics.mean("critic/value", x.values, mask)
     metrics.record("critic/explained_variance", _explained_variance(x.values[mask], result.returns[mask]))
@@ -176,7 +181,8 @@ def advantage(ctx: Context, _, x):
         error = max(-0.2, min(0.2, float(kl.mean()) / config.kl_target - 1))
         state.kl_coef *= 1 + error * len(kl) / config.kl_horizon
     moments = result.moments if config.whiten_advantages else torch.tensor([1.0, 0.0, 1.0])
-    return {"advantages": result.advantages, "returns": result.returns, "advantage_moments": moments}
+    aims = {"advantages": result.advantages, "advantage_moments": moments, "returns": result.returns}
+    return {"rewards": rewards, **aims}
 
 
 def train_critic(ctx: Context, critic: RoleModel, x) -> Works:
@@ -273,8 +279,7 @@ def write(ctx: Context, _, x) -> None:
     """
     if not ctx.mesh.is_main:
         return
-    path = Path(ctx.config.output_dir) / "ppo" / "rollouts" / f"{ctx.state.iteration}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = _rollouts(ctx, "jsonl")
     kl = kl_estimate(x.log_probs, x.ref_log_probs).tolist()
     golds = x.golds.tolist() if x.golds is not None else [None] * len(kl)
     temporary = path.with_suffix(".tmp")
@@ -288,6 +293,20 @@ def write(ctx: Context, _, x) -> None:
                 "kl": kl[i][len(prompt) : n],
             }
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    os.replace(temporary, path)
+
+
+def write_arrays(ctx: Context, _, x) -> None:
+    """What this iteration's updates were computed from, OUTPUT_DIR/ppo/rollouts/ITERATION.npz: an array for each field
+    that the stage reads, under its name, padding zero."""
+    if not ctx.mesh.is_main:
+        return
+    path = _rollouts(ctx, "npz")
+    arrays = {name: np.asarray(value) for name, value in vars(x).items()}
+    arrays["tokens"] = arrays["tokens"].astype(np.int32)
+    temporary = path.with_suffix(".npz.tmp")
+    with temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)
     os.replace(temporary, path)
 
 
@@ -305,6 +324,13 @@ def minibatches(ctx: Context, x, *fields: str) -> Iterator[tuple[int, dict[str, 
         for i, rows in enumerate(order.split(size)):
             batch = {name: getattr(x, name)[rows] for name in fields}
             yield epoch * config.num_minibatches + i, {"samples": rows, **batch}
+
+
+def _rollouts(ctx: Context, suffix: str) -> Path:
+    """The file of this iteration's rollouts."""
+    path = Path(ctx.config.output_dir) / "ppo" / "rollouts" / f"{ctx.state.iteration}.{suffix}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def _response_log_probs(ctx: Context, role: RoleModel, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -370,23 +396,28 @@ def stage_table(config: RunConfig) -> tuple[Stage, ...]:
         if by_function
         else Stage("score", "infer", score, "reward", ("prompts", "reward_prompts", "tokens", "lengths"), ("scores",))
     )
-    measured = ("log_probs", "ref_log_probs", "values", "scores", "finished", "response_mask")
+    measured = ("log_probs", "ref_log_probs", "values", "scores", "finished", "lengths", "response_mask")
     whitened = ("advantages", "advantage_moments")
     written = ("tokens", "lengths", "response_mask", "finished", "sampler_log_probs")
     recorded = ("prompts", "tokens", "lengths", "scores", "golds", "log_probs", "ref_log_probs")
-    table = (
+    arrays = ("tokens", "lengths", "response_mask", "finished", "sampler_log_probs", "log_probs", "ref_log_probs")
+    arrays += ("values", "scores", "rewards", "advantages", "returns")
+    table = [
         Stage("rollout", "rollout", rollout, "policy", ("prompts", "sample_ids"), written),
         Stage("log_probs", "infer", log_probs, "policy", (*sequence, "sampler_log_probs"), ("log_probs",)),
         Stage("ref_log_probs", "infer", ref_log_probs, "reference", sequence, ("ref_log_probs",)),
         score_stage,
         Stage("values", "infer", values, "critic", sequence, ("values",)),
-        Stage("advantage", "local", advantage, None, measured, ("returns", *whitened)),
+        Stage("advantage", "local", advantage, None, measured, ("rewards", "returns", *whitened)),
         Stage("train_critic", "train", train_critic, "critic", (*sequence, "values", "returns")),
         Stage("train_policy", "train", train_policy, "policy", (*sequence, "log_probs", *whitened)),
         Stage("gold", "local", gold, None, ("prompts", "tokens", "lengths"), ("golds",)),
-        Stage("write", "local", write, None, recorded),
-    )
-    return table if config.ppo.write_rollouts else table[:-1]
+    ]
+    if config.ppo.write_rollouts:
+        table.append(Stage("write", "local", write, None, recorded))
+    if config.ppo.write_arrays:
+        table.append(Stage("write_arrays", "local", write_arrays, None, arrays))
+    return tuple(table)
 
 
 class PPO:

@@ -160,7 +160,8 @@ def train_step(works: Sequence[Work], metrics: Metrics, trace: Trace) -> dict[st
 
     The loss is the sum of `fn`'s losses over the whole batch divided by the sum of its counts, whatever the split into
     replicas and micro-batches; of several works of one role, the sum of all their losses divided by that of all counts.
-    Statistics (sums over the same count) become `role/name` metrics.
+    Statistics (sums over the same count) become `role/name` metrics. Of several steps of an iteration these are means,
+    and so is `role/grad_norm`, beside the largest, `role/grad_norm_max`; `role/learning_rate` is the last one's.
 
     Returns:
         For each role None, or what was not finite, its loss or a gradient, and where: then it is as it was before.
@@ -202,7 +203,8 @@ def _step(works: Sequence[Work], roles: Sequence[RoleModel], metrics: Metrics, t
         learning_rate = role.optimizer.param_groups[0]["lr"]
         if problems[role.name] is None:
             _, grad_norm, _ = role.optimizer.step()
-            metrics.record(f"{role.name}/grad_norm", grad_norm)
+            metrics.add(f"{role.name}/grad_norm", grad_norm)
+            metrics.most(f"{role.name}/grad_norm_max", grad_norm)
         role.scheduler.step(1)  # of a skipped update too: it counts what the phase has behind it
         metrics.record(f"{role.name}/learning_rate", learning_rate)
     return problems

@@ -38,7 +38,7 @@ def small(config: RunConfig, world: int) -> RunConfig:
     sft.batch_size = reward.batch_size = ppo.prompts_per_iteration = ppo.ptx.rows = rows
     sft.micro_batch_size = reward.micro_batch_size = ppo.micro_batch_size = MICRO_BATCH
     ppo.samples_per_prompt = ppo.epochs = ppo.num_minibatches = 1
-    ppo.critic_warmup_iterations, ppo.write_rollouts = 0, False
+    ppo.critic_warmup_iterations, ppo.write_rollouts, ppo.write_arrays = 0, False, False
     config.schedule.micro_batch_tokens = None
     sampling.max_new_tokens = min(sampling.max_new_tokens, _MOST_NEW_TOKENS)
     sampling.min_new_tokens = min(sampling.min_new_tokens, sampling.max_new_tokens)

@@ -1,0 +1,55 @@
+"""Writes what arrives on standard input to Weights & Biases: a process of its own, so that no network, login or fault
+of the package can end or delay a run (`sinks.WandB` starts it).
+
+Each line is a JSON object. The first says how the run is called (arguments of `wandb.init`); then `{"figures": {...}}`
+are a step's and `{"dialogues": [{...}, ...]}` a table. The end of the input ends the run there.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from typing import Any, NoReturn
+
+_SECONDS_TO_START = 60
+
+
+def main() -> int:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, for the run: its end is the input's
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    lines = map(json.loads, sys.stdin)
+    import wandb
+
+    about: dict[str, Any] = next(lines)
+    silent = wandb.Settings(init_timeout=_SECONDS_TO_START, console="off", silent=True)
+    try:
+        run = wandb.init(**about, resume="allow", settings=silent)
+    except Exception as error:  # no login, no network, no such project
+        say(f"{' '.join(str(error).split())}: its files are kept in {about['dir']} for `wandb sync`")
+        run = wandb.init(**about | {"mode": "offline"}, resume="allow", settings=silent)
+    run.define_metric("*", step_metric="iteration")  # of a run that goes on from an earlier iteration too
+    for line in lines:
+        if figures := line.get("figures"):
+            run.log(figures)
+        if dialogues := line.get("dialogues"):
+            columns = list(dialogues[0])
+            run.log({"dialogues": wandb.Table(columns, [[row.get(name) for name in columns] for row in dialogues])})
+    run.finish()
+    return 0
+
+
+def say(what: str) -> None:
+    print(f"wandb: {what}", file=sys.stderr, flush=True)
+
+
+def fail(error: BaseException) -> NoReturn:
+    say(f"{type(error).__name__}: {' '.join(str(error).split())}")
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except Exception as error:
+        fail(error)
