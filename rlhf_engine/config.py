@@ -108,9 +108,10 @@ class PolicyConfig:
 class TokenizerConfig:
     path: str | None = None  # HF folder or sentencepiece model; null: the policy's, or one trained on the data
     vocab_size: int = 768  # of a tokenizer trained on the data
-    # how messages become text: hh, internlm2, llama3, chatml, or a Jinja program; null: the tokenizer's own chat
-    # template, hh where it has none
+    # how messages become text: the name of one of the tokenizer's own chat templates or of ours (hh, internlm2, llama3,
+    # chatml), or a Jinja program; null: the tokenizer's only one or its default, hh where it has none
     template: str | None = None
+    date: str | None = None  # YYYY-MM-DD, for templates that write the date; null: the day on which the run began
     end_id: int | None = None  # the one token that ends a response; null: all that template and tokenizer say
 
 
