@@ -171,9 +171,8 @@ def test_nothing_said_becomes_a_control_token(folder, template):
         messages = dialogue(texts)
         ids, spoken = tokenizer.render(messages)
         assert [i for i in ids if i in controls] == usual
-        for i in (2, 4):
-            prompt = tokenizer.render_prompt(messages[:i])
-            assert ids[: len(prompt)] == prompt and not spoken[len(prompt) - 1]
+        prompt = tokenizer.render_prompt(messages[:4])
+        assert ids[: len(prompt)] == prompt and spoken[len(prompt)] and not spoken[len(prompt) - 1]
         if template != "llama3":  # which trims
             text = texts[-1].encode("utf-8", "replace").decode().replace("\ufdd0", "?")
             start = len(tokenizer.render_prompt(messages[:4]))
@@ -199,10 +198,9 @@ def test_every_end_that_the_files_name_ends_a_response(folder, tmp_path):
     ("template", "words"),
     [
         ("{{ messages", "is not a chat template"),
-        ("{% for m in messages %}<|turn|>{{ m.content }}<|im_end|>{% endfor %}", "<|turn|>"),
-        ("{% for m in messages %}{{ m.content }}{% endfor %}", "no control token"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "does not end turn 2 with a control token"),
         ("{{ raise_exception('never') }}", "never"),
-        ("{{ strftime_now('%d') }}", "strftime_now"),
+        ("{{ strftime_now('%d') }}", "does not write what the assistant says"),
         ("{{ messages.__class__.__mro__ }}", "unsafe"),
         ("{{ messages|length }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}", "begin with its prompt"),
     ],

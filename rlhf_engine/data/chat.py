@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -90,7 +90,6 @@ class Template:
     def __init__(self, source: Source, variables: Mapping[str, Any], controls: Mapping[str, int], pattern: re.Pattern):
         self.source, self.variables, self.controls = source, variables, controls
         self._names = pattern
-        self._found = re.compile(f"{_OPEN}(?:{'|'.join(map(re.escape, controls))}){_CLOSE}|{pattern.pattern}")
         self.date: str | None = None
         try:
             program = _ENVIRONMENT.parse(source.program)
@@ -141,12 +140,11 @@ class Template:
             text = text[:end]
         parts: list[Part] = []
         position, turns = 0, sorted({edge for span in spans for edge in span})
-        for found in self._found.finditer(text):
-            if found.lastindex is not None:
-                parts += self._runs(text, [position, *turns, found.start()], spans, last)
-                start = found.start(found.lastindex)
-                parts.append(Part(self.controls[found[found.lastindex]], _within(start, spans)))
-                position = found.end()
+        for found in self._written(text):
+            group = found.lastindex or 0
+            parts += self._runs(text, [position, *turns, found.start()], spans, last)
+            parts.append(Part(self.controls[found[group]], _within(found.start(group), spans)))
+            position = found.end()
         return parts + self._runs(text, [position, *turns, len(text)], spans, last)
 
     def _runs(self, text: str, edges: list[int], spans: list[tuple[int, int]], last: int) -> list[Part]:
@@ -197,19 +195,23 @@ class Template:
                 least = shared_start(prompt, self._text(messages[:i], False))  # where the assistant's header begins
                 if start < least or not text.startswith(blank[:start]):
                     start = -1
-            end = self._end(text, start)
-            if start < 0 or end is None or (spans and start < spans[-1][1]):
+            if start < 0 or (spans and start < spans[-1][1]):
                 raise ConfigError(
-                    f"{self.source.name} does not show where the assistant speaks in turn {i + 1}: it writes another"
-                    f" dialogue than the prompt before it, or does not end it with {self.end or 'a control token'}"
+                    f"{self.source.name} writes a dialogue that does not begin with its prompt, so that nothing shows"
+                    f" where turn {i + 1}, of the assistant, begins"
                 )
+            ends = (m.end(group) for m in self._written(text, start) if m[group := m.lastindex or 0] == self.end)
+            if (end := next(ends, None)) is None:
+                raise ConfigError(f"{self.source.name} does not end turn {i + 1} with {self.end or 'a control token'}")
             spans.append((start, end))
         return spans
 
-    def _end(self, text: str, start: int) -> int | None:
-        """Behind the first end token from `start` on."""
-        found = (m for m in self._found.finditer(text, max(start, 0)) if m.lastindex and m[m.lastindex] == self.end)
-        return next((m.end(m.lastindex or 0) for m in found), None)
+    def _written(self, text: str, start: int = 0) -> Iterator[re.Match]:
+        """The control tokens that the template wrote, from `start` on: names without a mark on either side."""
+        for found in self._names.finditer(text, start):
+            first, stop = found.span(found.lastindex or 0)
+            if text[first - 1 : first] != _OPEN and text[stop : stop + 1] != _CLOSE:
+                yield found
 
     def _hide(self, text: str) -> str:
         return self._names.sub(

@@ -97,11 +97,11 @@ def choose(folder: Path, config: dict[str, Any], key: str | None) -> Source:
         )
     if own and (name := key or "default") in own:
         program, file = own[name]
-        title = f"{name} of {', '.join(sorted(own))} in " * (len(own) > 1 or name != "default")
-        about = f"{title}{file}" + (
-            " (begins with a byte-order mark, and so does every prompt)" * (program[:1] == "\ufeff")
-        )
-        return Source(program, f"the chat template {title}{file}", about, is_own=True)
+        of_several = name != "default" or len(own) > 1
+        about = f"{name} (of {', '.join(sorted(own))}) in {file}" if of_several else str(file)
+        if program.startswith("\ufeff"):
+            about += ", with a byte-order mark in front of every prompt, as in transformers"
+        return Source(program, f"the chat template {f'{name} ' * of_several}of {file}", about, is_own=True)
     name = key or "hh"
     if name not in BUILT_IN:
         raise ConfigError(f"tokenizer.template={name}: {nearest(name, [*BUILT_IN, *own])}")
