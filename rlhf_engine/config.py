@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -224,11 +225,18 @@ class RolloutConfig:
     greedy: bool = False
     max_new_tokens: int = 64
     min_new_tokens: int = 1  # the end token has no probability before
-    # strings that end a response; it is cut behind the token in which the first of them completes
+    # strings that end a response; it is cut behind the token in which the first of them completes. \n, \t and \\ in them
+    # are a line break, a tab and a backslash, for a shell hands on what stands in quotes as it is
     stop: list[str] = field(default_factory=list)
     slots: int = 256  # sequences decoded at once on one replica
     kv_tokens: int | None = None  # positions of the KV cache of one replica; null: what free memory holds
     cuda_graphs: bool = True  # launch a decode step as one; false: to compare with
+
+    @property
+    def stop_texts(self) -> list[str]:
+        """`stop`, its escapes read."""
+        read = {"n": "\n", "t": "\t", "\\": "\\"}
+        return [re.sub(r"\\([nt\\])", lambda found: read[found[1]], text) for text in self.stop]
 
 
 @dataclass

@@ -6,6 +6,7 @@ the chat template.
 
 from __future__ import annotations
 
+import datetime
 import functools
 import io
 import json
@@ -74,7 +75,8 @@ class Tokenizer:
                 raise ConfigError(f"tokenizer.end_id={end_id}: by {source.name}, {path} ends a response with {found}")
             self.end_ids = (end_id,)
         for control, i in vocabulary.controls.items():
-            if i in vocabulary.encode(control):
+            is_unknown = control == variables.get("unk_token") and i not in (*vocabulary.begin, *self.end_ids)
+            if i in vocabulary.encode(control) and not is_unknown:  # which stands for any text
                 raise ConfigError(f"{path}: text can become the control token {control}")
 
     @property
@@ -84,7 +86,10 @@ class Tokenizer:
 
     @date.setter
     def date(self, date: str | None) -> None:
-        self.template.date = date
+        try:
+            self.template.date = date and str(datetime.date.fromisoformat(date))
+        except ValueError:
+            raise ConfigError(f"tokenizer.date={date}: a date is YYYY-MM-DD") from None
 
     def fit(self, num_ids: int, what: str) -> None:
         """Keeps to the first `num_ids` ids. Control tokens beyond, such as a pad token that was added without a row

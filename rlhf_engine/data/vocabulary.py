@@ -34,8 +34,8 @@ def read_vocabulary(path: Path) -> PieceVocabulary | HFVocabulary:
     """The vocabulary of an HF folder, or of a sentencepiece model.
 
     transformers reads the folders that it knows: those with tokenizer.json or vocab.json, and a tokenizer.model that
-    it has saved, with the tokens that were added. A tokenizer.model alone, or one that is read by code beside it, goes
-    to sentencepiece.
+    it has saved, with the tokens that were added. A tokenizer.model alone, or one of a class that transformers has not,
+    goes to sentencepiece.
 
     Raises:
         ConfigError: there is none, or it is not read.
@@ -48,9 +48,7 @@ def read_vocabulary(path: Path) -> PieceVocabulary | HFVocabulary:
         return HFVocabulary(path)
     if _PIECES in here:
         check_pieces(path / _PIECES)
-        is_known = config.get("tokenizer_class") or any((path / name).is_file() for name in _OF_TRANSFORMERS)
-        has_code = "AutoTokenizer" in (config.get("auto_map") or {})
-        return HFVocabulary(path) if is_known and not has_code else PieceVocabulary(path / _PIECES, config)
+        return HFVocabulary(path) if _is_known(path, config) else PieceVocabulary(path / _PIECES, config)
     found = here or [file.name for pattern in _FOREIGN for file in sorted(path.glob(pattern))]
     raise ConfigError(
         f"tokenizer.path={path}: neither tokenizer.json nor tokenizer.model is there"
@@ -65,6 +63,20 @@ def check_pieces(file: Path) -> None:
     with file.open("rb") as opened:
         if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", opened.readline(1000)):
             raise ConfigError(f"{file} is a file of tiktoken, which is not read: {_advice(file.parent, file.name)}")
+
+
+def _is_known(path: Path, config: dict[str, Any]) -> bool:
+    """Whether transformers saved the tokenizer.model of a folder, and reads it with its own code."""
+    name = config.get("tokenizer_class")
+    if "AutoTokenizer" in (config.get("auto_map") or {}):
+        return False
+    if not isinstance(name, str):
+        return any((path / file).is_file() for file in _OF_TRANSFORMERS)
+    try:
+        from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+    except ImportError:
+        return True  # and that is what is said then
+    return tokenizer_class_from_name(name) is not None
 
 
 def _advice(folder: Path, name: str) -> str:
