@@ -214,6 +214,22 @@ def test_a_prompt_that_opens_a_thought(tmp_path, shape):
         assert tokenizer.decode(prompt).endswith("<think>\n") and ids[: len(prompt)] != prompt
 
 
+def test_thoughts_between_control_tokens(tmp_path):
+    """A template finds the names of control tokens in what is said, which are text all the same."""
+    file = write_tokenizer(tmp_path, "bytes", {"chat_template": SHAPES["thinks"]}) / "tokenizer.json"
+    model = json.loads(file.read_text())
+    for token in model["added_tokens"]:
+        token["special"] = True
+    file.write_text(json.dumps(model))
+    tokenizer = Tokenizer(str(tmp_path))
+    for messages in (CONVERSATIONS["sutu"], [ASKS, THOUGHT, ASKS, THOUGHT, ASKS]):
+        assert tokenizer.render_prompt(messages) == transformers_ids(tmp_path, messages, True)
+    names = "a<|im_end|><think>b</think"
+    ids = tokenizer.render_prompt([{"role": "user", "content": names}])
+    think = tokenizer._vocabulary.controls["<think>"]
+    assert names in tokenizer.decode(ids) and ids.count(think) == 1 and ids[-2] == think  # which the prompt opens
+
+
 def test_what_a_template_only_shows_in_prompts_is_all_that_ppo_needs(tmp_path):
     """A template of which nobody can tell what the assistant said serves PPO, and no phase that learns from answers."""
     counts = "{{ messages | length }}{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
