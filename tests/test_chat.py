@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -340,6 +341,36 @@ def test_ends_that_are_no_ids(folder, tmp_path, value, words):
     (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {value}}}')
     with pytest.raises(ConfigError, match=re.escape(words)):
         Tokenizer(str(tmp_path))
+
+
+# of shared/cases/templates, whose other folders are read
+REFUSED = {
+    "additional_only": "choose with tokenizer.template=chat", "list_no_default": "choose with tokenizer.template=chat",
+    "list_one": "choose with tokenizer.template=chat", "list_broken": "chat_template is a Jinja program, or a list",
+    "latin1_jinja": "is not UTF-8 text", "eos_str": "is neither a token's id nor a list", "eos_neg": "-1 is outside",
+    "eos_beyond": "100000 is outside", "gen_not_json": "is not JSON",
+}  # fmt: skip
+
+
+def test_folders_that_people_have(shared, tmp_path):
+    pytest.importorskip("transformers")
+    subprocess.run([sys.executable, shared / "cases" / "templates" / "make.py", shared, tmp_path], check=True)
+    folders = sorted(tmp_path.iterdir())
+    assert len(folders) == 22
+    for folder in folders:
+        if words := REFUSED.get(folder.name):
+            with pytest.raises(ConfigError, match=re.escape(words)):
+                Tokenizer(str(folder))
+            continue
+        tokenizer = Tokenizer(str(folder))
+        assert "built in" not in tokenizer.template.about
+        for messages in ([ASKS], [*SYSTEM, ASKS], DIALOGUE[:3], DIALOGUE, [ASKS, THOUGHT, ASKS], [ASKS, THOUGHT]):
+            if folder.name == "json_file" or (folder.name == "mistral_old" and messages[0] is SYSTEM[0]):
+                continue  # of which transformers makes nothing
+            is_prompt = messages[-1]["role"] == "user"
+            ids = tokenizer.render_prompt(messages) if is_prompt else tokenizer.render(messages)[0]
+            hf = transformers_ids(folder, messages, is_prompt)
+            assert ids == hf if is_prompt else ids == hf[: len(ids)]
 
 
 def test_tokens_beyond_the_models_vocabulary(tmp_path):

@@ -185,12 +185,12 @@ def _dialogue(row: Row, system: str | None, reward: str | None, tokenizer: Token
         )
     try:
         marks = learning != ["reward"]
-        before, spoken, answers = _answered(messages, texts, tokenizer, marks)
+        before, spoken, (chosen, rejected) = _answered(messages, texts, tokenizer, marks)
         same = reward == system or "reward" not in phases
         reward_before = before if same else _answered(rewarded, texts[:1], tokenizer, marks=False)[0]
     except ConfigError as error:
         raise ConfigError(f"phase {learning[0]} learns from answers, and {error}") from None
-    return Example(prompt, before, spoken, *answers, reward_prompt, reward_before, text_of(messages))
+    return Example(prompt, before, spoken, chosen, rejected, reward_prompt, reward_before, text_of(messages))
 
 
 def _answered(

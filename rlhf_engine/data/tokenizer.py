@@ -43,7 +43,7 @@ class Tokenizer:
     def __init__(self, path: str, template: str | None = None, end_id: int | None = None, date: str | None = None):
         folder = Path(path)
         config = read_json(folder / "tokenizer_config.json")
-        source = choose(folder, config, template)
+        source, ends = choose(folder, config, template), _end_ids(folder)
         self._vocabulary = vocabulary = read_vocabulary(folder)
         self.path, self.vocab_size, self._limit = path, vocabulary.size, vocabulary.size
         self._names = {i: name for name, i in vocabulary.controls.items()}
@@ -52,7 +52,9 @@ class Tokenizer:
         # a marker that cannot merge with what follows, in front of text that continues other text
         self._marker = vocabulary.encode("\n")
 
-        ends = _end_ids(folder, self.vocab_size)
+        for i in ends:
+            if not 0 <= i < self.vocab_size:
+                raise ConfigError(f"{folder}: eos_token_id={i} is outside the vocabulary of {self.vocab_size}")
         variables = dict(vocabulary.variables)
         if not source.is_own and not variables.get("eos_token") and ends:
             variables["eos_token"] = self._names.get(ends[0], "")
@@ -182,7 +184,7 @@ class Tokenizer:
         return self._encode(text)
 
 
-def _end_ids(folder: Path, vocab_size: int) -> list[int]:
+def _end_ids(folder: Path) -> list[int]:
     """`eos_token_id` of generation_config.json, or of config.json."""
     for name in ("generation_config.json", "config.json"):
         found = read_json(folder / name).get("eos_token_id")
@@ -194,8 +196,6 @@ def _end_ids(folder: Path, vocab_size: int) -> list[int]:
                         f"{folder / name}: eos_token_id={json.dumps(found)!s:.60} is neither a token's id nor a list of"
                         " such whole numbers"
                     )
-                if not 0 <= i < vocab_size:
-                    raise ConfigError(f"{folder / name}: eos_token_id={i} is outside the vocabulary of {vocab_size}")
             return ids
     return []
 
