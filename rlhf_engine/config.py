@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -114,9 +115,10 @@ class PolicyConfig:
 class TokenizerConfig:
     path: str | None = None  # HF folder or sentencepiece model; null: the policy's, or one trained on the data
     vocab_size: int = 768  # of a tokenizer trained on the data
-    # how messages become text: hh, internlm2, llama3, chatml, or a Jinja program; null: the tokenizer's own chat
-    # template, hh where it has none
+    # how messages become text: the name of one of the tokenizer's own chat templates or of ours (hh, internlm2, llama3,
+    # chatml), or a Jinja program; null: the tokenizer's only one or its default, hh where it has none
     template: str | None = None
+    date: str | None = None  # YYYY-MM-DD, for templates that write the date; null: the day on which the run began
     end_id: int | None = None  # the one token that ends a response; null: all that template and tokenizer say
 
 
@@ -230,11 +232,18 @@ class RolloutConfig:
     greedy: bool = False
     max_new_tokens: int = size(64)
     min_new_tokens: int = 1  # the end token has no probability before
-    # strings that end a response; it is cut behind the token in which the first of them completes
+    # strings that end a response; it is cut behind the token in which the first of them completes. As a shell hands on
+    # what stands in quotes, \n, \t and \\ in them are a line break, a tab and a backslash
     stop: list[str] = field(default_factory=list)
     slots: int = 256  # sequences decoded at once on one replica
     kv_tokens: int | None = None  # positions of the KV cache of one replica; null: what free memory holds
     cuda_graphs: bool = True  # launch a decode step as one; false: to compare with
+
+    @property
+    def stop_texts(self) -> list[str]:
+        """`stop`, its escapes read."""
+        read = {"n": "\n", "t": "\t", "\\": "\\"}
+        return [re.sub(r"\\([nt\\])", lambda found: read[found[1]], text) for text in self.stop]
 
 
 @dataclass

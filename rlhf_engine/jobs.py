@@ -39,7 +39,8 @@ def score(ctx: Context, policy: RoleModel) -> None:
     """
     rows = _rows(ctx)
     tokens = [
-        ctx.tokenizer.encode(row["text"]) if "text" in row else ctx.tokenizer.render(row["messages"])[0] for row in rows
+        ctx.tokenizer.encode(row["text"]) if "text" in row else ctx.tokenizer.render(row["messages"], marks=False)[0]
+        for row in rows
     ]
     _check_lengths(ctx, tokens, "tokens", ctx.model.max_position_embeddings)
 

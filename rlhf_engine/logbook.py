@@ -121,6 +121,7 @@ def show_run(plan: Plan, ctx: Context) -> None:
     table.add_row("policy", config.policy.path or "random weights")
     if config.reward.path is not None:
         table.add_row("reward", config.reward.path)
+    table.add_row("template", escape(ctx.tokenizer.template.about))
     sft, reward, ppo, length = config.sft, config.reward, config.ppo, config.data.max_seq_len
 
     def split(rows: int, what: str, micro_batch_size: int, tokens: int) -> str:

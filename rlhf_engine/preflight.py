@@ -17,6 +17,7 @@ from .data.files import read_rows
 from .data.formats import check_messages
 from .data.sources import HH_MINI, Source, check_sources, parse_spec, read_sources
 from .data.tokenizer import Tokenizer
+from .data.vocabulary import has_tokenizer, read_vocabulary
 from .hf.config import ARCHITECTURES, read_model_config
 from .hf.index import index
 from .sizes import settle
@@ -204,14 +205,25 @@ def read_tokenizer(config: RunConfig, policy: Base) -> Tokenizer | None:
             f"tokenizer.template={template} needs control tokens, which a tokenizer trained on the data does not have:"
             " set tokenizer.path"
         )
-    tokenizer = Tokenizer(path, template, config.tokenizer.end_id) if path is not None else None
-    size = tokenizer.vocab_size if tokenizer is not None else config.tokenizer.vocab_size
-    if policy.model.vocab_size is not None and size > policy.model.vocab_size:
-        raise ConfigError(
-            f"the tokenizer ({path or 'trained on the data'}) has {size} ids, and the model's vocabulary"
-            f" {policy.model.vocab_size}"
-        )
+    most = policy.model.vocab_size
+    if path is None:
+        if most is not None and (size := config.tokenizer.vocab_size) > most:
+            raise ConfigError(f"the tokenizer (trained on the data) has {size} ids, and the model's vocabulary {most}")
+        return None
+    config.tokenizer.date = config.tokenizer.date or kept_date(config)
+    tokenizer = Tokenizer(path, template, config.tokenizer.end_id, config.tokenizer.date)
+    if most is not None:
+        tokenizer.fit(most, "the model's vocabulary")
     return tokenizer
+
+
+def kept_date(config: RunConfig) -> str | None:
+    """The date that the templates of a run wrote when it began, which a resumed one goes on with."""
+    for phase in ("sft", "reward", "ppo"):
+        path = Path(config.output_dir) / phase / "config.yaml"
+        if not set(config.phases) & JOBS and path.is_file():
+            return yaml.safe_load(path.read_text()).get("tokenizer", {}).get("date")
+    return None
 
 
 def check_vocabulary(tokenizer: Tokenizer | None, reward: Base) -> None:
@@ -223,14 +235,10 @@ def check_vocabulary(tokenizer: Tokenizer | None, reward: Base) -> None:
     assert reward.path is not None and reward.model.vocab_size is not None
     if tokenizer is None:
         raise ConfigError("reward.path needs the tokenizer that it was trained with: set policy.path or tokenizer.path")
-    if tokenizer.vocab_size > reward.model.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, and the vocabulary of reward.path={reward.path}"
-            f" {reward.model.vocab_size}"
-        )
-    if any((Path(reward.path) / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        own, text = Tokenizer(reward.path), "Which words are these? 1, 2, 3: naïve\n\nAssistant: tokens."
-        if own.encode(text) != tokenizer.encode(text):
+    tokenizer.fit(reward.model.vocab_size, f"the vocabulary of reward.path={reward.path}")
+    if has_tokenizer(Path(reward.path)):
+        own, text = read_vocabulary(Path(reward.path)), "Which words are these? 1, 2, 3: naïve\n\nAssistant: tokens."
+        if [*own.begin, *own.encode(text)] != tokenizer.encode(text):
             raise ConfigError(f"reward.path={reward.path} has another tokenizer than the policy")
 
 
@@ -252,7 +260,7 @@ def check_job_row(row: Any, where: str, job: str, tokenizer: Tokenizer | None) -
     check_messages(messages := row["messages"], where, "messages")
     assert tokenizer is not None  # of the policy, which a job has
     try:
-        tokenizer.template.parts(messages, prompt=job == "generate")
+        tokenizer.template.parts(messages, prompt=job == "generate", marks=False)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
 

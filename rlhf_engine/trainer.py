@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import gc
 import json
 import os
@@ -301,6 +302,8 @@ def build_context(plan: Plan, mesh: ParallelMesh) -> Context:
     config = plan.config
     sources = plan.sources
     tokenizer = plan.tokenizer or trained_tokenizer(config, mesh, sources)
+    if tokenizer.template.is_dated:
+        tokenizer.date = config.tokenizer.date = mesh.from_main(config.tokenizer.date or str(datetime.date.today()))
     bases = {
         name: replace(base, model=replace(base.model, vocab_size=base.model.vocab_size or tokenizer.vocab_size))
         for name, base in plan.bases.items()

@@ -45,7 +45,7 @@ def train_reward(ctx: Context, reward: RoleModel, x) -> Works:
 
 def pair_rows(examples: list[Example], multiple: int) -> Experience:
     """Chosen and rejected of each pair in turn, right-padded."""
-    rows = [e.reward_prompt + (answer or []) for e in examples for answer in (e.chosen, e.rejected)]
+    rows = [e.reward_before + (answer or []) for e in examples for answer in (e.chosen, e.rejected)]
     tokens, lengths = pad_rows(rows, multiple)
     return Experience(tokens=tokens, lengths=lengths)
 

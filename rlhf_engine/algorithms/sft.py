@@ -42,8 +42,8 @@ def train_policy(ctx: Context, policy: RoleModel, x) -> Works:
 def supervised(examples: list[Example], multiple: int) -> Experience:
     """Whole dialogues, right-padded, with a mask of what the assistant said."""
     answers = [e.chosen or [] for e in examples]
-    tokens, lengths = pad_rows([e.prompt + a for e, a in zip(examples, answers, strict=True)], multiple)
-    spoken = [[*map(int, e.prompt_spoken), *[1] * len(a)] for e, a in zip(examples, answers, strict=True)]
+    tokens, lengths = pad_rows([e.before + a for e, a in zip(examples, answers, strict=True)], multiple)
+    spoken = [[*map(int, e.before_spoken), *[1] * len(a)] for e, a in zip(examples, answers, strict=True)]
     mask, _ = pad_rows(spoken, multiple)
     return Experience(tokens=tokens, lengths=lengths, loss_mask=mask.bool())
 

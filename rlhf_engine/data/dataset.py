@@ -10,6 +10,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from ..config import ConfigError, DataConfig, RunConfig
 from .chat import Messages, text_of
@@ -23,10 +24,12 @@ class Example:
     """A tokenised row. Plain text is an answer without a prompt."""
 
     prompt: list[int]
-    prompt_spoken: list[bool]  # which prompt tokens the assistant said in earlier turns
+    before: list[int]  # what stands before the answers: the prompt without what the template opens in prompts alone
+    before_spoken: list[bool]  # which of its tokens the assistant said in earlier turns
     chosen: list[int] | None  # the end token included
     rejected: list[int] | None
     reward_prompt: list[int]  # the prompt as the reward model reads it
+    reward_before: list[int]
     prompt_text: str
 
 
@@ -106,7 +109,9 @@ def build_datasets(
         ConfigError: nothing of a source, or nothing held out, is of a length that the configuration allows; or the
             chat template refuses a row.
     """
-    examples = [[list(_tokenise(rows, s, tokenizer, config.data)) for rows in (s.train, s.held_out)] for s in sources]
+    examples = [
+        [list(_tokenise(rows, s, tokenizer, config.data, phases)) for rows in (s.train, s.held_out)] for s in sources
+    ]
     return {phase: _dataset(phase, sources, examples, config) for phase in phases}
 
 
@@ -152,7 +157,7 @@ def _obstacle(row: Row, example: Example, phase: str, config: RunConfig) -> str 
 
 
 def _tokenise(
-    rows: Sequence[Row], source: Source, tokenizer: Tokenizer, config: DataConfig
+    rows: Sequence[Row], source: Source, tokenizer: Tokenizer, config: DataConfig, phases: Sequence[str]
 ) -> Iterator[tuple[Row, Example]]:
     """Every row as an example; plain text in pieces of `data.max_seq_len`."""
     system = PRESETS[source.spec.system]
@@ -161,28 +166,44 @@ def _tokenise(
         if not row.prompt:
             text = tokenizer.encode(row.chosen or "")
             for start in range(0, len(text), config.max_seq_len):
-                yield row, Example([], [], text[start : start + config.max_seq_len], None, [], "")
+                yield row, Example([], [], [], text[start : start + config.max_seq_len], None, [], [], "")
             continue
         try:
-            yield row, _dialogue(row, system, reward, tokenizer)
+            yield row, _dialogue(row, system, reward, tokenizer, phases)
         except ConfigError as error:
             raise ConfigError(f"{row.where}: {error}") from None
 
 
-def _dialogue(row: Row, system: str | None, reward: str | None, tokenizer: Tokenizer) -> Example:
-    messages = _under(system, row.prompt)
+def _dialogue(row: Row, system: str | None, reward: str | None, tokenizer: Tokenizer, phases: Sequence[str]) -> Example:
+    messages, rewarded = _under(system, row.prompt), _under(reward, row.prompt)
     prompt = tokenizer.render_prompt(messages)
-    spoken: list[bool] = []
+    reward_prompt = prompt if reward == system else tokenizer.render_prompt(rewarded)
+    texts, learning = [row.chosen, row.rejected], [phase for phase in phases if phase != "ppo"]
+    if not learning or row.chosen is None:  # a prompt alone, of which no more is asked
+        return Example(
+            prompt, prompt, [False] * len(prompt), None, None, reward_prompt, reward_prompt, text_of(messages)
+        )
+    try:
+        marks = learning != ["reward"]
+        before, spoken, (chosen, rejected) = _answered(messages, texts, tokenizer, marks)
+        same = reward == system or "reward" not in phases
+        reward_before = before if same else _answered(rewarded, texts[:1], tokenizer, marks=False)[0]
+    except ConfigError as error:
+        raise ConfigError(f"phase {learning[0]} learns from answers, and {error}") from None
+    return Example(prompt, before, spoken, chosen, rejected, reward_prompt, reward_before, text_of(messages))
 
-    def answer(text: str | None) -> list[int] | None:
-        if text is None:
-            return None
-        whole, spoken[:] = tokenizer.render([*messages, {"role": "assistant", "content": text}])
-        return whole[len(prompt) :]
 
-    rejected, chosen = answer(row.rejected), answer(row.chosen)
-    reward_prompt = prompt if reward == system else tokenizer.render_prompt(_under(reward, row.prompt))
-    return Example(prompt, spoken[: len(prompt)], chosen, rejected, reward_prompt, text_of(messages))
+def _answered(
+    messages: Messages, texts: Sequence[str | None], tokenizer: Tokenizer, marks: bool
+) -> tuple[list[int], list[bool], list[list[int] | None]]:
+    """What stands before the answers of a prompt, what the assistant said of it, and each answer."""
+    whole = [
+        None if text is None else tokenizer.render([*messages, {"role": "assistant", "content": text}], marks)
+        for text in texts
+    ]
+    start = min(len(said) - len(list(takewhile(bool, reversed(said)))) for _, said in filter(None, whole))
+    ids, said = next(filter(None, whole))
+    return ids[:start], said[:start], [None if row is None else row[0][start:] for row in whole]
 
 
 def _under(preset: str | None, prompt: Messages) -> Messages:

@@ -6,28 +6,30 @@ the chat template.
 
 from __future__ import annotations
 
+import datetime
 import functools
 import io
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise, takewhile
 from pathlib import Path
-from typing import Any
 
 import sentencepiece
 
-from ..config import ConfigError, nearest
-from .chat import BUILT_IN, Messages, Template, clean
-from .vocabulary import HFVocabulary, PieceVocabulary, read_json
+from ..config import ConfigError
+from .chat import Messages, Part, Template, clean, shared_start
+from .templates import choose, read_json
+from .vocabulary import read_vocabulary
 
 
 class Tokenizer:
     """A vocabulary and a chat template.
 
     Args:
-        path: an HF folder, read by transformers where it has tokenizer.json and by sentencepiece where it has
-            only tokenizer.model; or a sentencepiece model.
-        template: name of a built-in template, or a Jinja program; None takes the folder's own, and hh where it has
-            none.
+        path: an HF folder, or a sentencepiece model.
+        template: as `templates.choose` takes it.
         end_id: the one token that is to end responses; None: every one of `end_ids`.
+        date: that the template writes, YYYY-MM-DD; None: today's.
 
     Attributes:
         vocab_size: number of ids.
@@ -38,44 +40,75 @@ class Tokenizer:
         ConfigError: there is no tokenizer at `path`, or it lacks what the template needs.
     """
 
-    def __init__(self, path: str, template: str | None = None, end_id: int | None = None):
+    def __init__(self, path: str, template: str | None = None, end_id: int | None = None, date: str | None = None):
         folder = Path(path)
         config = read_json(folder / "tokenizer_config.json")
-        self._vocabulary = vocabulary = _read_vocabulary(folder, config)
-        self.vocab_size = vocabulary.size
+        source, ends = choose(folder, config, template), _end_ids(folder)
+        self._vocabulary = vocabulary = read_vocabulary(folder)
+        self.path, self.vocab_size, self._limit = path, vocabulary.size, vocabulary.size
         self._names = {i: name for name, i in vocabulary.controls.items()}
         # a prompt's turns come back with each of its answers
         self._encode = functools.lru_cache(maxsize=256)(vocabulary.encode)
         # a marker that cannot merge with what follows, in front of text that continues other text
         self._marker = vocabulary.encode("\n")
 
-        ends = _end_ids(folder, self.vocab_size)
+        for i in ends:
+            if not 0 <= i < self.vocab_size:
+                raise ConfigError(f"{folder}: eos_token_id={i} is outside the vocabulary of {self.vocab_size}")
         variables = dict(vocabulary.variables)
-        if not variables.get("eos_token") and ends:
+        if not source.is_own and not variables.get("eos_token") and ends:
             variables["eos_token"] = self._names.get(ends[0], "")
-        source = None if template else _own_template(folder, config)
-        name = f"the chat template of {path}"
-        if template and template not in BUILT_IN:
-            if "{" not in template:
-                raise ConfigError(f"tokenizer.template={template}: {nearest(template, BUILT_IN)}")
-            source, name = template, "tokenizer.template"
-        if source is None:
-            template = template or "hh"
-            source, name = BUILT_IN[template], f"tokenizer.template={template}"
+        if source.is_ours:
             variables["bos_token"] = "".join(self._names[i] for i in vocabulary.begin)
             variables.setdefault("eos_token", "")
-        self.template = Template(source, name, variables, vocabulary.controls, vocabulary.pattern)
-        self.end_id = vocabulary.controls[self.template.end]
-        eos = vocabulary.controls.get(variables.get("eos_token") or "")
-        self.end_ids = tuple(dict.fromkeys([self.end_id, *ends, *([] if eos is None else [eos])]))
+        self.template = Template(source, variables, vocabulary.controls, vocabulary.pattern)
+        self.date = date
+        turn, eos = (vocabulary.controls.get(name or "") for name in (self.template.end, variables.get("eos_token")))
+        self.end_ids = tuple(dict.fromkeys(i for i in (turn, *ends, eos) if i is not None))
+        if not self.end_ids:
+            raise ConfigError(
+                f"{source.name} ends the assistant's turns with no control token, and no file of {path} names an"
+                " eos_token_id: nothing would end a response"
+            )
+        self.end_id = self.end_ids[0]
         if end_id is not None:
             if end_id not in self.end_ids:
                 found = " or ".join(f"{i} ({self._names.get(i, '?')})" for i in self.end_ids)
-                raise ConfigError(f"tokenizer.end_id={end_id}: by {name}, {path} ends a response with {found}")
+                raise ConfigError(f"tokenizer.end_id={end_id}: by {source.name}, {path} ends a response with {found}")
             self.end_ids = (end_id,)
         for control, i in vocabulary.controls.items():
-            if i in vocabulary.encode(control):
+            is_unknown = control == variables.get("unk_token") and i not in (*vocabulary.begin, *self.end_ids)
+            if i in vocabulary.encode(control) and not is_unknown:  # which stands for any text
                 raise ConfigError(f"{path}: text can become the control token {control}")
+
+    @property
+    def date(self) -> str | None:
+        """That the template writes; None: today's."""
+        return self.template.date
+
+    @date.setter
+    def date(self, date: str | None) -> None:
+        try:
+            self.template.date = date and str(datetime.date.fromisoformat(date))
+        except ValueError:
+            raise ConfigError(f"tokenizer.date={date}: a date is YYYY-MM-DD") from None
+
+    def fit(self, num_ids: int, what: str) -> None:
+        """Keeps to the first `num_ids` ids. Control tokens beyond, such as a pad token that was added without a row
+        in the embeddings, are no harm where nothing writes them.
+
+        Args:
+            what: has so many, for errors.
+
+        Raises:
+            ConfigError: text reaches an id beyond, or a token that begins a text or ends a response is one.
+        """
+        self._limit = min(self._limit, num_ids)
+        beyond = self._vocabulary.texts - 1, *self._vocabulary.begin, *self.end_ids
+        if (worst := max(beyond)) >= num_ids:
+            raise ConfigError(
+                f"the tokenizer ({self.path}) has {max(self._vocabulary.texts, worst + 1)} ids, and {what} {num_ids}"
+            )
 
     def encode(self, text: str, continues: bool = False) -> list[int]:
         """Token ids of `text`: from the beginning of a sequence, its begin token in front, or continuing one."""
@@ -86,39 +119,63 @@ class Tokenizer:
         """Text of token ids, control tokens left out."""
         return self._vocabulary.decode([i for i in ids if 0 <= i < self.vocab_size and i not in self._names])
 
-    def render(self, messages: Messages) -> tuple[list[int], list[bool]]:
+    def render(self, messages: Messages, marks: bool = True) -> tuple[list[int], list[bool]]:
         """A dialogue's token ids, and for each whether the assistant says it (its end tokens included).
 
         Nothing follows the end token of the assistant's last turn.
 
+        Args:
+            marks: of all turns of the assistant; False: of the last one alone.
+
         Raises:
-            ConfigError: the chat template refuses the dialogue.
+            ConfigError: the chat template refuses the dialogue, or does not show where the assistant speaks.
         """
-        return self._tokens(messages, prompt=False)
+        return self._tokens(self.template.parts(messages, prompt=False, marks=marks))
 
     def render_prompt(self, messages: Messages) -> list[int]:
-        """A dialogue up to where the assistant is to speak: the beginning of what `render` makes with its answer.
+        """A dialogue up to where the assistant is to speak. What `render` makes of it with an answer begins with the
+        same, but for what the template opens in prompts alone.
 
         Raises:
             ConfigError: the chat template refuses the dialogue.
         """
-        return self._tokens(messages, prompt=True)[0]
+        return self._tokens(self.template.parts(messages, prompt=True))[0]
 
-    def _tokens(self, messages: Messages, prompt: bool) -> tuple[list[int], list[bool]]:
+    def _tokens(self, parts: Sequence[Part]) -> tuple[list[int], list[bool]]:
         ids: list[int] = []
         spoken: list[bool] = []
         behind_text = False
-        for part, said in self.template.parts(messages, prompt):
-            if isinstance(part, int):
-                new = [part]
-            elif behind_text or (ids and not self._vocabulary.restarts):
-                new = self._continue(part)
+        for i, part in enumerate(parts):
+            if isinstance(part.what, int):
+                if part.what >= self._limit:
+                    raise ConfigError(
+                        f"{self.template.source.name} writes {self._names[part.what]}, id {part.what}, and the model's"
+                        f" vocabulary has {self._limit}"
+                    )
+                new, said = [part.what], [part.said]
+            elif part.joins:
+                continue  # came with the part before
             else:
-                new = self._encode(part)
-            behind_text = isinstance(part, str)
+                run = [part, *takewhile(lambda other: other.joins, parts[i + 1 :])]
+                is_first = not behind_text and (not ids or self._vocabulary.restarts)
+                new, said = self._run(run, self._encode if is_first else self._continue)
+            behind_text = isinstance(part.what, str)
             ids += new
-            spoken += [said] * len(new)
+            spoken += said
         return ids, spoken
+
+    def _run(self, run: Sequence[Part], encode: Callable[[str], list[int]]) -> tuple[list[int], list[bool]]:
+        """A run of text, tokenised as one. A token that holds the end of one's words and the beginning of another's is
+        the other's."""
+        text = "".join(str(part.what) for part in run)
+        ids = encode(text)
+        said = [run[0].said] * len(ids)
+        position = 0
+        for before, part in pairwise(run):
+            position += len(str(before.what))
+            start = shared_start(ids, encode(text[:position]))
+            said[start:] = [part.said] * (len(ids) - start)
+        return ids, said
 
     def _continue(self, text: str) -> list[int]:
         ids = self._encode("\n" + text)
@@ -127,37 +184,18 @@ class Tokenizer:
         return self._encode(text)
 
 
-def _read_vocabulary(path: Path, config: dict[str, Any]) -> PieceVocabulary | HFVocabulary:
-    """The vocabulary of an HF folder or a sentencepiece file."""
-    if path.is_file():
-        return PieceVocabulary(path, {})
-    if any((path / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        return HFVocabulary(path)
-    if (path / "tokenizer.model").is_file():
-        return PieceVocabulary(path / "tokenizer.model", config)
-    raise ConfigError(f"tokenizer.path={path}: neither tokenizer.json nor tokenizer.model is there")
-
-
-def _own_template(folder: Path, config: dict[str, Any]) -> str | None:
-    """The chat template of an HF folder; of several, the default one."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    found = config.get("chat_template")
-    if isinstance(found, list):
-        found = {entry["name"]: entry["template"] for entry in found}.get("default")
-    return found
-
-
-def _end_ids(folder: Path, vocab_size: int) -> list[int]:
+def _end_ids(folder: Path) -> list[int]:
     """`eos_token_id` of generation_config.json, or of config.json."""
     for name in ("generation_config.json", "config.json"):
         found = read_json(folder / name).get("eos_token_id")
         if found is not None:
             ids = found if isinstance(found, list) else [found]
             for i in ids:
-                if not 0 <= i < vocab_size:
-                    raise ConfigError(f"{folder / name}: eos_token_id={i} is outside the vocabulary of {vocab_size}")
+                if type(i) is not int:
+                    raise ConfigError(
+                        f"{folder / name}: eos_token_id={json.dumps(found)!s:.60} is neither a token's id nor a list of"
+                        " such whole numbers"
+                    )
             return ids
     return []
 

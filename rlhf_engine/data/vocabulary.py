@@ -5,7 +5,6 @@ Both give ids of text alone. Control tokens have names and ids here, and no text
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,26 +14,84 @@ import sentencepiece
 
 from ..config import ConfigError
 from .chat import CONTROL_NAME
+from .templates import read_json
 
 # InternLM2's model file names its chat tokens as pieces of text; only its Python files give them their names.
 _ALIASES = {"<|im_start|>": "[UNUSED_TOKEN_146]", "<|im_end|>": "[UNUSED_TOKEN_145]"}
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object, empty where there is no file.
+_FAST, _BPE, _PIECES = "tokenizer.json", ("vocab.json", "merges.txt"), "tokenizer.model"
+# what transformers leaves beside a tokenizer.model that it saves
+_OF_TRANSFORMERS = ("added_tokens.json", "special_tokens_map.json")
+_FOREIGN = ("tekken.json", "*.tiktoken", "tiktoken.model", "tokenizer.model.*", "vocab.txt", "spiece.model")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (_FAST, _BPE[0], _PIECES))
+
+
+def read_vocabulary(path: Path) -> PieceVocabulary | HFVocabulary:
+    """The vocabulary of an HF folder, or of a sentencepiece model.
+
+    transformers reads the folders that it knows: those with tokenizer.json or vocab.json, and a tokenizer.model that
+    it has saved, with the tokens that were added. A tokenizer.model alone, or one of a class that transformers has not,
+    goes to sentencepiece.
 
     Raises:
-        ConfigError: the file holds something else.
+        ConfigError: there is none, or it is not read.
     """
-    if not file.is_file():
-        return {}
+    if path.is_file():
+        return PieceVocabulary(path, {})
+    config = read_json(path / "tokenizer_config.json")
+    here = [name for name in (_FAST, *_BPE, _PIECES) if (path / name).is_file()]
+    if _FAST in here or set(_BPE) <= set(here):
+        return HFVocabulary(path)
+    if _PIECES in here:
+        check_pieces(path / _PIECES)
+        if _is_known(path, config):
+            return HFVocabulary(path)
+        added = read_json(path / _OF_TRANSFORMERS[0])  # from before there was an added_tokens_decoder
+        tokens = {str(i): {"content": name, "special": True} for name, i in added.items()}
+        return PieceVocabulary(path / _PIECES, {"added_tokens_decoder": tokens, **config})
+    found = here or [file.name for pattern in _FOREIGN for file in sorted(path.glob(pattern))]
+    raise ConfigError(
+        f"tokenizer.path={path}: neither tokenizer.json nor tokenizer.model is there"
+        + (f", and {found[0]} alone is not read: {_advice(path, found[0])}" if found else "")
+    )
+
+
+def check_pieces(file: Path) -> None:
+    """Raises:
+    ConfigError: a tokenizer.model is tiktoken's, as Llama 3 has it beside its own tokenizer.json.
+    """
+    with file.open("rb") as opened:
+        if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", opened.readline(1000)):
+            raise ConfigError(f"{file} is a file of tiktoken, which is not read: {_advice(file.parent, file.name)}")
+
+
+def _is_known(path: Path, config: dict[str, Any]) -> bool:
+    """Whether transformers saved the tokenizer.model of a folder, and reads it with its own code."""
+    name = config.get("tokenizer_class")
+    if "AutoTokenizer" in (config.get("auto_map") or {}):
+        return False
+    if not isinstance(name, str):
+        return any((path / file).is_file() for file in _OF_TRANSFORMERS)
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{file} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ConfigError(f"{file} is not a JSON object")
-    return found
+        from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+    except ImportError:
+        return True  # and that is what is said then
+    return tokenizer_class_from_name(name) is not None
+
+
+def _advice(folder: Path, name: str) -> str:
+    if name in _BPE:
+        return f"{' and '.join(_BPE)} belong together"
+    if name.startswith(f"{_PIECES}."):
+        return f"tokenizer.path={folder / name} reads it"
+    return (
+        "put the tokenizer.json of the same model beside it, or make one with transformers:"
+        " AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+    )
 
 
 class PieceVocabulary:
@@ -48,6 +105,7 @@ class PieceVocabulary:
         size: number of ids.
         controls: name to id of every control token.
         pattern: finds their names in text.
+        texts: number of ids up to the last that text reaches.
         begin: the control tokens that text begins with.
         variables: what chat templates know of it.
         restarts: text behind a control token is encoded as at the beginning.
@@ -75,6 +133,7 @@ class PieceVocabulary:
         self.controls |= named
         self.pattern = _pattern((name, False, False) for name in self.controls)
         self.size = max(size, *(i + 1 for i in named.values()), 0)
+        self.texts = 1 + max(set(range(size)) - set(self.controls.values()))
         adds_begin = model.bos_id() >= 0 and config.get("add_bos_token", True)
         self.begin = [model.bos_id()] if adds_begin else []
         self.variables = {
@@ -83,7 +142,7 @@ class PieceVocabulary:
         } | {
             name: value["content"] if isinstance(value, dict) else value
             for name, value in config.items()
-            if name.endswith("_token") and isinstance(value, str | dict)
+            if name.endswith("_token") and isinstance(value, str | dict) and value
         }
         self.restarts = True
 
@@ -136,7 +195,8 @@ class HFVocabulary:
         self.model = model
         self.controls = {token.content: i for i, token in tokens.items()}
         self.pattern = _pattern((token.content, token.lstrip, token.rstrip) for token in tokens.values())
-        self.size = 1 + max(model.get_vocab(with_added_tokens=True).values())
+        ids = set(model.get_vocab(with_added_tokens=True).values())
+        self.size, self.texts = 1 + max(ids), 1 + max(ids - set(tokens))
         self.variables = hf.special_tokens_map
 
         behind = model.encode(next(iter(self.controls), "") + "a", add_special_tokens=False).ids

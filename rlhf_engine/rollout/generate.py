@@ -72,7 +72,7 @@ def rollout(
                 mine,
                 config.slots,
                 kv_tokens,
-                _text_ends(config.stop, decode) if config.stop else None,
+                _text_ends(config.stop_texts, decode) if config.stop else None,
                 report,
             )
             try:

@@ -54,7 +54,7 @@ def few(dataset: Dataset, rows: int) -> Dataset:
     """So many rows of each source, evenly among the shorter half."""
 
     def length(example: Example) -> int:
-        return len(example.prompt) + max(len(answer or ()) for answer in (example.chosen, example.rejected))
+        return len(example.before) + max(len(answer or ()) for answer in (example.chosen, example.rejected))
 
     parts = []
     for part in dataset.parts:
@@ -193,4 +193,4 @@ def generated(x: Experience, multiple: int) -> dict[str, Any]:
 
 def rows_of(examples: Sequence[Example]) -> list[list[int]]:
     """Prompts with their answers, where there are some."""
-    return [example.prompt + (example.chosen or []) for example in examples]
+    return [example.before + (example.chosen or []) for example in examples]

@@ -44,9 +44,9 @@ def answers(it: Iteration, work: Work) -> Tensor:
     """What the assistant says in the rows of an SFT step, `(B, T)`, by the examples alone."""
     mask = torch.zeros(work.batch["tokens"].shape, dtype=torch.bool)
     for row, example in enumerate(it.examples):
-        start = len(example.prompt)
+        start = len(example.before)
         mask[row, start : start + len(example.chosen or ())] = True
-        mask[row, :start] = torch.tensor(example.prompt_spoken, dtype=torch.bool)
+        mask[row, :start] = torch.tensor(example.before_spoken, dtype=torch.bool)
     mask[:, 0] = False  # nothing speaks of the first token
     return mask
 
