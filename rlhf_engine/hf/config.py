@@ -95,7 +95,7 @@ def parse(
         elif key in source and not set(names.split()) & _MAY_BE_NULL:
             raise ConfigError(f"{where}: {key} is null, and says nothing")
     if head == "scalar":
-        if (labels := len(hf["id2label"]) if hf.get("id2label") else hf.get("num_labels", 1)) != 1:
+        if (labels := len(hf["id2label"]) if hf.get("id2label") else hf.get("num_labels") or 1) != 1:
             raise ConfigError(f"{where}: {labels} labels, and a reward model has one")
         if "score_token" not in architecture.keys.values():
             found["score_pad"] = hf.get("pad_token_id")

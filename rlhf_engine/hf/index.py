@@ -74,6 +74,8 @@ def index(folder: str | Path) -> dict[str, Entry]:
     if (listing := _listing(root)) is not None:
         _check_listing(listing, stored)
     found = _named(stored, architecture)
+    if (score := found.get(architecture.score)) is not None and score.shape[0] != 1:
+        raise ConfigError(f"{score.path}: {score.name} has {score.shape[0]} labels, and a reward model has one")
     if head == "lm":
         tied = config.get("tie_word_embeddings", architecture.defaults["tie_word_embeddings"])
         _check_lm_head(config_path, found, architecture, tied)
