@@ -6,23 +6,14 @@ import glob
 import importlib
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from .config import (
-    JOBS,
-    Base,
-    ConfigError,
-    MeshConfig,
-    PolicyConfig,
-    RewardConfig,
-    RunConfig,
-    check,
-    resolve_mesh,
-)
+from .config import JOBS, Base, ConfigError, MeshConfig, RunConfig, check, resolve_mesh
 from .data.files import read_rows
 from .data.formats import check_messages
 from .data.sources import HH_MINI, Source, check_sources, parse_spec, read_sources
@@ -95,8 +86,12 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
     jobs = set(config.phases) & JOBS
     if jobs and len(config.phases) > 1:
         raise ConfigError(f"phases={config.phases}: {sorted(jobs)[0]} runs alone")
-    policy = read_base("policy", config.policy) if config.policy.path else Base(None, config.model)
-    reward = read_base("reward", config.reward) if config.reward.path else policy
+    policy = Base(None, config.model)
+    if config.policy.path:
+        policy = read_base(config.policy.path, "policy", config.policy.ignore_keys)
+    reward = policy
+    if config.reward.path:
+        reward = read_base(config.reward.path, "reward", config.reward.ignore_keys)
     if not config.plan.search:  # which looks at other meshes, and checks each
         check(config, mesh, policy.model, reward.model)
     tokenizer = read_tokenizer(config, policy)
@@ -127,16 +122,15 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
     return Plan(config, mesh, {"policy": policy, "reward": reward}, device, tokenizer, sources, ptx_sources, notes)
 
 
-def read_base(section: str, settings: PolicyConfig | RewardConfig) -> Base:
+def read_base(path: str, section: str = "policy", ignore_keys: Sequence[str] = ()) -> Base:
     """A folder that weights begin from, in HF format or converted.
 
     Args:
-        section: of the configuration that these settings are from.
+        section: of the configuration that names it.
+        ignore_keys: see `hf.config.parse`.
     """
-    path = settings.path
-    assert path is not None
     check_adapter(path)
-    model = read_model_config(path, settings.ignore_keys, f"{section}.ignore_keys")
+    model = read_model_config(path, ignore_keys, f"{section}.ignore_keys")
     if section == "policy" and has_score(path):
         raise ConfigError(f"policy.path={path} is a reward model: reward.path={path} scores with it, or trains it")
     if not is_converted(path):

@@ -84,9 +84,10 @@ def parse(
         raise ConfigError(f"{where}: quantization_config: a quantised model is not read, dequantise it first")
     if unknown:
         listing = ", ".join(f"{key}={value!r:.99}" for key, value in unknown.items())
+        way = f"{option} {' '.join(unknown)}" if option.startswith("-") else f"{option}=[{','.join(unknown)}]"
         raise ConfigError(
             f"{where}: {listing} is not understood for {architecture.name}, and may matter:"
-            f" {option}=[{','.join(unknown)}] reads the model without"
+            f" {way} reads the model without"
         )
     found: dict[str, Any] = {"architecture": architecture.name, **architecture.fields}
     for key, names in architecture.keys.items():
