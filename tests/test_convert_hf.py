@@ -291,6 +291,7 @@ def no_header(folder):
 
 
 def absent_file(folder):
+    (folder / "model.safetensors").unlink()
     listing = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(listing))
     return ["model.safetensors.index.json names model-00001-of-00002.safetensors, which is not there"]

@@ -219,6 +219,28 @@ def test_a_tensor_twice_with_the_same_numbers(folder):
     same_as_transformers(folder)
 
 
+def test_an_index_that_names_a_tied_head(folder):
+    """As it was before saving dropped the copy."""
+    name = next(iter(split(folder, ".safetensors")))
+    path = folder / "model.safetensors.index.json"
+    listing = json.loads(path.read_text())
+    listing["weight_map"]["lm_head.weight"] = name
+    path.write_text(json.dumps(listing))
+    same_as_transformers(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [({"model": {"a": torch.ones(2)}}, "not tensors by name"), ({}, "not tensors by name"), (b"no pickle", "")],
+)
+def test_a_bin_file_of_something_else(folder, content, words):
+    (folder / "model.safetensors").unlink()
+    path = folder / "pytorch_model.bin"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(ConfigError, match=f"pytorch_model.bin .*{words}"):
+        index(folder)
+
+
 @pytest.mark.parametrize("name", ["consolidated.safetensors", "model.fp16.safetensors", "model.gguf", "tf_model.h5"])
 def test_other_formats(folder, name):
     """Beside the weights they are named; instead of them, the refusal names them."""

@@ -21,7 +21,7 @@ from ..config import ConfigError, ModelConfig
 from ..mesh import ParallelMesh
 from .config import ARCHITECTURES, Head
 from .files import HFFolder, HFWriter
-from .index import SCORE_BIAS, Entry
+from .index import SCORE_BIAS, Entry, lm_head
 from .rows import Row, Window
 
 
@@ -138,8 +138,7 @@ def check_leftover(source: HFFolder, model: ModelConfig, used: set[str]) -> None
         ConfigError: names the first of them.
     """
     architecture = ARCHITECTURES[model.architecture]
-    output = next(row.hf for row in architecture.rows if row.megatron == "output_layer.weight")
-    heads = {output, architecture.score, SCORE_BIAS}  # of a kind that this role may not have
+    heads = {lm_head(architecture)[0], architecture.score, SCORE_BIAS}  # of a kind that this role may not have
     for entry in leftover(source, model, used | heads):
         raise ConfigError(f"{entry.path}: tensor {entry.name} has no place in a {architecture.name} model")
 

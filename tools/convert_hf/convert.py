@@ -109,6 +109,8 @@ def inspect_folder(args: argparse.Namespace) -> int:
         table.add_row("holds", ", ".join(sorted({key.split(".")[0] for key in held})))
     else:
         tensors = index(args.folder)
+        if score := tensors.get(family(read_json(path), str(path))[0].score):
+            table.add_row("score", f"{score.name} in {score.path.name}")
         table.add_row("format", f"HF, {len({entry.path for entry in tensors.values()})} files, {len(tensors)} tensors")
         if unread := unread_files(args.folder):
             table.add_row("not read", ", ".join(path.name for path in unread))
