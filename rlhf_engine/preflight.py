@@ -7,7 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from .data.sources import HH_MINI, Source, check_sources, parse_spec, read_sourc
 from .data.tokenizer import Tokenizer
 from .hf.config import ARCHITECTURES, family, read_json, read_model_config
 from .hf.index import check_adapter, index, unread_files
+from .sizes import settle
 
 SUMMARY = "summary.json"  # of a finished phase
 
@@ -36,6 +37,23 @@ class Plan:
     sources: list[Source]  # of the training phases; empty for a job
     ptx_sources: list[Source]  # that PPO mixes into the policy's update
     notes: list[str]  # that a user should read before the run starts, a line each
+    settled: dict[str, int] = field(default_factory=dict)  # sizes that were left open, as `settle` filled them in
+
+    @property
+    def warnings(self) -> list[str]:
+        """What may start and is hardly meant: rates at which a pretrained model forgets what it has learned."""
+        if self.bases["policy"].path is None:
+            return []
+        return [
+            f"{key}.lr={lr:g} is usual for a model from scratch, and {usual:g} for a pretrained one as this is"
+            for key, lr, most, usual in (
+                ("sft.optimizer", self.config.sft.optimizer.lr, 1e-4, 1e-5),
+                ("reward.optimizer", self.config.reward.optimizer.lr, 1e-4, 1e-5),
+                ("ppo.optimizer", self.config.ppo.optimizer.lr, 3e-5, 1e-6),
+                ("ppo.critic_optimizer", self.config.ppo.critic_optimizer.lr, 1e-4, 5e-6),
+            )
+            if key.split(".")[0] in self.config.phases and lr > most
+        ]
 
     @property
     def world_size(self) -> int:
@@ -92,6 +110,8 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
     reward = policy
     if config.reward.path:
         reward = read_base(config.reward.path, "reward", config.reward.ignore_keys)
+    context = min(base.model.max_position_embeddings for base in (policy, reward))
+    settled = settle(config, mesh, policy.model, context, device)
     if not config.plan.search:  # which looks at other meshes, and checks each
         check(config, mesh, policy.model, reward.model)
     tokenizer = read_tokenizer(config, policy)
@@ -119,7 +139,8 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
     notes = folder_notes(config, policy, reward, tokenizer)
     if config.reward.kind == "function" and "ppo" in config.phases:
         load_function(config.reward.fn or "")
-    return Plan(config, mesh, {"policy": policy, "reward": reward}, device, tokenizer, sources, ptx_sources, notes)
+    bases = {"policy": policy, "reward": reward}
+    return Plan(config, mesh, bases, device, tokenizer, sources, ptx_sources, notes, settled)
 
 
 def read_base(path: str, section: str = "policy", ignore_keys: Sequence[str] = ()) -> Base:

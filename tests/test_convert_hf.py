@@ -8,13 +8,12 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
 import sys
-import time
 
 import cases
 import pytest
 import torch
+import warm
 from conftest import ROOT, SMALL, launch
 from safetensors.torch import load_file, save_file
 from test_hf_architectures import GPT2, LAYOUTS, SIZES, assert_same_weights, expected, make, rows, transformers
@@ -140,7 +139,7 @@ def test_ctrl_c(imported, source, tmp_path, command, left):
         f"sys.argv = ['convert.py', *{words!r}, '--out', {str(tmp_path / 'out')!r}]\n"
         f"runpy.run_path({str(TOOL)!r}, run_name='__main__')"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = warm.run([sys.executable, "-c", code])
     assert result.returncode == 130 and "Traceback" not in result.stderr, result.stderr
     assert result.stderr.splitlines()[-1].startswith("interrupted")
     assert [path.name for path in tmp_path.iterdir()] == left
@@ -157,13 +156,12 @@ def test_an_import_that_was_killed_goes_on(convert, source, tmp_path):
         "c._write_results = stop\n"
         f"m.main(['import', '--hf', {str(source)!r}, '--out', {str(out)!r}, '--tp', '2'])"
     )
-    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, env=os.environ)
+    killed = warm.run([sys.executable, "-c", code])
     assert killed.returncode == -signal.SIGKILL and not out.exists()
     first = tmp_path / "out.incomplete" / "__0_0.distcp"
-    before = first.stat().st_mtime_ns
-    time.sleep(0.01)
+    os.utime(first, ns=(10**18, 10**18))
     assert convert("import", "--hf", source, "--out", out, "--tp", 2) == 0
-    assert (out / "__0_0.distcp").stat().st_mtime_ns == before
+    assert (out / "__0_0.distcp").stat().st_mtime_ns == 10**18
     assert convert("verify", "--hf", source, "--megatron", out) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -377,7 +375,7 @@ def test_a_full_disk(imported, source, tmp_path, command):
         f"sys.argv = ['convert.py', *{words!r}, '--out', {str(tmp_path / 'out')!r}];"
         f"runpy.run_path({str(TOOL)!r}, run_name='__main__')"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = warm.run([sys.executable, "-c", code])
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
     assert "File too large" in result.stderr.splitlines()[-1]
     assert not list(tmp_path.iterdir())
