@@ -9,6 +9,8 @@ torch is not imported here: tables are read before a run is known to be worth it
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -138,11 +140,12 @@ def fill(pattern: str, numbers: Sequence[str]) -> str:
 
 
 def concatenate(parts: Sequence[Tensor], dim: int) -> Tensor:
-    """torch.cat."""
+    """torch.cat: parts of several types make one of the type that holds all their numbers."""
     shape = list(parts[0].shape)
     sizes = [part.shape[dim] for part in parts]
     shape[dim] = sum(sizes)
-    whole = parts[0].new_empty(shape)
+    widest = functools.reduce(operator.add, (part.new_zeros(()) for part in parts)).dtype
+    whole = parts[0].new_empty(shape, dtype=widest)
     for part, place in zip(parts, whole.split(sizes, dim), strict=True):
         place.copy_(part)
     return whole

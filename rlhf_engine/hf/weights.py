@@ -20,7 +20,8 @@ from torch import Tensor
 from ..config import ConfigError, ModelConfig
 from ..mesh import ParallelMesh
 from .config import ARCHITECTURES, Head
-from .files import SCORE_BIAS, HFFolder, HFWriter
+from .files import HFFolder, HFWriter
+from .index import SCORE_BIAS, Entry, lm_head
 from .rows import Row, Window
 
 
@@ -137,12 +138,16 @@ def check_leftover(source: HFFolder, model: ModelConfig, used: set[str]) -> None
         ConfigError: names the first of them.
     """
     architecture = ARCHITECTURES[model.architecture]
-    heads = {architecture.score, Table(model, "lm").row("output_layer.weight")[0].hf}
-    if model.tie_word_embeddings:
-        heads |= {row.hf for row in architecture.rows if row.megatron == "output_layer.weight"}
-    for name in sorted(source.tensors.keys() - used - heads):
-        if not re.fullmatch(architecture.ignored, name):
-            raise ConfigError(f"{source.tensors[name].path}: tensor {name} has no place in a {architecture.name} model")
+    heads = {lm_head(architecture)[0], architecture.score, SCORE_BIAS}  # of a kind that this role may not have
+    for entry in leftover(source, model, used | heads):
+        raise ConfigError(f"{entry.path}: tensor {entry.name} has no place in a {architecture.name} model")
+
+
+def leftover(source: HFFolder, model: ModelConfig, used: set[str]) -> list[Entry]:
+    """Tensors of a folder that hold something learned and are none of these."""
+    ignored = ARCHITECTURES[model.architecture].ignored
+    names = sorted(source.tensors.keys() - used)
+    return [source.tensors[name] for name in names if not re.fullmatch(ignored, name)]
 
 
 def save_weights(
@@ -181,11 +186,10 @@ class Difference:
     what: str
 
 
-def compare(tensors: Iterable[tuple[str, Tensor]], source: Source, model: ModelConfig) -> tuple[int, list[Difference]]:
+def compare(tensors: Iterable[tuple[str, Tensor]], source: Source) -> tuple[int, list[Difference]]:
     """How many whole HF tensors of a model equal those of their source bit for bit, and which do not."""
-    equal, found, seen = 0, [], set()
+    equal, found = 0, []
     for name, tensor in tensors:
-        seen.add(name)
         if name not in source:
             found.append(Difference(name, "is not in the source"))
             continue
@@ -198,11 +202,6 @@ def compare(tensors: Iterable[tuple[str, Tensor]], source: Source, model: ModelC
         else:
             gap = float((wanted.double() - tensor.double()).abs().max())
             found.append(Difference(name, f"differs by up to {gap:.3g}"))
-    if isinstance(source, HFFolder):
-        try:
-            check_leftover(source, model, seen)
-        except ConfigError as error:
-            found.append(Difference("", str(error)))
     return equal, found
 
 
