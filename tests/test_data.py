@@ -9,7 +9,8 @@ import pytest
 from rlhf_engine.config import ConfigError, DataConfig, RolloutConfig, RunConfig
 from rlhf_engine.data.chat import text_of
 from rlhf_engine.data.dataset import Dataset, Part, build_datasets
-from rlhf_engine.data.formats import Row, parse_hh
+from rlhf_engine.data.formats import Row
+from rlhf_engine.data.messages import parse_hh
 from rlhf_engine.data.sources import HH_MINI, PRESETS, Source, Spec, read_sources
 from rlhf_engine.data.tokenizer import Tokenizer, train_tokenizer
 
@@ -145,7 +146,7 @@ def test_each_phase_takes_what_it_can_use(tokenizer):
     assert shares["sft"] == shares["ptx"] == {"pairs": pytest.approx(2 / 3), "text": pytest.approx(1 / 3)}
     assert shares["reward"] == {"pairs": 1.0}
     assert shares["ppo"] == {"pairs": pytest.approx(2 / 3), "prompts": pytest.approx(1 / 3)}
-    assert found["reward"].parts[0].left_out == {"without a pair of answers to one prompt": 1} and [
+    assert found["reward"].parts[0].left_out == {"without two different answers to one prompt": 1} and [
         len(found[name].parts[0].train) for name in ("sft", "reward", "ppo")
     ] == [5, 5, 5]
     pieces = [example.chosen for example in found["ptx"].parts[1].train]

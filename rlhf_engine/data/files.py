@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from ..config import ConfigError
-from .folders import KINDS, Folder, kind, look_into
+from .folders import KINDS, TEST_SPLIT, Folder, kind, look_into
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)+")  # OWNER/NAME or OWNER/NAME/FOLDER
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -51,7 +51,7 @@ def read_rows(name: str, key: str = "data.sources") -> Iterator[tuple[str, Any]]
 
 
 def _nothing_in(folder: Folder, key: str) -> str:
-    names = [name for reason, names in folder.left_out.items() if reason != "hidden" for name in names]
+    names = folder.left_out.get(TEST_SPLIT)
     way_on = (
         f"; a file that is named itself is read, whatever its name: {key}=[{folder.path / names[0]}]" if names else ""
     )

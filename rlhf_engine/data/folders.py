@@ -16,6 +16,7 @@ import yaml
 
 KINDS = (".jsonl", ".ndjson", ".json", ".parquet")
 PACKED = (".gz", ".zst")  # what may stand behind them
+TEST_SPLIT = "called a test split"  # why a file is not read
 
 # What a data set says of itself, and no rows
 _METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"}
@@ -54,7 +55,7 @@ def look_into(path: Path) -> Folder:
     splits = _splits([name for name, obstacle in obstacles.items() if obstacle is None], _card(path))
     if "train" in splits.values():
         obstacles |= {name: "not called train, as others are" for name, split in splits.items() if split is None}
-    obstacles |= {name: "called a test split" for name, split in splits.items() if split == "test"}
+    obstacles |= {name: TEST_SPLIT for name, split in splits.items() if split == "test"}
     left_out: dict[str, list[str]] = {}
     for name, obstacle in obstacles.items():
         if obstacle is not None:

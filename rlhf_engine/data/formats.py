@@ -160,10 +160,11 @@ def _answered(messages: Messages, where: str, field: str) -> Row:
 def _preference(row: dict[str, Any], where: str) -> Row:
     """Two dialogues, or two answers to one prompt. Sides that answer different prompts make no pair."""
     asked = next((key for key in (*_ANSWERS, *_DIALOGUES) if key in row), "")
+    prompt: Messages = []
     if asked in _ANSWERS:
         prompt = _prompt(row, asked, where)
-    else:
-        prompt = _dialogue(row, asked, where).prompt if asked else []
+    elif asked:
+        prompt = _dialogue(row, asked, where).prompt
     sides = []
     for key in ("chosen", "rejected"):
         if key not in row:
