@@ -14,8 +14,9 @@ from torch import Tensor
 from .algorithms.context import Context
 from .algorithms.heads import policy_log_probs
 from .config import ConfigError
-from .data.chat import clean
+from .data.chat import Messages, clean
 from .data.files import read_rows
+from .data.messages import read_messages
 from .data.sources import parse_spec
 from .experience import pad_rows, spans
 from .models.role import RoleModel
@@ -31,6 +32,10 @@ def _rows(ctx: Context) -> list[dict[str, Any]]:
     return [row for source in ctx.config.data.sources for _, row in read_rows(parse_spec(source).name)]
 
 
+def _messages(row: dict[str, Any]) -> Messages:
+    return read_messages(row["messages"], "", "messages")  # which the preflight has tried
+
+
 def score(ctx: Context, policy: RoleModel) -> None:
     """Log-prob of every token and the entropy where it was drawn; `tokens`, `log_probs`, `entropy` per row.
 
@@ -39,7 +44,7 @@ def score(ctx: Context, policy: RoleModel) -> None:
     """
     rows = _rows(ctx)
     tokens = [
-        ctx.tokenizer.encode(row["text"]) if "text" in row else ctx.tokenizer.render(row["messages"], marks=False)[0]
+        ctx.tokenizer.encode(row["text"]) if "text" in row else ctx.tokenizer.render(_messages(row), marks=False)[0]
         for row in rows
     ]
     _check_lengths(ctx, tokens, "tokens", ctx.model.max_position_embeddings)
@@ -69,7 +74,7 @@ def generate(ctx: Context, policy: RoleModel) -> None:
     """A response to every row, `{"prompt": …}` or `{"messages": […]}`: `prompt`, `response`, `tokens`, `log_probs`."""
     rows = _rows(ctx)
     prompts = [
-        ctx.tokenizer.encode(row["prompt"]) if "prompt" in row else ctx.tokenizer.render_prompt(row["messages"])
+        ctx.tokenizer.encode(row["prompt"]) if "prompt" in row else ctx.tokenizer.render_prompt(_messages(row))
         for row in rows
     ]
     _check_lengths(ctx, prompts, "prompt tokens", ctx.model.max_position_embeddings - 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from .config import RunConfig
+from .data.folders import look_into
+from .data.sources import HH_MINI, NEEDS, parse_spec
 from .sinks import Dialogues, Sinks
 
 if TYPE_CHECKING:
@@ -167,6 +170,8 @@ def show_run(plan: Plan, ctx: Context) -> None:
     console.print(table)
     if ctx.datasets:
         console.print(_mixture(plan, ctx))
+    for line in _remarks(plan, ctx):
+        print(line, flush=True)
 
 
 def _mixture(plan: Plan, ctx: Context) -> Table:
@@ -183,6 +188,19 @@ def _mixture(plan: Plan, ctx: Context) -> Table:
                 reasons.append(f"{phase}: " + ", ".join(f"{n} {reason}" for reason, n in part.left_out.items()))
         presets = {"system": spec.system, "reward": spec.reward or "default"}
         name = spec.name + "".join(f" [{key}={preset}]" for key, preset in presets.items() if preset != "default")
-        counts = str(len(source.train)), str(len(source.held_out))
-        table.add_row(escape(name), *counts, *used, "; ".join(reasons) or "-")
+        rows, held_out = len(source.train), len(source.held_out)
+        of_all = f" ({held_out / (rows + held_out):.1%})" if held_out and spec.name not in HH_MINI else ""
+        table.add_row(escape(name), str(rows), f"{held_out}{of_all}", *used, "; ".join(reasons) or "-")
     return table
+
+
+def _remarks(plan: Plan, ctx: Context) -> Iterator[str]:
+    """What was read of folders, and which source has nothing for a phase that draws from others."""
+    for name in (*plan.config.data.sources, *plan.config.ppo.ptx.sources):
+        if (path := Path(parse_spec(name).name)).is_dir():
+            yield str(look_into(path))
+    for phase, dataset in ctx.datasets.items():
+        used = [part.source for part in dataset.parts]
+        for source in plan.ptx_sources if phase == "ptx" else plan.sources:
+            if not any(source is other for other in used):
+                yield f"{source.spec.name}: no row has {NEEDS[phase]}: {phase} draws from the other sources alone"

@@ -15,7 +15,7 @@ import yaml
 
 from .config import JOBS, Base, ConfigError, MeshConfig, RunConfig, check, resolve_mesh
 from .data.files import read_rows
-from .data.formats import check_messages
+from .data.messages import read_messages
 from .data.sources import HH_MINI, Source, check_sources, parse_spec, read_sources
 from .data.tokenizer import Tokenizer
 from .data.vocabulary import has_tokenizer, read_vocabulary
@@ -305,7 +305,7 @@ def check_job_row(row: Any, where: str, job: str, tokenizer: Tokenizer | None) -
         return
     if "messages" not in row:
         raise ConfigError(f"{where}: a row of the {job} job has {key!r} or 'messages', this one {sorted(row)!s:.99}")
-    check_messages(messages := row["messages"], where, "messages")
+    messages = read_messages(row["messages"], where, "messages")
     assert tokenizer is not None  # of the policy, which a job has
     try:
         tokenizer.template.parts(messages, prompt=job == "generate", marks=False)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
 from rlhf_engine.config import ConfigError, DataConfig, RolloutConfig, RunConfig
 from rlhf_engine.data.chat import text_of
 from rlhf_engine.data.dataset import Dataset, Part, build_datasets
-from rlhf_engine.data.formats import Row, parse_hh
+from rlhf_engine.data.formats import Row
+from rlhf_engine.data.messages import parse_hh
 from rlhf_engine.data.sources import HH_MINI, PRESETS, Source, Spec, read_sources
 from rlhf_engine.data.tokenizer import Tokenizer, train_tokenizer
+from rlhf_engine.logbook import _remarks
 
 HELPFUL, HARMLESS = HH_MINI
 
@@ -145,12 +148,27 @@ def test_each_phase_takes_what_it_can_use(tokenizer):
     assert shares["sft"] == shares["ptx"] == {"pairs": pytest.approx(2 / 3), "text": pytest.approx(1 / 3)}
     assert shares["reward"] == {"pairs": 1.0}
     assert shares["ppo"] == {"pairs": pytest.approx(2 / 3), "prompts": pytest.approx(1 / 3)}
-    assert found["reward"].parts[0].left_out == {"without a pair of answers to one prompt": 1} and [
+    assert found["reward"].parts[0].left_out == {"without two different answers to one prompt": 2} and [
         len(found[name].parts[0].train) for name in ("sft", "reward", "ppo")
-    ] == [5, 5, 5]
+    ] == [5, 4, 5]
     pieces = [example.chosen for example in found["ptx"].parts[1].train]
     assert max(map(len, pieces)) == 50
     assert [i for piece in pieces for i in piece] == tokenizer.encode(TEXT.chosen) * 2
+
+
+def test_a_source_with_nothing_for_a_phase_is_said(tokenizer, tmp_path):
+    """And so is what was read of a folder."""
+    (tmp_path / "test.jsonl").touch()
+    (tmp_path / "train.jsonl").touch()
+    sources = [rows_of("pairs", [PAIR] * 5), rows_of(str(tmp_path), [PROMPT] * 5)]
+    config = RunConfig(data=DataConfig(sources=["pairs", str(tmp_path)]))
+    found = build_datasets(["sft", "reward", "ppo"], sources, tokenizer, config)
+    plan = SimpleNamespace(config=config, sources=sources, ptx_sources=[])
+    assert list(_remarks(plan, SimpleNamespace(datasets=found))) == [
+        f"{tmp_path}: read train.jsonl; not read: test.jsonl (called a test split)",
+        f"{tmp_path}: no row has an answer or text: sft draws from the other sources alone",
+        f"{tmp_path}: no row has two different answers to one prompt: reward draws from the other sources alone",
+    ]
 
 
 def test_presets_stand_in_front(tokenizer):

@@ -121,14 +121,13 @@ def _dataset(
     data = config.data
     of_use = [any(serves(row, phase) for row in source.train) for source in sources]
     total = sum(source.share for source, used in zip(sources, of_use, strict=True) if used)
-    parts = []
+    parts, lost = [], Counter[str]()  # of the rows held out
     for source, (train, held_out), used in zip(sources, examples, of_use, strict=True):
         if not used:
             continue
-        found = [(example, _obstacle(row, example, phase, config)) for row, example in train]
-        kept = [example for example, reason in found if reason is None]
-        left_out = Counter(reason for _, reason in found if reason is not None)
-        for_evaluation = [example for row, example in held_out if not _obstacle(row, example, phase, config)]
+        kept, left_out = _sorted_out(train, phase, config)
+        for_evaluation, reasons = _sorted_out(held_out, phase, config)
+        lost += reasons
         if not kept:
             raise ConfigError(
                 f"no row of {source.spec.name} fits data.max_seq_len={data.max_seq_len}, data.max_prompt_len="
@@ -138,8 +137,19 @@ def _dataset(
         parts.append(Part(source, source.share / total, kept, for_evaluation, left_out))
     if not any(part.held_out for part in parts) and any(source.held_out for source in sources):
         names = ", ".join(part.source.spec.name for part in parts)
-        raise ConfigError(f"no held-out row of {names} is of use in phase {phase}: raise data.num_eval_rows")
+        why = ", ".join(f"{number} {reason}" for reason, number in lost.items())
+        raise ConfigError(
+            f"no held-out row of {names} is of use in phase {phase} ({why}): raise data.num_eval_rows"
+            + (", data.max_prompt_len or data.max_seq_len" if "long" in why else "")
+        )
     return Dataset(parts, config.seed, data.strategy)
+
+
+def _sorted_out(rows: list[tuple[Row, Example]], phase: str, config: RunConfig) -> tuple[list[Example], Counter[str]]:
+    """What a phase can use, and how many of the others it cannot use for which reason."""
+    found = [(example, _obstacle(row, example, phase, config)) for row, example in rows]
+    left_out = Counter(reason for _, reason in found if reason is not None)
+    return [example for example, reason in found if reason is None], left_out
 
 
 def _obstacle(row: Row, example: Example, phase: str, config: RunConfig) -> str | None:

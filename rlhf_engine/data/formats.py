@@ -1,17 +1,28 @@
-"""From a row as a file has it to a prompt and its answers. The keys of a row tell its format."""
+"""From a row as a file has it to a prompt and its answers. Its keys tell its format, the most specific first."""
 
 from __future__ import annotations
 
-import re
+import json
 from dataclasses import dataclass
 from typing import Any
 
 from ..config import ConfigError
 from .chat import Messages, clean
+from .messages import is_dialogue, is_hh, joined, parse_hh, read_messages
 
-ROLES = ("system", "user", "assistant")
-# what is asked, and what is answered
-_ANSWERED = (("prompt", "completion"), ("instruction", "output"), ("question", "answer"))
+_DIALOGUES = ("messages", "conversations", "conversation")
+# what is asked, and under which keys it may be answered
+_ANSWERS = {
+    "prompt": ("completion", "response"),
+    "instruction": ("output", "response"),
+    "question": ("answer", "response"),
+    "query": ("response",),
+    "input": ("output",),
+}
+_UNSUPPORTED = {
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), "only text is supported"),
+    **dict.fromkeys(("tools", "functions"), "dialogues with tools are not supported"),
+}
 
 
 @dataclass(frozen=True)
@@ -38,68 +49,34 @@ def read_row(row: Any, where: str) -> Row:
         ConfigError: its keys fit no format, or a value is not what its key promises.
     """
     if isinstance(row, list):
-        return _answered(_messages(row, where, "the row"), where, "the row")
+        return _answered(read_messages(row, where, "the row"), where, "the row")
     if not isinstance(row, dict):
         raise ConfigError(f"{where}: a row is a JSON object or a list of messages, not {type(row).__name__}")
-    row = {key: value for key, value in row.items() if value is not None}  # a table has every column in every row
-    if "messages" in row:
-        return _answered(_messages(row["messages"], where, "messages"), where, "messages")
-    if "chosen" in row or "rejected" in row:
+    keys, row = sorted(row), {key: value for key, value in row.items() if not _is_nothing(value)}
+    for key, reason in _UNSUPPORTED.items():
+        if row.get(key) and row[key] not in ("[]", "{}"):
+            raise ConfigError(f"{where}: {key!r}: {reason}")
+    if row.get("chosen") or row.get("rejected"):
         return _preference(row, where)
-    for asked, answered in _ANSWERED:
-        if asked in row and answered in row:
-            prompt = _turns(row, asked, where, "user")
-            if asked == "instruction" and row.get("input"):
-                prompt[-1]["content"] += "\n\n" + _text(row, "input", where)
-            return _answered([*prompt, *_turns(row, answered, where, "assistant")], where, answered)
+    if dialogue := next((key for key in _DIALOGUES if key in row), None):
+        return _dialogue(row, dialogue, where)
+    for asked, answers in _ANSWERS.items():
+        if asked in row and (answer := next((key for key in answers if key in row), None)):
+            return _question(row, asked, answer, where)
     if "prompt" in row:
-        return _answered(_turns(row, "prompt", where, "user"), where, "prompt")
+        return _answered(_prompt(row, "prompt", where), where, "prompt")
     if "text" in row:
         return Row(where, [], _text(row, "text", where))
     raise ConfigError(
-        f"{where}: the keys {sorted(row)!s:.200} fit no format: a row is a list of messages or has 'messages',"
-        " 'chosen' and 'rejected', 'prompt' (and 'completion'), 'instruction' and 'output', 'question' and 'answer',"
-        " or 'text'"
+        f"{where}: the keys {keys!s:.200} fit no format: a row is a list of messages or has 'messages' or"
+        " 'conversations', 'chosen' and 'rejected', 'prompt' (and 'completion'), 'instruction' and 'output', 'question'"
+        " and 'answer', or 'text'"
     )
 
 
-def check_messages(value: Any, where: str, field: str) -> None:
-    """Raises:
-    ConfigError: `value` is not a list of messages.
-    """
-    if not isinstance(value, list) or not value:
-        raise ConfigError(f"{where}: {field} must be a list of messages, {{'role': …, 'content': text}}")
-    for i, message in enumerate(value):
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise ConfigError(f"{where}: each message is an object, {{'role': …, 'content': text}}")
-        if (role := message.get("role")) not in ROLES:
-            raise ConfigError(f"{where}: role {role!r:.40} is not one of {', '.join(ROLES)}")
-        if role == "system" and i:
-            raise ConfigError(f"{where}: a system message stands first, here it is message {i + 1}")
-
-
-_TURN = re.compile(r"\n\n(Human|Assistant):")
-
-
-def parse_hh(text: str, where: str, field: str) -> Messages:
-    """hh-rlhf's text, "\\n\\nHuman: … \\n\\nAssistant: …", to messages. Turns of one speaker in a row are joined.
-
-    Raises:
-        ConfigError: the text has another form.
-    """
-    parts = _TURN.split(clean(text))
-    if len(parts) < 3 or parts[0].strip() or parts[1] != "Human":
-        raise _not_hh(where, field)
-    speakers = {"Human": "user", "Assistant": "assistant"}
-    turns = zip(parts[1::2], parts[2::2], strict=True)
-    return _joined([{"role": speakers[speaker], "content": said.strip()} for speaker, said in turns])
-
-
-def _not_hh(where: str, field: str) -> ConfigError:
-    return ConfigError(
-        f"{where}: {field!r} must be a list of messages, or text that begins with a '\\n\\nHuman:' turn and ends with"
-        " an '\\n\\nAssistant:' turn"
-    )
+def _is_nothing(value: Any) -> bool:
+    """A table has every column in every row, and pandas writes NaN where it has no text."""
+    return value is None or value == [] or value != value
 
 
 def _text(row: dict[str, Any], key: str, where: str) -> str:
@@ -108,36 +85,71 @@ def _text(row: dict[str, Any], key: str, where: str) -> str:
     return clean(row[key])
 
 
-def _messages(value: Any, where: str, field: str) -> Messages:
-    check_messages(value, where, field)
-    return [{"role": message["role"], "content": clean(message["content"])} for message in value]
-
-
-def _joined(messages: Messages) -> Messages:
-    """Turns of one speaker in a row made one."""
-    found: Messages = []
-    for message in messages:
-        if found and found[-1]["role"] == message["role"]:
-            found[-1]["content"] += "\n" + message["content"]
-        else:
-            found.append(dict(message))
-    return found
-
-
 def _turns(row: dict[str, Any], key: str, where: str, speaker: str) -> Messages:
-    """A value that is a list of messages, hh-rlhf's text, or what one speaker says."""
-    if isinstance(row[key], list):
-        return _messages(row[key], where, key)
-    text = _text(row, key, where)
-    if not text.startswith("\n\nHuman:"):
-        return [{"role": speaker, "content": text}]
-    messages = parse_hh(text, where, key)
+    """A value that is a dialogue, or what one speaker says."""
+    if not is_dialogue(row[key]):
+        return [{"role": speaker, "content": _text(row, key, where)}]
+    if not isinstance(row[key], str) or not is_hh(row[key]):
+        return joined(read_messages(row[key], where, key))
+    messages = parse_hh(row[key], where, key)
     return messages[:-1] if speaker == "user" and messages[-1] == {"role": "assistant", "content": ""} else messages
+
+
+def _dialogue(row: dict[str, Any], key: str, where: str) -> Row:
+    return _answered(_behind(row, joined(read_messages(row[key], where, key)), where), where, key)
+
+
+def _question(row: dict[str, Any], asked: str, answer: str, where: str) -> Row:
+    """A prompt and what answers it, unless a KTO row's `label` says that it is a bad answer."""
+    prompt = _prompt(row, asked, where)
+    said = [] if row.get("label") is False else _answer(row, asked, answer, where)
+    return _answered([*prompt, *said], where, answer)
+
+
+def _prompt(row: dict[str, Any], asked: str, where: str) -> Messages:
+    """What is asked, behind the row's system message and earlier turns."""
+    prompt = _turns(row, asked, where, "user")
+    if asked == "instruction":
+        prompt[-1]["content"] += "".join(
+            "\n\n" + _text(row, key, where) for key in ("input", "context") if row.get(key)
+        )
+    return _behind(row, prompt, where)
+
+
+def _behind(row: dict[str, Any], messages: Messages, where: str) -> Messages:
+    """A dialogue behind the row's `system` and `history`, pairs of a question and its answer or messages."""
+    key = next((key for key in ("system", "system_prompt") if row.get(key)), None)
+    system, messages = _apart(messages)
+    if key is not None and not system:
+        system = [{"role": "system", "content": _text(row, key, where)}]
+    history = row.get("history") or []
+    if isinstance(history, str):
+        try:
+            history = json.loads(history)
+        except (ValueError, RecursionError):
+            raise ConfigError(f"{where}: 'history' must be a list of pairs, and is text that is no JSON") from None
+    if isinstance(history, list) and all(isinstance(turn, list) and len(turn) == 2 for turn in history):
+        said = zip(("user", "assistant") * len(history), (text for turn in history for text in turn), strict=True)
+        history = [{"role": role, "content": text} for role, text in said]
+    return [*system, *(read_messages(history, where, "history") if history else []), *messages]
+
+
+def _apart(messages: Messages) -> tuple[Messages, Messages]:
+    """The system message, if there is one, and the turns."""
+    cut = bool(messages) and messages[0]["role"] == "system"
+    return messages[:cut], messages[cut:]
+
+
+def _answer(row: dict[str, Any], asked: str, key: str, where: str) -> Messages:
+    """What answers a prompt; hh-rlhf's goes on behind 'Assistant:', so that a space in front is no part of it."""
+    turns = _turns(row, key, where, "assistant")
+    goes_on = isinstance(row.get(asked), str) and is_hh(row[asked])
+    return [{**turn, "content": turn["content"].strip()} for turn in turns] if goes_on else turns
 
 
 def _answered(messages: Messages, where: str, field: str) -> Row:
     """A dialogue cut behind its last user turn."""
-    messages = _joined(messages)
+    messages = joined(messages)
     asked = [i for i, message in enumerate(messages) if message["role"] == "user"]
     if not asked:
         raise ConfigError(f"{where}: {field} has no turn of the user")
@@ -146,21 +158,37 @@ def _answered(messages: Messages, where: str, field: str) -> Row:
 
 
 def _preference(row: dict[str, Any], where: str) -> Row:
-    """Two dialogues, or two answers to `prompt`. Sides that answer different prompts make no pair."""
+    """Two dialogues, or two answers to one prompt. Sides that answer different prompts make no pair."""
+    asked = next((key for key in (*_ANSWERS, *_DIALOGUES) if key in row), "")
+    prompt: Messages = []
+    if asked in _ANSWERS:
+        prompt = _prompt(row, asked, where)
+    elif asked:
+        prompt = _dialogue(row, asked, where).prompt
+    sides = []
     for key in ("chosen", "rejected"):
         if key not in row:
             raise ConfigError(f"{where}: no {key!r} beside {sorted(row)!s:.200}; a row has 'chosen' and 'rejected'")
-    before = _turns(row, "prompt", where, "user") if "prompt" in row else []
-    sides = []
-    for key in ("chosen", "rejected"):
-        value = row[key]
-        is_dialogue = isinstance(value, list) or (isinstance(value, str) and value.startswith("\n\nHuman:"))
-        if not (is_dialogue or (before and isinstance(value, str))):
-            raise _not_hh(where, key)
-        turns = _turns(row, key, where, "assistant")
-        side = _answered(turns if any(turn["role"] == "user" for turn in turns) else [*before, *turns], where, key)
-        if side.chosen is None:
-            raise _not_hh(where, key)
-        sides.append(side)
+        if not (prompt or is_dialogue(row[key])):
+            parse_hh(_text(row, key, where), where, key)  # which tells what would be right
+        turns = _answer(row, asked, key, where)
+        goes_on = all(turn["role"] == "assistant" for turn in turns)
+        sides.append(_answered([*prompt, *turns] if goes_on else _whole(prompt, turns, where, key), where, key))
     chosen, rejected = sides
     return Row(where, chosen.prompt, chosen.chosen, rejected.chosen if chosen.prompt == rejected.prompt else None)
+
+
+def _whole(prompt: Messages, turns: Messages, where: str, key: str) -> Messages:
+    """A side's dialogue behind what the prompt alone has: a system message, and turns that the side does not repeat."""
+    before, (own_system, turns) = _apart(prompt), _apart(turns)
+    system, earlier = own_system or before[0], before[1]
+    said, known = ([(turn["role"], turn["content"].strip()) for turn in some] for some in (turns, earlier))
+    repeated = [i for i in range(len(known)) if said[: len(known) - i] == known[i:]]
+    is_within = any(said[i : i + len(known)] == known for i in range(len(said)))
+    if repeated and not is_within:
+        return [*system, *earlier[: repeated[0]], *turns]
+    if is_within or len(earlier) < 2:
+        return [*system, *turns]
+    if earlier[-1]["role"] == "assistant":
+        return [*system, *earlier, *turns]
+    raise ConfigError(f"{where}: {key!r} neither repeats the last turn of 'prompt' nor answers it")

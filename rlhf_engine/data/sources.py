@@ -14,6 +14,7 @@ from . import hh_mini
 from .files import read_rows
 from .formats import Row, read_row
 
+NUM_EVAL_ROWS = 256
 GoldFn = Callable[[str, str], float]  # prompt text, response text -> score
 
 HH_MINI = tuple(f"hh_mini/{subset}" for subset in hh_mini.SUBSETS)  # the embedded sources
@@ -101,7 +102,7 @@ def parse_spec(text: str, key: str = "data.sources") -> Spec:
 
 
 def read_sources(
-    names: Sequence[str], num_rows: int, num_eval_rows: int, seed: int, key: str = "data.sources"
+    names: Sequence[str], num_rows: int, num_eval_rows: int | None, seed: int, key: str = "data.sources"
 ) -> list[Source]:
     """Every source of a mixture, read and checked.
 
@@ -109,18 +110,20 @@ def read_sources(
         names: as `parse_spec` reads them.
         num_rows: generated for all of `HH_MINI` together.
         num_eval_rows: held out of all sources together: the test split of `HH_MINI`, the last rows of others. May be 0.
+            None: `NUM_EVAL_ROWS`, but of no file more than a tenth.
 
     Raises:
         ConfigError: names the source, the file and the row, and what would be right.
     """
     specs = [parse_spec(name, key) for name in names]
-    if 0 < num_eval_rows < len(specs):
+    if num_eval_rows is not None and 0 < num_eval_rows < len(specs):
         raise ConfigError(f"data.num_eval_rows={num_eval_rows}: each source needs one row held out at least")
     total = sum(spec.weight for spec in specs)
     sources = []
     for spec in specs:
         share = spec.weight / total
-        num_eval = max(1, round(num_eval_rows * share)) if num_eval_rows else 0
+        wanted = NUM_EVAL_ROWS if num_eval_rows is None else num_eval_rows
+        num_eval = max(1, round(wanted * share)) if wanted else 0
         if spec.name.split("/")[0] == "hh_mini":
             if spec.name not in HH_MINI:
                 raise ConfigError(f"{key}={spec.name}: {nearest(spec.name, HH_MINI)}")
@@ -128,8 +131,13 @@ def read_sources(
             held_out = _generate(spec.name, "test", num_eval, seed)
         else:
             rows = [read_row(row, where) for where, row in read_rows(spec.name, key)]
+            if num_eval_rows is None:
+                num_eval = min(num_eval, max(1, len(rows) // 10))
             if len(rows) <= num_eval:
-                raise ConfigError(f"{spec.name} has {len(rows)} rows, no more than the {num_eval} held out of it")
+                raise ConfigError(
+                    f"{key}: {spec.name} has {len(rows)} rows, no more than the {num_eval} held out of it: lower"
+                    " data.num_eval_rows or add rows"
+                )
             train, held_out = rows[: len(rows) - num_eval], rows[len(rows) - num_eval :]
         sources.append(Source(spec, share, train, held_out))
     return sources
@@ -142,7 +150,7 @@ def _generate(name: str, split: str, num_rows: int, seed: int) -> list[Row]:
 
 NEEDS = {
     "sft": "an answer or text",
-    "reward": "a pair of answers to one prompt",
+    "reward": "two different answers to one prompt",
     "ppo": "a prompt",
     "ptx": "an answer or text",
 }
@@ -151,7 +159,8 @@ NEEDS = {
 def serves(row: Row, phase: str) -> bool:
     """Whether a row has what a phase of `NEEDS` learns from."""
     if phase == "reward":
-        return bool(row.prompt) and row.rejected is not None
+        answers = {(answer or "").strip() for answer in (row.chosen, row.rejected)}
+        return bool(row.prompt) and len(answers - {""}) == 2
     if phase == "ppo":
         return bool(row.prompt and row.prompt[-1]["content"].strip())
     return bool(row.chosen and row.chosen.strip())
