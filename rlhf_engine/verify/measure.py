@@ -26,7 +26,7 @@ from ..models.role import RoleModel
 from ..models.stream import Work, infer
 from ..schedule import Schedule, Stage
 from ..trainer import build_role
-from .findings import Finding, bound, worst
+from .findings import Finding, bound, rms, worst
 from .rounding import moved
 
 MICRO_BATCH = 2
@@ -173,7 +173,7 @@ class Iteration:
     def log_prob_bound(self) -> float:
         """What rounding may do to the policy's log-prob of a response token, nats."""
         x, sampling = self.experience, self.ctx.config.rollout
-        assert x.log_probs is not None
+        assert x.log_probs is not None and x.response_mask is not None
         ban = (self.ctx.tokenizer.end_ids, sampling.min_new_tokens)
 
         def fn(hidden: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
@@ -182,7 +182,7 @@ class Iteration:
 
         with self.moved("policy") as work:
             again = infer([replace(work, fn=fn)])[0]
-        return bound(float((again - x.log_probs).abs().max()), float(again.abs().max()))
+        return bound(rms((again - x.log_probs)[x.response_mask]), rms(again[x.response_mask]))
 
 
 def first_iteration(ctx: Context, phase: str, rollout: Mapping[str, Any] | None = None) -> Iteration:

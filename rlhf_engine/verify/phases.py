@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ..algorithms.heads import policy_log_probs
 from ..experience import spans
 from ..models.stream import Work, infer
 from . import plain
-from .findings import Finding, bound
+from .findings import Finding, bound, rms
 from .measure import Iteration
 from .updates import Check, complete, loss_finding, micro_batches, reported_loss, slope, whole_loss
 
@@ -24,14 +24,20 @@ def raw_outputs(work: Work) -> Tensor:
     return infer([replace(work, fn=lambda output, batch: output.squeeze(-1).double())])[0]
 
 
+def sampling(it: Iteration) -> tuple[float, tuple[Sequence[int], int]]:
+    """Temperature and ban of the distribution that a phase learns."""
+    if it.phase != "ppo":
+        return 1.0, ((), 0)
+    rollout = it.ctx.config.rollout
+    return rollout.temperature, (it.ctx.tokenizer.end_ids, rollout.min_new_tokens)
+
+
 def plain_log_probs(it: Iteration, work: Work, mask: str) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies of a policy's work, of the tokens that one of its fields selects."""
-    sampling, ban = it.ctx.config.rollout, (it.ctx.tokenizer.end_ids, it.ctx.config.rollout.min_new_tokens)
-    options = (sampling.temperature, ban) if it.phase == "ppo" else (1.0, ((), 0))
 
     def fn(output: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         hidden, head = plain.whole_hidden(work.role, output), plain.whole_head(work.role)
-        return plain.log_probs(hidden, head, batch["tokens"], batch[mask], *options)
+        return plain.log_probs(hidden, head, batch["tokens"], batch[mask], *sampling(it))
 
     both = infer([replace(work, fn=fn)])[0]
     return both[:, 0], both[:, 1]
@@ -103,31 +109,35 @@ def masked_prompts(it: Iteration) -> Finding:
     """The loss has a gradient at the outputs before an answer's tokens, at every one, and at no other: exactly 0 there.
 
     A gradient is known for each token, where a loss is a sum in which a single token may get lost, and it does not ask
-    for other tokens to compare with, which an untrained part of a vocabulary makes all alike.
+    for other tokens to compare with, which an untrained part of a vocabulary makes all alike. A token that is certain
+    to the last bit has none and needs none.
     """
     (work, *_) = it.works["policy"]
     if it.phase == "sft":
         said = answers(it, work)
-    else:  # with advantages that are nowhere 0
+    else:
         assert it.experience.prompts is not None
         starts = torch.tensor([len(it.experience.prompts[i]) for i in work.batch["samples"].tolist()])
         said = spans(starts, work.batch["lengths"], work.batch["tokens"].shape[1])
-        advantages = torch.randn(said.shape, generator=torch.Generator().manual_seed(1))
-        work = replace(work, batch={**work.batch, "advantages": advantages})
+    fields = {"said": said}
+    if it.phase == "ppo":  # that are nowhere 0
+        fields["advantages"] = torch.randn(said.shape, generator=torch.Generator().manual_seed(1))
 
     def fn(output: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         with torch.enable_grad():
             output = output.detach().requires_grad_()
             (gradient,) = torch.autograd.grad(work.fn(output, batch)[0], output)
-        return plain.whole_hidden(work.role, gradient).abs().amax(2)
+        log_probs, _ = policy_log_probs(work.role, output.detach(), batch, batch["said"], *sampling(it))
+        return torch.stack([plain.whole_hidden(work.role, gradient).abs().amax(2), log_probs], 1)
 
-    speaks = infer([replace(work, fn=fn)])[0] > 0
-    before = F.pad(said[:, 1:], (0, 1))  # an output speaks of the token after it
-    deaf, loud = (before & ~speaks).sum(1), (speaks & ~before).sum(1)
-    detail = (
-        f"{int(before.sum() - deaf.sum())} of {int(before.sum())} tokens of answers count, {int(loud.sum())} others"
-    )
-    return Finding(int(deaf.sum() + loud.sum()), 0, detail)
+    found = infer([replace(work, fn=fn, batch={**work.batch, **fields})])[0]
+    speaks = torch.zeros_like(said)
+    speaks[:, 1:] = found[:, 0, :-1] > 0  # an output speaks of the token after it
+    uncertain, others = said & (found[:, 1] != 0), speaks & ~said
+    num_tokens, num_heard, num_others = (int(x.sum()) for x in (uncertain, uncertain & speaks, others))
+    num_others += int((found[:, 0, -1] > 0).sum())
+    detail = f"{num_heard} of {num_tokens} tokens of answers count, and {num_others} others"
+    return Finding(num_tokens - num_heard + num_others, 0, detail)
 
 
 # -- what PPO promises -----------------------------------------------------------------------------------------
@@ -136,8 +146,8 @@ def masked_prompts(it: Iteration) -> Finding:
 def first_kl(it: Iteration) -> Finding:
     """Of the policy that has not been updated, to the reference."""
     x = it.experience
-    gap = (x.log_probs - x.ref_log_probs).abs().max()  # type: ignore[operator]
-    return Finding(float(gap), it.log_prob_bound, f"nats of a token; {it.figures['kl/mean']:.2g} of a response")
+    gap = rms((x.log_probs - x.ref_log_probs)[x.response_mask])  # type: ignore[operator]
+    return Finding(gap, it.log_prob_bound, f"nats of a token; {it.figures['kl/mean']:.2g} of a response")
 
 
 def first_ratio(it: Iteration) -> Finding:
@@ -149,7 +159,9 @@ def first_ratio(it: Iteration) -> Finding:
 
 def sampler_gap(it: Iteration) -> Finding:
     """Between the log-probs of the rollout and the trainer's of the same tokens."""
-    return Finding(it.figures["rollout/log_prob_gap"], it.log_prob_bound, "nats of a token")
+    x = it.experience
+    gap = rms((x.log_probs - x.sampler_log_probs)[x.response_mask])  # type: ignore[operator]
+    return Finding(gap, it.log_prob_bound, "nats of a token")
 
 
 def values(it: Iteration) -> Finding:
@@ -161,7 +173,7 @@ def values(it: Iteration) -> Finding:
     with it.moved("critic") as work:
         again = raw_outputs(work)
     found, raw, again = x.values[:, 1:][mask].double(), raw[:, :-1][mask], again[:, :-1][mask]
-    return Finding(float((found - raw).abs().max()), bound(float((again - raw).abs().max()), float(raw.abs().max())))
+    return Finding(rms(found - raw), bound(rms(again - raw), rms(raw)))
 
 
 def advantages(it: Iteration) -> Finding:
@@ -172,7 +184,7 @@ def advantages(it: Iteration) -> Finding:
     fields = x.log_probs, x.ref_log_probs, x.values
     wanted = plain.advantages(*fields, scores, x.response_mask, config)  # type: ignore[arg-type]
     size = max(float(field.abs().max()) for field in (wanted, scores, x.values, x.scores))  # type: ignore[union-attr]
-    gap = float((x.advantages - wanted).abs().max())  # type: ignore[operator]
+    gap = rms((x.advantages - wanted)[x.response_mask])  # type: ignore[operator]
     return Finding(gap / (size or 1.0), bound(0.0, 1.0))
 
 

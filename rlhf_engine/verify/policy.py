@@ -19,8 +19,8 @@ from ..hf.weights import RandomWeights, Source, Table, compare, parameters, whol
 from ..models.role import RoleModel, head_weight
 from ..plan.partition import num_parameters, padded_vocab_size
 from . import plain
-from .findings import Finding, Skipped, bound, worst
-from .subject import Subject, largest
+from .findings import Finding, Skipped, bound, rms, worst
+from .subject import Subject
 
 _GARBAGE = 100.0
 
@@ -61,8 +61,8 @@ def against_transformers(subject: Subject) -> Finding:
         raise Skipped(wanted)
     fn = functools.partial(subject.plain, temperature=1.0, ban=((), 0), dtype=torch.float32)
     found, again = (x[:, 0][subject.mask] for x in subject.infer_twice(fn))
-    limit = bound(largest(again - found), largest(found))
-    return Finding(largest(found - wanted[subject.mask]), limit, "nats of a token")
+    limit = bound(rms(again - found), rms(found))
+    return Finding(rms(found - wanted[subject.mask]), limit, "nats of a token")
 
 
 def _of_transformers(folder: str, subject: Subject) -> Tensor | str:
@@ -88,8 +88,8 @@ def _of_transformers(folder: str, subject: Subject) -> Tensor | str:
 def log_prob_kernel(subject: Subject) -> Finding:
     """Log-probs and entropies against float64 ones from the same hidden states."""
     ours, wanted, narrow, *_ = (x.transpose(1, 2)[subject.mask] for x in subject.views)
-    limit = bound(largest(narrow - wanted), largest(wanted))
-    return Finding(largest(ours - wanted), limit, "nats of a token, entropy included")
+    limit = bound(rms(narrow - wanted), rms(wanted))
+    return Finding(rms(ours - wanted), limit, "nats of a token, entropy included")
 
 
 def alignment(subject: Subject) -> Finding:
@@ -153,7 +153,7 @@ def padding(subject: Subject) -> Finding:
         after = subject.infer(subject.stacked), subject.generate(range(len(subject.prompts)))
         for rows, values in kept:
             rows.copy_(values)
-    gap = largest(before[0] - after[0])
+    gap = float((before[0] - after[0]).abs().max())
     differing = sum(x != y for x, y in zip(before[1], after[1], strict=True))
     return Finding(gap + differing, 0, f"{differing} responses differ")
 
@@ -171,20 +171,22 @@ def batch_independence(subject: Subject) -> Finding:
     each token of each way is held to its own noise, and log-probs to each other as far as tokens agree.
     """
     wanted, *ways = subject.responses
-    figures, apart = [largest(subject.sampled.misses)], 0
+    gaps, num_apart = [], 0
     for x, y in ((x, y) for way in ways for x, y in zip(way, wanted, strict=True)):
         same = sum(1 for _ in itertools.takewhile(lambda both: both[0] == both[1], zip(x[0], y[0], strict=False)))
-        is_cut = same == min(len(x[0]), len(y[0])) and len(x[0]) != len(y[0])  # one goes on, and no token says why
-        figures += [abs(a - b) for a, b in zip(x[1][:same], y[1][:same], strict=True)] + [math.inf] * is_cut
-        apart += x[0] != y[0]
+        gaps += [a - b for a, b in zip(x[1][:same], y[1][:same], strict=True)]
+        num_apart += x[0] != y[0]
+        if len(x[0]) != len(y[0]) and same == min(len(x[0]), len(y[0])):  # one goes on, and no token says why
+            gaps.append(math.inf)
+    figure = max(rms(subject.sampled.misses), rms(torch.tensor(gaps)))
     limit = bound(max(subject.sampled.rounding), subject.sampled.size)
-    return Finding(max(figures), limit, f"{apart} of {sum(map(len, ways))} responses differ")
+    return Finding(figure, limit, f"{num_apart} of {sum(map(len, ways))} responses differ")
 
 
 def sampler(subject: Subject) -> Finding:
     """Log-probs that the sampler gave its tokens, against those of the forward that training uses."""
     found = subject.sampled
-    return Finding(largest(found.gaps), bound(found.rounding[0], found.size), "nats of a token")
+    return Finding(rms(found.gaps), bound(found.rounding[0], found.size), "nats of a token")
 
 
 CHECKS = {

@@ -11,7 +11,6 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
 from ..models.role import RoleModel
 
@@ -23,18 +22,14 @@ def moved(role: RoleModel) -> Iterator[None]:
     """Within it the weights of a role that is on its device are off by a last bit each."""
     weights = list(role.chunks.parameters())
     before = [weight.detach().clone() for weight in weights]
-    with torch.no_grad():
-        for weight in weights:
-            weight.mul_(1 + torch.finfo(weight.dtype).eps * _signs(weight))
+    for weight in weights:
+        bits = weight.detach().view(_BITS[weight.dtype])
+        # up or down by a hash of the bits themselves, so that replicas and copies move alike on every mesh
+        upwards = (bits.long() * 0x9E3779B1 >> 30) & 2
+        bits += torch.where(weight.detach() == 0, 0, upwards - 1).to(bits.dtype)
     try:
         yield
     finally:
         with torch.no_grad():
             for weight, value in zip(weights, before, strict=True):
                 weight.copy_(value)
-
-
-def _signs(weight: Tensor) -> Tensor:
-    """1 or -1 for each number by a hash of its own bits, so that replicas and copies move alike on every mesh."""
-    hashed = weight.detach().view(_BITS[weight.dtype]).long() * 0x9E3779B1
-    return ((hashed >> 30) & 2).to(weight.dtype) - 1

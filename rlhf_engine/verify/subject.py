@@ -19,6 +19,7 @@ from ..rollout.generate import rollout
 from ..rollout.sampling import sample_keys, uniforms
 from ..trainer import base_policy
 from . import plain
+from .findings import rms
 from .measure import MICRO_BATCH, rows_of
 from .rounding import moved
 
@@ -137,8 +138,8 @@ class Subject:
         return Sampled(
             torch.tensor([x for log_probs in distinct.values() for x in log_probs], dtype=torch.float64) - found[0],
             torch.maximum(found[1] - noise, noise - found[2]).clamp_min(0),
-            float(found[0].abs().max()),
-            [largest(x) for x in (found - again).abs()],
+            rms(found[0]),
+            [rms(x) for x in found - again],
         )
 
 
@@ -149,7 +150,7 @@ class Sampled:
     Attributes:
         gaps: nats, the sampler's log-probs less the trainer's.
         misses: by how much a token's noise is outside of the interval that the token has in [0, 1).
-        size: the largest log-prob.
+        size: of the log-probs.
         rounding: what the last bits of weights do to log-probs and to where an interval starts and stops.
     """
 
@@ -157,7 +158,3 @@ class Sampled:
     misses: Tensor
     size: float
     rounding: list[float]
-
-
-def largest(values: Tensor) -> float:
-    return float(values.abs().max()) if values.numel() else 0.0

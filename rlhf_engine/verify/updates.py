@@ -58,8 +58,8 @@ def measure_rounding(it: Iteration) -> None:
                 change = row_losses(works) - losses
                 train_step(works, it.ctx.metrics, it.ctx.trace)
             it.ctx.metrics.reduce(it.ctx.mesh)
-            sums = (float(x.sum()) for x in (losses, losses.abs(), change.abs()))
-            it.rounding[name] = Rounding(*sums, gradient(role))
+            loss, size, off = (float(x.sum()) for x in (losses, losses.abs(), change.abs()))
+            it.rounding[name] = Rounding(loss, size, off, gradient(role))
 
 
 def loss_finding(found: float, wanted: float, size: float, rounding: float, detail: str) -> Finding:
