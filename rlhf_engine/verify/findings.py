@@ -13,7 +13,7 @@ from torch import Tensor
 # large as the measured ones: over seeds, models and meshes at most 1.6 times so.
 MARGIN = 4.0
 
-_EPS = torch.finfo(torch.float32).eps
+EPS = torch.finfo(torch.float32).eps
 
 
 class Skipped(Exception):
@@ -52,4 +52,4 @@ def bound(measured: float, size: float) -> float:
         measured: what it does to a figure of the same kind.
         size: of the numbers that the figure is a difference of, which float32 sums cannot bring closer.
     """
-    return MARGIN * (measured + _EPS * size)
+    return MARGIN * (measured + EPS * size)

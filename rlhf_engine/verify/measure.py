@@ -21,7 +21,9 @@ from ..algorithms.heads import policy_log_probs
 from ..config import OptimizerConfig, RunConfig
 from ..data.dataset import Dataset, Example
 from ..experience import Experience
+from ..hf.files import SCORE_BIAS
 from ..hf.weights import Table, parameters, whole_tensors
+from ..models.residency import Presence
 from ..models.role import RoleModel
 from ..models.stream import Work, infer
 from ..schedule import Schedule, Stage
@@ -124,12 +126,14 @@ def gather_gradient(role: RoleModel) -> None:
                 dist.all_gather_into_tensor(bucket.grad_data, mine, group=group)
 
 
-def gradient(role: RoleModel) -> Gradient:
+def gradient(role: RoleModel, phase: str) -> Gradient:
     """Of the step that was just made."""
     gather_gradient(role)
     found = Gradient()
     mine = {name: parameter.main_grad for name, parameter in parameters(role.chunks)}  # type: ignore[attr-defined]
     for name, tensor in whole_tensors(mine, Table(role.model, role.head), role.mesh):
+        if (phase, name) == ("reward", SCORE_BIAS):  # it makes no difference between two answers: 0, up to rounding
+            continue
         flat = tensor.float().flatten()
         found.norms[name] = float(torch.linalg.vector_norm(flat, dtype=torch.float64))
         found.entries[name] = flat[:: math.ceil(len(flat) / _ENTRIES)].cpu()
@@ -206,7 +210,7 @@ def first_iteration(ctx: Context, phase: str, rollout: Mapping[str, Any] | None 
             steps = [step if isinstance(step, list) else [step] for step in works]
             found.works[role.name] = steps[0]
             yield from steps
-            found.gradients[role.name] = gradient(role)
+            found.gradients[role.name] = gradient(role, phase)
 
         return replace(stage, body=body) if stage.kind == "train" else stage
 
@@ -226,12 +230,12 @@ def wake_head(role: RoleModel) -> None:
     """Gives a scalar head of zeros some weights, without which nothing below it would have a gradient."""
     if role.head != "scalar" or (role.is_offloaded and not role.is_trained):  # which has left its weights already
         return
-    with role.on_device():
+    with role.on_device(Presence.TRAINING if role.is_trained else Presence.WEIGHTS):
         if role.mesh.is_last_stage and not (weight := role.chunks[-1].output_layer.weight).any():
             noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
             weight.copy_(noise / weight.shape[1] ** 0.5)
-    if role.is_trained:
-        role.optimizer.reload_model_params()
+        if role.is_trained:
+            role.optimizer.reload_model_params()
 
 
 def generated(x: Experience, multiple: int) -> dict[str, Any]:

@@ -43,11 +43,12 @@ def plain_log_probs(it: Iteration, work: Work, mask: str) -> tuple[Tensor, Tenso
     return both[:, 0], both[:, 1]
 
 
-def against_plain(role: str, found: float, terms: Tensor, it: Iteration) -> Finding:
+def against_plain(role: str, found: float, terms: Tensor, it: Iteration, condition: float = 1.0) -> Finding:
     """A loss against the mean of plain terms."""
     wanted, size = float(terms.mean()), float(terms.abs().mean())
     ratio = f" ({found / wanted:.4g} times as large)" if wanted else ""
-    return loss_finding(found, wanted, size, it.rounding[role].loss, f"{found:.6g} for {wanted:.6g}{ratio}")
+    detail = f"{found:.6g} for {wanted:.6g}{ratio}"
+    return loss_finding(found, wanted, size, it.rounding[role].loss, detail, condition)
 
 
 def answers(it: Iteration, work: Work) -> Tensor:
@@ -88,11 +89,12 @@ def policy_loss(it: Iteration) -> Finding:
     work = later(it.works["policy"][0], "log_probs")
     rows, mask, old = (work.batch[name] for name in ("samples", "response_mask", "log_probs"))
     assert x.advantages is not None and x.response_mask is not None
-    advantages, selected = x.advantages[rows].double(), x.advantages[x.response_mask].double()
+    advantages, selected, condition = x.advantages[rows].double(), x.advantages[x.response_mask].double(), 1.0
     if config.whiten_advantages:
-        advantages = (advantages - selected.mean()) / (selected.var(correction=0) + 1e-8).sqrt()
+        mean, std = selected.mean(), (selected.var(correction=0) + 1e-8).sqrt()
+        advantages, condition = (advantages - mean) / std, 1 + float(mean.abs() / std)
     terms = plain.policy_losses(*plain_log_probs(it, work, "response_mask"), old, advantages, mask, config)
-    return against_plain("policy", whole_loss([work]), terms, it)
+    return against_plain("policy", whole_loss([work]), terms, it, condition)
 
 
 def value_loss(it: Iteration) -> Finding:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -9,17 +10,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..hf.files import SCORE_BIAS
 from ..hf.weights import Table, parameters, whole_tensors
 from ..models.residency import Presence
 from ..models.stream import Work, infer, train_step
-from .findings import Finding, bound, worst
+from .findings import EPS, Finding, bound, worst
 from .measure import Gradient, Iteration, Rounding, gather_gradient, gradient
 from .rounding import moved
 
 _PACKED = 3  # rows of the longest length that a packed micro-batch holds
 NORM = 1e-3  # of a gradient: sums of up to 1e9 squares in float32
 _BENT = 0.02  # share by which a loss may differ from a straight line so near to where it is
+_LEAST = 10  # times what rounding does, of a change that is still to be seen
 
 Check = Callable[[Iteration], Finding]
 
@@ -59,13 +60,19 @@ def measure_rounding(it: Iteration) -> None:
                 train_step(works, it.ctx.metrics, it.ctx.trace)
             it.ctx.metrics.reduce(it.ctx.mesh)
             loss, size, off = (float(x.sum()) for x in (losses, losses.abs(), change.abs()))
-            it.rounding[name] = Rounding(loss, size, off, gradient(role))
+            it.rounding[name] = Rounding(loss, size, off, gradient(role, it.phase))
 
 
-def loss_finding(found: float, wanted: float, size: float, rounding: float, detail: str) -> Finding:
-    """How far two losses are apart, as a share of what rows have in them: what cancels has rounded all the same."""
+def loss_finding(
+    found: float, wanted: float, size: float, rounding: float, detail: str, condition: float = 1.0
+) -> Finding:
+    """How far two losses are apart, as a share of what rows have in them: what cancels has rounded all the same.
+
+    Args:
+        condition: how many times larger the numbers are that those in the loss are differences of.
+    """
     size = size or 1.0
-    return Finding(abs(found - wanted) / size, bound(rounding / size, 1.0), detail)
+    return Finding(abs(found - wanted) / size, bound(rounding / size, condition), detail)
 
 
 def reported_loss(it: Iteration) -> Finding:
@@ -77,18 +84,22 @@ def reported_loss(it: Iteration) -> Finding:
 def slope(it: Iteration) -> Finding:
     """How much the losses change along the gradients, by two forwards, against what the gradients promise.
 
-    The change that is asked for is between what rounding does to the loss and the loss itself: as many times the one as
-    the other is that.
+    The change that is asked for is between what rounding does to the loss and the loss itself, as many times the one as
+    the other is that; and less as long as that is too much for a straight line, as where values are soon clipped.
     """
-    return worst(_slope(works, it) for works in it.works.values())
+    found = []
+    for name, works in it.works.items():
+        rounding = it.rounding[name]
+        noise = rounding.loss + EPS * rounding.size
+        first = _slope(works, it, step := math.sqrt(noise * rounding.size), noise)
+        others = (_slope(works, it, step / 4**i, noise) for i in range(1, 10) if step / 4**i > _LEAST * noise)
+        found.append(next((finding for finding in itertools.chain([first], others) if finding.excess <= 1), first))
+    return worst(found)
 
 
-def _slope(works: Sequence[Work], it: Iteration) -> Finding:
-    role = works[0].role
-    rounding, norm = it.rounding[role.name], it.figures[f"{role.name}/grad_norm"]
-    noise = rounding.loss + torch.finfo(torch.float32).eps * rounding.size
-    step, ratio = math.sqrt(noise * rounding.size), 0.0
-    if norm and step:
+def _slope(works: Sequence[Work], it: Iteration, step: float, noise: float) -> Finding:
+    role, ratio = works[0].role, 0.0
+    if step and (norm := it.figures[f"{role.name}/grad_norm"]):
         with role.on_device(Presence.TRAINING):
             train_step(works, it.ctx.metrics, it.ctx.trace)
             it.ctx.metrics.reduce(it.ctx.mesh)
@@ -96,7 +107,7 @@ def _slope(works: Sequence[Work], it: Iteration) -> Finding:
             role.gather()
             promised, change = _walk(works, step / norm**2 / 2)
         ratio = promised / change if change else math.inf
-    limit = _BENT + (noise / step if step else 0.0)
+    limit = _BENT + (2 * noise / step if step else 0.0)  # of two losses
     return Finding(abs(ratio - 1), limit, f"{role.name}: the gradient is {ratio:.3g} times the loss's change")
 
 
@@ -130,8 +141,7 @@ def complete(it: Iteration) -> Finding:
         f"{role}: {name}"
         for role, found in it.gradients.items()
         for name, norm in found.norms.items()
-        # a reward model's bias makes no difference between two answers
-        if norm == 0 and ".experts." not in name and (it.phase, name) != ("reward", SCORE_BIAS)
+        if norm == 0 and ".experts." not in name
     ]
     return Finding(len(names), 0, f"none in {names[0]}" if names else "")
 
@@ -148,7 +158,7 @@ def micro_batches(it: Iteration) -> Finding:
                 others = [replace(w, micro_batch_size=size) for w in works]
                 train_step(others, it.ctx.metrics, it.ctx.trace)
                 role.gather()
-                ours = gradient(role)
+                ours = gradient(role, it.phase)
             role.micro_batch_tokens = None
             loss = it.ctx.metrics.reduce(it.ctx.mesh)[0].get(f"{name}/loss", math.nan)
             what = f"{name} packed" if budget else f"{name} of {size} row{'s' if size > 1 else ''}"
