@@ -54,8 +54,8 @@ def test_every_mesh_of_four_ranks(embedded):
 def test_real_weights_on_every_mesh_of_four_ranks(worlds, shared, tmp_path):
     model = shared / "models" / "stories260K_hf"
     settings = [*SMALL, "phases=[sft]", f"output_dir={tmp_path}", f"policy.path={model}"]
-    # its tokenizer cuts more finely; and a phase of one iteration ends with a second one that changes nothing
-    settings += ["data.max_seq_len=512", "data.max_prompt_len=400", "sft.iterations=1"]
+    # its tokenizer cuts more finely; and an update may change nothing
+    settings += ["data.max_seq_len=512", "data.max_prompt_len=400", "sft.optimizer.lr=0"]
     assert worlds(4).run(cases.verify, settings) == [0] * 4
     found = lines(tmp_path)
     assert len([name for name in found if " on tp " in name]) == 8
@@ -131,6 +131,7 @@ def test_a_fault_is_caught_by_name(outcomes, fault, check, words):
 )
 def test_a_fault_of_ppo_is_caught_by_name(worlds, tmp_path, fault, check):
     settings = [*SMALL, "phases=[ppo]", "reward=function", "reward.fn=rewards:short_and_polite"]
+    settings += ["schedule.residency=offload"]  # roles that are away between stages
     assert worlds(1).run(cases.verify, [*settings, f"output_dir={tmp_path}"], fault) == [1]
     assert check in failed(tmp_path)
 
