@@ -76,9 +76,7 @@ def biased(tmp_path_factory) -> list[str]:
         for name, parameter in model.named_parameters():
             parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator) + float("norm" in name))
         embeddings = model.get_input_embeddings().weight
-        embeddings[1::2] = embeddings[
-            ::2
-        ]  # each token has an equal, as those that no text had
+        embeddings[1::2] = embeddings[::2]  # each token has an equal, as those that no text had
     folder = tmp_path_factory.mktemp("biased")
     model.save_pretrained(folder)
     texts = [row.chosen for source in read_sources(HH_MINI, 200, 8, 1) for row in source.train]

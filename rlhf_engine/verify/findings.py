@@ -30,7 +30,7 @@ class Finding:
 
     @property
     def excess(self) -> float:
-        """The figure in units of its limit: infinite where there is none, or one of them is no number."""
+        """The figure in units of its limit: infinite beyond one of 0, and where either is no number."""
         excess = self.figure / self.limit if self.limit else math.inf if self.figure else 0.0
         return math.inf if math.isnan(excess) else excess
 

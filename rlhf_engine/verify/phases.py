@@ -154,9 +154,8 @@ def first_kl(it: Iteration) -> Finding:
 
 def first_ratio(it: Iteration) -> Finding:
     """Of new to old probabilities before any update."""
-    return Finding(
-        abs(it.figures["policy/ratio_first"] - 1), it.log_prob_bound, f"{it.figures['policy/ratio_first']:.8f}"
-    )
+    ratio = it.figures["policy/ratio_first"]
+    return Finding(abs(ratio - 1), it.log_prob_bound, f"{ratio:.8f}")
 
 
 def sampler_gap(it: Iteration) -> Finding:
