@@ -19,6 +19,7 @@ from .rounding import moved
 
 _PACKED = 3  # rows of the longest length that a packed micro-batch holds
 NORM = 1e-3  # of a gradient: sums of up to 1e9 squares in float32
+_SUMS = 4  # that round, one after the other, on the way to a loss: of tokens, micro-batches, replicas
 _BENT = 0.02  # share by which a loss may differ from a straight line so near to where it is
 _LEAST = 10  # times what rounding does, of a change that is still to be seen
 
@@ -72,7 +73,7 @@ def loss_finding(
         condition: how many times larger the numbers are that those in the loss are differences of.
     """
     size = size or 1.0
-    return Finding(abs(found - wanted) / size, bound(rounding / size, condition), detail)
+    return Finding(abs(found - wanted) / size, bound(rounding / size, _SUMS * condition), detail)
 
 
 def reported_loss(it: Iteration) -> Finding:
