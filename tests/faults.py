@@ -122,6 +122,19 @@ def unmasked_prompt(patch) -> None:
     wrap(patch, sft, "supervised", change)
 
 
+def unheard_token(patch) -> None:
+    """Of each answer one token in the middle is not learned from."""
+    from rlhf_engine.algorithms import sft
+
+    def change(original, examples, multiple):
+        x = original(examples, multiple)
+        for mask, example in zip(x.loss_mask, examples, strict=True):
+            mask[len(example.prompt) + len(example.chosen) // 2] = False
+        return x
+
+    wrap(patch, sft, "supervised", change)
+
+
 def padding_counted(patch) -> None:
     """The padded part of the vocabulary takes part in the softmax."""
     from rlhf_engine.algorithms import heads

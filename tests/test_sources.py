@@ -157,25 +157,6 @@ def test_json_files_of_other_shapes(tmp_path):
         assert list(read_rows(str(file))) == [(f"{file}:1", row)]
 
 
-<<<<<<< HEAD
-@pytest.mark.parametrize(
-    ("name", "data", "words"),
-    [
-        ("a.jsonl", b'{"text": "T"}\n{', ":2: "),
-        ("a.jsonl", b'{"text": "T"}\n"\xff"', ":2: "),
-        ("a.jsonl", b"[" * 100_000, ":1: "),
-        ("a.json", b'[{"text": "T"},\n', "a.json: "),
-        ("a.json", b'{"text": "T"}\n{', ":2: "),
-        ("a.json", b"[]", "no rows"),
-        ("a.jsonl.gz", b"plain", ":1: "),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "T"}\n' * 999, mtime=0)[:-9], "a.jsonl.gz:"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "T"}\n' * 999, mtime=0)[:12] + b"\xff" * 20, "a.jsonl.gz:"),
-        ("a.parquet", b"PAR1 it is not", ":1: "),
-        ("a.csv", b"a,b", ".jsonl, .json, .parquet"),
-    ],
-)
-def test_files_that_cannot_be_read(tmp_path, name, data, words):
-=======
 BAD_FILES = {
     "half a line": ("a.jsonl", b'{"text": "T"}\n{', ":2: "),
     "no UTF-8": ("a.jsonl", b'{"text": "T"}\n"\xff"', ":2: byte 0xff is not UTF-8"),
@@ -200,7 +181,6 @@ BAD_FILES = {
 @pytest.mark.parametrize("case", BAD_FILES)
 def test_files_that_cannot_be_read(tmp_path, case):
     name, data, words = BAD_FILES[case]
->>>>>>> w-data
     if name.endswith(".parquet"):
         pytest.importorskip("pyarrow")
     (tmp_path / name).write_bytes(data)
@@ -282,13 +262,8 @@ VALUE = SAID | SAID.map(lambda text: HH + text) | MESSAGES | MESSAGES.map(json.d
 ROW_OF_ANY = MESSAGES | st.dictionaries(st.sampled_from(KEYS), VALUE)
 
 
-<<<<<<< HEAD
 @settings(max_examples=600)
-@given(st.lists(ROW, min_size=1, max_size=4))
-=======
-@settings(max_examples=600, deadline=None)
 @given(st.lists(ROW_OF_ANY, min_size=1, max_size=4))
->>>>>>> w-data
 def test_any_row_is_read_or_refused_in_one_line(tmp_path_factory, rows):
     file = write(tmp_path_factory.mktemp("any"), "a.jsonl", rows)
     try:

@@ -16,9 +16,9 @@ from ..algorithms.context import Context, TrainState
 from ..config import ConfigError, MeshConfig, ModelConfig, check_model
 from ..schedule import Schedule
 from ..trainer import build_role
-from .findings import Finding, relative
+from .findings import Finding, worst
 from .measure import Iteration, first_iteration
-from .updates import distance, tolerance
+from .updates import NORM, distances
 
 _OF_THE_MACHINE = ("time/", "throughput/", "idle/", "mfu/")
 
@@ -50,14 +50,13 @@ def _takes(mesh: MeshConfig, model: ModelConfig) -> bool:
 def same_iteration(ctx: Context, phase: str, wanted: Iteration, rollout: dict[str, Any] | None) -> Finding:
     """Losses and gradients of a phase on another mesh against those on the run's own."""
     found = first_iteration(ctx, phase, rollout)
-    gaps = {}
+    gaps = []
     for name, ours in found.gradients.items():
-        gaps[name] = distance(name, (found.figures.get(f"{name}/loss", torch.nan), ours), wanted)
-        if ctx.mesh.is_main:
-            norm = relative(found.figures[f"{name}/grad_norm"], ours.norm), "norm of the whole"
-            gaps[f"{name} "] = norm
-    worst = max(gaps, key=lambda name: gaps[name][0])
-    return Finding(gaps[worst][0], tolerance(found).gradient, f"{worst.strip()}, {gaps[worst][1]}")
+        gaps += distances(name, name, found.figures.get(f"{name}/loss", torch.nan), ours, wanted)
+        if ctx.mesh.is_main and ours.norm:
+            norm = abs(found.figures[f"{name}/grad_norm"] / ours.norm - 1)
+            gaps.append(Finding(norm, NORM, f"{name}, norm of the whole"))
+    return worst(gaps)
 
 
 def resumed(ctx: Context, phase: str, folder: Path) -> Finding:
@@ -76,7 +75,7 @@ def resumed(ctx: Context, phase: str, folder: Path) -> Finding:
         shutil.rmtree(folder)
     off = sum((x - y).double().square().sum() for x, y in zip(found[1], wanted[1], strict=True))
     update = sum((x - y).double().square().sum() for x, y in zip(wanted[1], before, strict=True))
-    differing = [name for name, value in wanted[0].items() if found[0].get(name) != value]
+    differing = [name for name, value in wanted[0].items() if str(found[0].get(name)) != str(value)]  # nan as well
     detail = (
         f"{differing[0]} is {found[0].get(differing[0])}, not {wanted[0][differing[0]]}"
         if differing
@@ -84,7 +83,8 @@ def resumed(ctx: Context, phase: str, folder: Path) -> Finding:
     )
     exact = ctx.mesh.device.type == "cpu"
     # a GPU's sums of gradients come in any order, and Adam's step is as large for a small gradient as for a large one
-    return Finding(float((off / update) ** 0.5) + (len(differing) if exact else 0), 0.0 if exact else 0.1, detail)
+    share = float((off / update) ** 0.5) if off else 0.0  # of an update that may be nothing
+    return Finding(share + (len(differing) if exact else 0), 0.0 if exact else 0.1, detail)
 
 
 class _Run:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,14 +17,19 @@ from torch import Tensor
 
 from ..algorithms import ALGORITHMS
 from ..algorithms.context import Context, TrainState
+from ..algorithms.heads import policy_log_probs
 from ..config import OptimizerConfig, RunConfig
 from ..data.dataset import Dataset, Example
 from ..experience import Experience
+from ..hf.files import SCORE_BIAS
 from ..hf.weights import Table, parameters, whole_tensors
+from ..models.residency import Presence
 from ..models.role import RoleModel
-from ..models.stream import Work
+from ..models.stream import Work, infer
 from ..schedule import Schedule, Stage
 from ..trainer import build_role
+from .findings import Finding, bound, rms, worst
+from .rounding import moved
 
 MICRO_BATCH = 2
 _MOST_NEW_TOKENS = 16
@@ -75,18 +82,36 @@ class Gradient:
     def norm(self) -> float:
         return math.hypot(*self.norms.values())
 
-    def gap(self, other: Gradient) -> tuple[float, str]:
-        """The largest distance of a tensor, as a share of the other's, and which tensor it is.
+    def finding(self, other: Gradient, rounding: Rounding, what: str) -> Finding:
+        """How far another one of the same step is, in the tensor where it is furthest for what rounding does there.
 
-        One that is next to nothing is measured by the whole gradient: what there is of it is rounding.
+        Distances are shares of a tensor's norm, or of a thousandth of the whole gradient's where it is next to nothing:
+        what there is of it then is rounding.
         """
-        whole = math.hypot(*(float(entries.norm()) for entries in other.entries.values()))
-        gaps = {
-            name: float((self.entries[name] - entries).norm() / (entries.norm() + 1e-3 * whole + 1e-30))
-            for name, entries in other.entries.items()
-        }
-        worst = max(gaps, key=lambda name: gaps[name] if gaps[name] == gaps[name] else math.inf, default="")
-        return gaps.get(worst, 0.0), worst
+        whole = math.hypot(*(float(entries.norm()) for entries in self.entries.values()))
+        found = [Finding(0.0, 0.0)]  # of ranks that have no entries
+        for name, entries in self.entries.items():
+            size = float(entries.norm()) + 1e-3 * whole + 1e-30
+            gap, measured = (float((x.entries[name] - entries).norm()) / size for x in (other, rounding.gradient))
+            found.append(Finding(gap, bound(measured, whole / size), f"{what}, {name}"))
+        return worst(found)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What the last bits of a role's weights change in its step.
+
+    Attributes:
+        without_step: the loss of the rows.
+        size: mean size of what rows add to it.
+        loss: mean size of what these change by.
+        gradient: of the weights that are off.
+    """
+
+    without_step: float
+    size: float
+    loss: float
+    gradient: Gradient
 
 
 def gather_gradient(role: RoleModel) -> None:
@@ -101,14 +126,16 @@ def gather_gradient(role: RoleModel) -> None:
                 dist.all_gather_into_tensor(bucket.grad_data, mine, group=group)
 
 
-def gradient(role: RoleModel) -> Gradient:
+def gradient(role: RoleModel, phase: str) -> Gradient:
     """Of the step that was just made."""
     gather_gradient(role)
     found = Gradient()
     mine = {name: parameter.main_grad for name, parameter in parameters(role.chunks)}  # type: ignore[attr-defined]
     for name, tensor in whole_tensors(mine, Table(role.model, role.head), role.mesh):
+        if (phase, name) == ("reward", SCORE_BIAS):  # it makes no difference between two answers: 0, up to rounding
+            continue
         flat = tensor.float().flatten()
-        found.norms[name] = float(flat.norm())
+        found.norms[name] = float(torch.linalg.vector_norm(flat, dtype=torch.float64))
         found.entries[name] = flat[:: math.ceil(len(flat) / _ENTRIES)].cpu()
     return found
 
@@ -120,6 +147,7 @@ class Iteration:
     Attributes:
         works: of each trained role's step, its own first.
         gradients: of each trained role.
+        rounding: of each trained role, once it is measured.
     """
 
     ctx: Context
@@ -129,6 +157,36 @@ class Iteration:
     figures: dict[str, float] = field(default_factory=dict)
     works: dict[str, list[Work]] = field(default_factory=dict)
     gradients: dict[str, Gradient] = field(default_factory=dict)
+    rounding: dict[str, Rounding] = field(default_factory=dict)
+
+    def of_responses(self, role: str) -> Work:
+        """The work of a role with PPO's responses, all of them in their order."""
+        x = self.experience
+        assert x.tokens is not None and x.lengths is not None and x.response_mask is not None
+        batch = {"tokens": x.tokens, "lengths": x.lengths, "response_mask": x.response_mask}
+        return replace(self.works[role][0], batch=batch)
+
+    @contextlib.contextmanager
+    def moved(self, role: str) -> Iterator[Work]:
+        """The same, of weights that are off by their last bits."""
+        work = self.of_responses(role)
+        with work.role.on_device(), moved(work.role):
+            yield work
+
+    @functools.cached_property
+    def log_prob_bound(self) -> float:
+        """What rounding may do to the policy's log-prob of a response token, nats."""
+        x, sampling = self.experience, self.ctx.config.rollout
+        assert x.log_probs is not None and x.response_mask is not None
+        ban = (self.ctx.tokenizer.end_ids, sampling.min_new_tokens)
+
+        def fn(hidden: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+            role = self.works["policy"][0].role
+            return policy_log_probs(role, hidden, batch, batch["response_mask"], sampling.temperature, ban)[0]
+
+        with self.moved("policy") as work:
+            again = infer([replace(work, fn=fn)])[0]
+        return bound(rms((again - x.log_probs)[x.response_mask]), rms(again[x.response_mask]))
 
 
 def first_iteration(ctx: Context, phase: str, rollout: Mapping[str, Any] | None = None) -> Iteration:
@@ -152,7 +210,7 @@ def first_iteration(ctx: Context, phase: str, rollout: Mapping[str, Any] | None 
             steps = [step if isinstance(step, list) else [step] for step in works]
             found.works[role.name] = steps[0]
             yield from steps
-            found.gradients[role.name] = gradient(role)
+            found.gradients[role.name] = gradient(role, phase)
 
         return replace(stage, body=body) if stage.kind == "train" else stage
 
@@ -172,12 +230,12 @@ def wake_head(role: RoleModel) -> None:
     """Gives a scalar head of zeros some weights, without which nothing below it would have a gradient."""
     if role.head != "scalar" or (role.is_offloaded and not role.is_trained):  # which has left its weights already
         return
-    with role.on_device():
+    with role.on_device(Presence.TRAINING if role.is_trained else Presence.WEIGHTS):
         if role.mesh.is_last_stage and not (weight := role.chunks[-1].output_layer.weight).any():
             noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
             weight.copy_(noise / weight.shape[1] ** 0.5)
-    if role.is_trained:
-        role.optimizer.reload_model_params()
+        if role.is_trained:
+            role.optimizer.reload_model_params()
 
 
 def generated(x: Experience, multiple: int) -> dict[str, Any]:

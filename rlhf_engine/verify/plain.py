@@ -8,7 +8,8 @@ Sources: Schulman et al. 2015, arXiv:1506.02438, eq. 16 (advantages); Schulman e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,29 +39,47 @@ def whole_head(role: RoleModel) -> Tensor:
     return gathered(head_weight(role.chunks[-1]).detach(), 0, role.mesh)[: role.model.vocab_size]
 
 
-def log_probs(
-    hidden: Tensor, head: Tensor, tokens: Tensor, mask: Tensor, temperature: float, ban: tuple[Sequence[int], int],
-    shift: int = 1,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Log-probs and entropies `(B, T)` of the tokens that the mask selects, 0 elsewhere.
+def distributions(
+    hidden: Tensor, head: Tensor, mask: Tensor, temperature: float, ban: tuple[Sequence[int], int],
+    shift: int = 1, dtype: torch.dtype = torch.float64,
+) -> Iterator[tuple[int, list[int], Tensor]]:  # fmt: skip
+    """For each row which of the positions that the mask selects have an output, and their log-probs `(N, V)`.
 
     Args:
         hidden, head: `(B, T, H)` and `(V, H)`, of any type.
         ban: tokens that have no probability among the first so many that the mask selects in a row.
         shift: the output that speaks of a token stands so many positions before it.
+        dtype: of the logits; narrower ones than float32 are widened then.
     """
+    for row in range(len(hidden)):
+        positions = [t for t in mask[row].nonzero().flatten().tolist() if t and t >= shift]
+        x = hidden[row, [t - shift for t in positions]].to(dtype)
+        logits = torch.cat([x @ part.to(dtype).T for part in head.split(_COLUMNS)], 1)
+        logits = logits.to(torch.promote_types(dtype, torch.float32))
+        logits[: ban[1], list(ban[0])] = -torch.inf
+        yield row, positions, (logits / temperature).log_softmax(1)
+
+
+def log_probs(hidden: Tensor, head: Tensor, tokens: Tensor, mask: Tensor, *options: Any, **more: Any) -> Tensor:
+    """Log-probs and entropies `(B, 2, T)` of the tokens that the mask selects, 0 elsewhere, by `distributions`."""
     log_prob = torch.zeros(tokens.shape, dtype=torch.float64, device=tokens.device)
     entropy = torch.zeros_like(log_prob)
-    for row in range(len(tokens)):
-        positions = [t for t in mask[row].nonzero().flatten().tolist() if t and t >= shift]
-        x = hidden[row, [t - shift for t in positions]].double()
-        logits = torch.cat([x @ part.double().T for part in head.split(_COLUMNS)], 1)
-        logits[: ban[1], list(ban[0])] = -torch.inf
-        distribution = (logits / temperature).log_softmax(1)
-        log_prob[row, positions] = distribution.gather(1, tokens[row, positions].unsqueeze(1)).squeeze(1)
-        finite = distribution.masked_fill(distribution.isinf(), 0.0)  # p log p is 0 where p is, and so is its gradient
-        entropy[row, positions] = -(distribution.exp() * finite).sum(1)
-    return log_prob, entropy
+    for row, positions, found in distributions(hidden, head, mask, *options, **more):
+        log_prob[row, positions] = found.gather(1, tokens[row, positions].unsqueeze(1)).squeeze(1).double()
+        finite = found.masked_fill(found.isinf(), 0.0)  # p log p is 0 where p is, and so is its gradient
+        entropy[row, positions] = -(found.exp() * finite).sum(1).double()
+    return torch.stack([log_prob, entropy], 1)
+
+
+def intervals(hidden: Tensor, head: Tensor, tokens: Tensor, mask: Tensor, *options: Any) -> Tensor:
+    """Between which numbers the inverse CDF gives the tokens that the mask selects, `(B, 2, T)`: tokens stand side by
+    side in [0, 1) in the order of their ids, each as wide as it is probable."""
+    start, stop = torch.zeros(2, *tokens.shape, dtype=torch.float64, device=tokens.device)
+    for row, positions, found in distributions(hidden, head, mask, *options):
+        index = tokens[row, positions].unsqueeze(1)
+        stop[row, positions] = found.exp().cumsum(1).gather(1, index).squeeze(1)
+        start[row, positions] = stop[row, positions] - found.gather(1, index).squeeze(1).exp()
+    return torch.stack([start, stop], 1)
 
 
 def shaped_scores(scores: Tensor, finished: Tensor, config: PPOConfig) -> Tensor:
@@ -93,28 +112,26 @@ def advantages(
     return found
 
 
-def policy_loss(
+def policy_losses(
     log_probs: Tensor, entropy: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, config: PPOConfig
-) -> float:
-    """Mean over the response tokens `(B, T)` of the clipped surrogate, less the entropy's share.
+) -> Tensor:
+    """The clipped surrogate of each response token, less the entropy's share, `(N,)` from `(B, T)`.
 
     Args:
         advantages: whitened, if they are to be.
     """
     ratio = (log_probs - old.double()).exp()
     clipped = ratio.clamp(1 - config.clip_ratio, 1 + config.clip_ratio)
-    loss = -torch.minimum(ratio * advantages, clipped * advantages) - config.entropy_coef * entropy
-    return float(loss[mask].mean())
+    return (-torch.minimum(ratio * advantages, clipped * advantages) - config.entropy_coef * entropy)[mask]
 
 
-def value_loss(values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, config: PPOConfig) -> float:
-    """Mean over the response tokens `(B, T)` of the clipped squared error, halved."""
+def value_losses(values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, config: PPOConfig) -> Tensor:
+    """The clipped squared error of each response token, halved, `(N,)` from `(B, T)`."""
     near = old.double() + (values - old.double()).clamp(-config.clip_value, config.clip_value)
-    error = torch.maximum((values - returns.double()) ** 2, (near - returns.double()) ** 2)
-    return float(0.5 * error[mask].mean())
+    return 0.5 * torch.maximum((values - returns.double()) ** 2, (near - returns.double()) ** 2)[mask]
 
 
-def pair_loss(scores: Tensor) -> float:
-    """Mean of log(1 + exp(rejected - chosen)) of scores `(2 N,)`, chosen before rejected."""
+def pair_losses(scores: Tensor) -> Tensor:
+    """log(1 + exp(rejected - chosen)) of each pair `(N,)`, from scores `(2 N,)`, chosen before rejected."""
     pairs = scores.double().view(-1, 2)
-    return float(torch.log1p((pairs[:, 1] - pairs[:, 0]).exp()).mean())
+    return torch.log1p((pairs[:, 1] - pairs[:, 0]).exp())

@@ -24,8 +24,10 @@ from ..preflight import Plan
 from ..trainer import build_context, settle_residency
 from ..watchdog import Watchdog
 from . import layouts, phases, policy
-from .findings import Finding, Skipped
+from .findings import Finding, Skipped, worst
 from .measure import Iteration, few, first_iteration, generated, small
+from .subject import Subject
+from .updates import measure_rounding
 
 _NAME, _DETAIL = 58, 70  # columns
 
@@ -67,7 +69,7 @@ class Report:
                 finding = Finding(math.inf, 0, str(error))
             if finding is not None:
                 found: list[Finding] = mesh.all_gather_object(finding)
-                finding = max(found, key=lambda f: math.inf if math.isnan(f.figure) else f.figure)
+                finding = worst(found)
                 outcome, why = "pass" if finding.figure <= finding.limit else "FAIL", finding.detail
         figure, limit = (finding.figure, finding.limit) if finding else (None, None)
         self.lines.append(Line(name, outcome, figure, limit, why, round(time.perf_counter() - started, 3)))
@@ -152,7 +154,7 @@ def run(plan: Plan) -> int:
 
 def check_policy(report: Report, ctx: Context, phase: str, folder: Path) -> None:
     """The policy as it is loaded, with rows of a phase."""
-    subject = policy.Subject(ctx, ctx.datasets[phase].batch(0, ctx.config.sft.batch_size), folder)
+    subject = Subject(ctx, ctx.datasets[phase].batch(0, ctx.config.sft.batch_size), folder)
     for name, body in policy.CHECKS.items():
         report.check(name, body, subject)
     del subject
@@ -165,6 +167,7 @@ def check_phase(report: Report, ctx: Context, phase: str) -> Iteration | None:
 
     def finite() -> Finding:
         kept.append(first_iteration(ctx, phase))
+        measure_rounding(kept[0])
         missing = [name for name in kept[0].works if f"{name}/loss" not in kept[0].figures]
         return Finding(len(missing), 0, f"the step of {missing[0]} was skipped" if missing else "")
 

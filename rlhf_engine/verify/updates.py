@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -9,24 +10,24 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..hf.files import SCORE_BIAS
 from ..hf.weights import Table, parameters, whole_tensors
 from ..models.residency import Presence
 from ..models.stream import Work, infer, train_step
-from .findings import TOLERANCES, Finding, Tolerance, relative
-from .measure import Gradient, Iteration, gather_gradient, gradient
+from .findings import EPS, Finding, bound, worst
+from .measure import Gradient, Iteration, Rounding, gather_gradient, gradient
+from .rounding import moved
 
 _PACKED = 3  # rows of the longest length that a packed micro-batch holds
+NORM = 1e-3  # of a gradient: sums of up to 1e9 squares in float32
+_SUMS = 4  # that round, one after the other, on the way to a loss: of tokens, micro-batches, replicas
+_BENT = 0.02  # share by which a loss may differ from a straight line so near to where it is
+_LEAST = 10  # times what rounding does, of a change that is still to be seen
 
 Check = Callable[[Iteration], Finding]
 
 
-def tolerance(it: Iteration) -> Tolerance:
-    return TOLERANCES[next(iter(it.ctx.roles.values())).dtype]  # the same for all of a run
-
-
-def whole_loss(works: Sequence[Work]) -> float:
-    """The loss of a role's step without the step."""
+def row_losses(works: Sequence[Work]) -> Tensor:
+    """What each row adds to the loss of a role's step, without the step. Their sum is the loss."""
     parts = []
     for work in works:
 
@@ -38,38 +39,77 @@ def whole_loss(works: Sequence[Work]) -> float:
                 rows += [torch.stack([loss.double(), count.to(loss.device).double()])] * work.together
             return torch.stack(rows)
 
-        parts.append(infer([replace(work, fn=fn)])[0].sum(0) / work.together)
-    loss, count = torch.stack(parts).sum(0)
-    return float(loss / count)
+        parts.append(infer([replace(work, fn=fn)])[0] / work.together)
+    losses, counts = torch.cat(parts).unbind(1)
+    return losses / counts.sum()
+
+
+def whole_loss(works: Sequence[Work]) -> float:
+    """The loss of a role's step without the step."""
+    return float(row_losses(works).sum())
+
+
+def measure_rounding(it: Iteration) -> None:
+    """Makes every step again with weights that are off by their last bits."""
+    for name, works in it.works.items():
+        role = works[0].role
+        with role.on_device(Presence.TRAINING):
+            role.gather()
+            losses = row_losses(works)
+            with moved(role):
+                change = row_losses(works) - losses
+                train_step(works, it.ctx.metrics, it.ctx.trace)
+            it.ctx.metrics.reduce(it.ctx.mesh)
+            loss, size, off = (float(x.sum()) for x in (losses, losses.abs(), change.abs()))
+            it.rounding[name] = Rounding(loss, size, off, gradient(role, it.phase))
+
+
+def loss_finding(
+    found: float, wanted: float, size: float, rounding: float, detail: str, condition: float = 1.0
+) -> Finding:
+    """How far two losses are apart, as a share of what rows have in them: what cancels has rounded all the same.
+
+    Args:
+        condition: how many times larger the numbers are that those in the loss are differences of.
+    """
+    size = size or 1.0
+    return Finding(abs(found - wanted) / size, bound(rounding / size, _SUMS * condition), detail)
 
 
 def reported_loss(it: Iteration) -> Finding:
     """What the step reports, of every role, against the loss of the same rows without a step."""
-    gaps = {name: relative(it.figures[f"{name}/loss"], whole_loss(works)) for name, works in it.works.items()}
-    worst = max(gaps, key=lambda name: gaps[name])
-    return Finding(gaps[worst], tolerance(it).loss, worst)
+    found = [(name, it.figures[f"{name}/loss"], x) for name, x in it.rounding.items()]
+    return worst(loss_finding(loss, x.without_step, x.size, x.loss, name) for name, loss, x in found)
 
 
 def slope(it: Iteration) -> Finding:
-    """How much the losses change along the gradients, by two forwards, against what the gradients promise."""
-    ratios = {name: _slope(works, it) for name, works in it.works.items()}
-    worst = max(ratios, key=lambda name: abs(ratios[name] - 1))
-    detail = f"{worst}: the gradient is {ratios[worst]:.3g} times the loss's change"
-    return Finding(abs(ratios[worst] - 1), tolerance(it).slope, detail)
+    """How much the losses change along the gradients, by two forwards, against what the gradients promise.
+
+    The change that is asked for is between what rounding does to the loss and the loss itself, as many times the one as
+    the other is that; and less as long as that is too much for a straight line, as where values are soon clipped.
+    """
+    found = []
+    for name, works in it.works.items():
+        rounding = it.rounding[name]
+        noise = rounding.loss + EPS * rounding.size
+        first = _slope(works, it, step := math.sqrt(noise * rounding.size), noise)
+        others = (_slope(works, it, step / 4**i, noise) for i in range(1, 10) if step / 4**i > _LEAST * noise)
+        found.append(next((finding for finding in itertools.chain([first], others) if finding.excess <= 1), first))
+    return worst(found)
 
 
-def _slope(works: Sequence[Work], it: Iteration) -> float:
-    """A gradient's promise as a multiple of the change that comes; 0 of no gradient at all."""
-    role = works[0].role
-    if not (norm := it.figures[f"{role.name}/grad_norm"]):
-        return 0.0
-    with role.on_device(Presence.TRAINING):
-        train_step(works, it.ctx.metrics, it.ctx.trace)
-        it.ctx.metrics.reduce(it.ctx.mesh)
-        gather_gradient(role)
-        role.gather()
-        promised, change = _walk(works, tolerance(it).step / norm**2 / 2)
-    return promised / change if change else math.inf
+def _slope(works: Sequence[Work], it: Iteration, step: float, noise: float) -> Finding:
+    role, ratio = works[0].role, 0.0
+    if step and (norm := it.figures[f"{role.name}/grad_norm"]):
+        with role.on_device(Presence.TRAINING):
+            train_step(works, it.ctx.metrics, it.ctx.trace)
+            it.ctx.metrics.reduce(it.ctx.mesh)
+            gather_gradient(role)
+            role.gather()
+            promised, change = _walk(works, step / norm**2 / 2)
+        ratio = promised / change if change else math.inf
+    limit = _BENT + (2 * noise / step if step else 0.0)  # of two losses
+    return Finding(abs(ratio - 1), limit, f"{role.name}: the gradient is {ratio:.3g} times the loss's change")
 
 
 @torch.no_grad()
@@ -102,15 +142,14 @@ def complete(it: Iteration) -> Finding:
         f"{role}: {name}"
         for role, found in it.gradients.items()
         for name, norm in found.norms.items()
-        # a reward model's bias makes no difference between two answers
-        if norm == 0 and ".experts." not in name and (it.phase, name) != ("reward", SCORE_BIAS)
+        if norm == 0 and ".experts." not in name
     ]
     return Finding(len(names), 0, f"none in {names[0]}" if names else "")
 
 
 def micro_batches(it: Iteration) -> Finding:
     """Loss and gradients in micro-batches of one row (or pair), and of as many as a number of tokens holds."""
-    found = {}
+    found = []
     for name, works in it.works.items():
         work, role = works[0], works[0].role
         together = _PACKED * work.together * int(work.batch["lengths"].max())
@@ -119,16 +158,15 @@ def micro_batches(it: Iteration) -> Finding:
             with role.on_device(Presence.TRAINING):
                 train_step([replace(w) for w in works], it.ctx.metrics, it.ctx.trace)
                 role.gather()
-                ours = gradient(role)
+                ours = gradient(role, it.phase)
             role.micro_batch_tokens = None
             loss = it.ctx.metrics.reduce(it.ctx.mesh)[0].get(f"{name}/loss", math.nan)
-            found[what] = distance(name, (loss, ours), it)
-    worst = max(found, key=lambda what: found[what][0])
-    return Finding(found[worst][0], tolerance(it).gradient, f"{worst}, {found[worst][1]}")
+            found += distances(name, what, loss, ours, it)
+    return worst(found)
 
 
-def distance(role: str, found: tuple[float, Gradient], wanted: Iteration) -> tuple[float, str]:
-    """How far loss and gradient of a role are from an iteration's, and where most."""
-    loss = relative(found[0], wanted.figures[f"{role}/loss"])
-    gap, where = found[1].gap(wanted.gradients[role])
-    return (gap, where) if gap > loss else (loss, "loss")
+def distances(role: str, what: str, loss: float, found: Gradient, wanted: Iteration) -> list[Finding]:
+    """How far loss and gradient of a role are from an iteration's: of the loss, and where the gradient is furthest."""
+    rounding, gradients = wanted.rounding[role], wanted.gradients[role]
+    of_loss = loss_finding(loss, wanted.figures[f"{role}/loss"], rounding.size, rounding.loss, f"{what}, loss")
+    return [of_loss, gradients.finding(found, rounding, what)]
