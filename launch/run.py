@@ -116,6 +116,9 @@ def main(
     theirs, _ = from_command_line(argv)
     if theirs is not None and os.environ["RANK"] == "0":
         print(theirs.table(), flush=True)
+    if os.environ["RANK"] == "0":
+        for note in checked.notes:
+            print(f"note: {note}", flush=True)
     return run_rank(checked, job)
 
 

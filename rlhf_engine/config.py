@@ -84,6 +84,7 @@ class ModelConfig:
     normalize_experts: bool = True  # the weights of a token's experts add up to 1
     tie_word_embeddings: bool = True
     score_token: int | None = None  # a reward model that reads its score at this token, put behind each dialogue
+    score_pad: int | None = None  # a reward model that reads its score at the last token that is not this one
     init_std: float = 0.02
 
     @property
@@ -103,6 +104,7 @@ class Base:
 class PolicyConfig:
     # HF folder, or what tools/convert_hf made of one, that the first phase starts from; null: random weights of `model`
     path: str | None = None
+    ignore_keys: list[str] = field(default_factory=list)  # of its config.json, read as if they were not there
 
 
 @dataclass
@@ -163,6 +165,7 @@ class RewardConfig:
     # HF folder, or what tools/convert_hf made of one: what PPO scores with, or the reward phase, if there is one, goes
     # on from; null: the reward phase starts from the SFT policy
     path: str | None = None
+    ignore_keys: list[str] = field(default_factory=list)  # of its config.json, read as if they were not there
     iterations: int = 100
     batch_size: int = 32  # pairs per optimizer step, over all replicas
     micro_batch_size: int = 8  # pairs
@@ -352,7 +355,7 @@ _AT_LEAST: dict[str, float] = {
 }  # fmt: skip
 _POSITIVE = {
     "kl_target", "kl_horizon", "max_kl", "max_log_prob_gap", "stage", "temperature", "timeout", "top_p", "rope_theta",
-    "rms_norm_eps", "memory",
+    "rms_norm_eps", "memory", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
 }  # fmt: skip
 
 T = TypeVar("T")

@@ -12,14 +12,24 @@ from typing import Any
 
 import yaml
 
-from .config import JOBS, Base, ConfigError, MeshConfig, RunConfig, check, resolve_mesh
+from .config import (
+    JOBS,
+    Base,
+    ConfigError,
+    MeshConfig,
+    PolicyConfig,
+    RewardConfig,
+    RunConfig,
+    check,
+    resolve_mesh,
+)
 from .data.files import read_rows
 from .data.formats import check_messages
 from .data.sources import HH_MINI, Source, check_sources, parse_spec, read_sources
 from .data.tokenizer import Tokenizer
 from .data.vocabulary import has_tokenizer, read_vocabulary
-from .hf.config import ARCHITECTURES, read_model_config
-from .hf.index import index
+from .hf.config import ARCHITECTURES, family, read_json, read_model_config
+from .hf.index import check_adapter, index, unread_files
 
 SUMMARY = "summary.json"  # of a finished phase
 
@@ -35,6 +45,7 @@ class Plan:
     tokenizer: Tokenizer | None  # None: one is trained on the data
     sources: list[Source]  # of the training phases; empty for a job
     ptx_sources: list[Source]  # that PPO mixes into the policy's update
+    notes: list[str]  # that a user should read before the run starts, a line each
 
     @property
     def world_size(self) -> int:
@@ -85,8 +96,8 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
     jobs = set(config.phases) & JOBS
     if jobs and len(config.phases) > 1:
         raise ConfigError(f"phases={config.phases}: {sorted(jobs)[0]} runs alone")
-    policy = read_base(config.policy.path) if config.policy.path else Base(None, config.model)
-    reward = read_base(config.reward.path) if config.reward.path else policy
+    policy = read_base("policy", config.policy) if config.policy.path else Base(None, config.model)
+    reward = read_base("reward", config.reward) if config.reward.path else policy
     if not config.plan.search:  # which looks at other meshes, and checks each
         check(config, mesh, policy.model, reward.model)
     tokenizer = read_tokenizer(config, policy)
@@ -111,17 +122,60 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
         if not config.rerun:
             check_output_dir(config)
     check_reward(config, reward)
+    notes = folder_notes(config, policy, reward, tokenizer)
     if config.reward.kind == "function" and "ppo" in config.phases:
         load_function(config.reward.fn or "")
-    return Plan(config, mesh, {"policy": policy, "reward": reward}, device, tokenizer, sources, ptx_sources)
+    return Plan(config, mesh, {"policy": policy, "reward": reward}, device, tokenizer, sources, ptx_sources, notes)
 
 
-def read_base(path: str) -> Base:
-    """A folder that weights begin from, in HF format or converted."""
-    model = read_model_config(path)
-    if not (Path(path) / ".metadata").is_file():
+def read_base(section: str, settings: PolicyConfig | RewardConfig) -> Base:
+    """A folder that weights begin from, in HF format or converted.
+
+    Args:
+        section: of the configuration that these settings are from.
+    """
+    path = settings.path
+    assert path is not None
+    check_adapter(path)
+    model = read_model_config(path, settings.ignore_keys, f"{section}.ignore_keys")
+    if section == "policy" and has_score(path):
+        raise ConfigError(f"policy.path={path} is a reward model: reward.path={path} scores with it, or trains it")
+    if not is_converted(path):
         index(path)
     return Base(path, model)
+
+
+def is_converted(path: str) -> bool:
+    return (Path(path) / ".metadata").is_file()
+
+
+def has_score(path: str) -> bool:
+    """Whether the folder's model is one that scores."""
+    where = Path(path) / "config.json"
+    return family(read_json(where), str(where))[1] == "scalar"
+
+
+def folder_notes(config: RunConfig, policy: Base, reward: Base, tokenizer: Tokenizer | None) -> list[str]:
+    """What the folders of weights hold that is not used, or is used in a way of its own."""
+    notes = []
+    for section, base in {"policy": policy, "reward": reward}.items():
+        if base.path is None or is_converted(base.path) or (section == "reward" and base is policy):
+            continue
+        if unread := [path.name for path in unread_files(base.path)]:
+            notes.append(f"{section}.path={base.path}: not read: {', '.join(unread)}")
+        score = index(base.path).get(ARCHITECTURES[base.model.architecture].score)
+        if section == "policy" and score is not None:
+            notes.append(
+                f"policy.path={base.path}: {score.name} in {score.path.name} is a score's head, not the policy's"
+            )
+        if section == "reward" and score is None and "reward" in config.phases:
+            notes.append(f"reward.path={base.path} has no score's head: the reward phase starts with one of zeros")
+    if tokenizer is not None and reward.model.score_pad in tokenizer.end_ids:
+        notes.append(
+            f"reward.path={reward.path}: pad_token_id={reward.model.score_pad} of its config.json ends rows: its score"
+            " is read at the token before, as by transformers"
+        )
+    return notes
 
 
 def check_reward(config: RunConfig, reward: Base) -> None:
@@ -139,8 +193,8 @@ def check_reward(config: RunConfig, reward: Base) -> None:
             " use phases=[reward,ppo], reward.path=DIR, or reward=function reward.fn=package.module:name"
         )
     head = ARCHITECTURES[reward.model.architecture].score
-    is_converted = (Path(config.reward.path) / ".metadata").is_file()
-    if not is_converted and not index(config.reward.path).keys() & {head, ""}:  # "": a pickle, whose names come late
+    path = config.reward.path
+    if not (has_score(path) if is_converted(path) else head in index(path)):
         raise ConfigError(
             f"reward.path={config.reward.path} has no tensor {head}, so all its scores would be 0: phases=[reward,ppo]"
             " makes a reward model of it"

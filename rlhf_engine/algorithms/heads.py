@@ -65,15 +65,20 @@ def token_values(output: Tensor, batch: Batch) -> Tensor:
 
 
 def score_batch(role: RoleModel, tokens: Tensor, lengths: Tensor) -> dict[str, Tensor]:
-    """What `last_scores` reads, from right-padded rows `(B, T)`: with the model's score token behind each, if any."""
+    """What `last_scores` reads, from right-padded rows `(B, T)`: up to where the model has its score, with its score
+    token behind each, if any."""
     if (score_token := role.model.score_token) is not None:
         if int(lengths.max()) == tokens.shape[1]:
             tokens = F.pad(tokens, (0, role.mesh.tp))  # sequence parallelism splits the length
         tokens = tokens.scatter(1, lengths.unsqueeze(1), score_token)
         lengths = lengths + 1
+    if (pad := role.model.score_pad) is not None:
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        counts = (tokens != pad) & (places < lengths.unsqueeze(1))
+        lengths = (places * counts).amax(1) + 1
     return {"tokens": tokens, "lengths": lengths}
 
 
 def last_scores(output: Tensor, batch: Batch) -> Tensor:
-    """A reward model's score of each row `(B,)`, read at the last real token of `(B, T, 1)`."""
+    """A reward model's score of each row `(B,)`, read at the last token of `score_batch` in `(B, T, 1)`."""
     return output.squeeze(-1).gather(1, batch["lengths"].unsqueeze(1) - 1).squeeze(1)

@@ -36,10 +36,10 @@ from ..config import ConfigError, MeshConfig, ModelConfig, check_model
 from ..mesh import ParallelMesh
 from ..models.build import build_model, on_meta
 from ..plan.partition import padded_vocab_size, stage_layers
-from .config import Head, family, parse, read_json
+from .config import Head, family, parse, read_json, understood
 from .export import head_config
 from .files import HFFolder, HFWriter, whole_folder, write_assets
-from .rows import Vocabulary
+from .rows import Vocabulary, widest
 from .weights import Difference, Table, check_leftover, compare, parameters
 
 _PIECE = 1 << 18  # bytes of a write
@@ -127,13 +127,13 @@ class _Importer(DefaultSavePlanner):
             shard = torch.empty(shape, device="meta")
             windows = row.windows(numbers, shard, self.model, 0, self.tp)
             # an empty part of each tells whether it is there, its shape and its type
-            kinds = [self.source.read(replace(window, stop=window.start)).dtype for window in windows]
+            kind = widest(self.source.read(replace(window, stop=window.start)).dtype for window in windows)
             used |= {window.name for window in windows}
             for rank in range(self.tp if row.dim is not None else 1):
                 for i, place in enumerate(parameter.places):
-                    item = self._item(place, shard, len(parameter.places), row.dim, rank, dtype or kinds[0])
+                    item = self._item(place, shard, len(parameter.places), row.dim, rank, dtype or kind)
                     self.resolvers[item.index] = (
-                        parameter.name, shard.shape, rank, i, len(parameter.places), dtype or kinds[0]
+                        parameter.name, shard.shape, rank, i, len(parameter.places), dtype or kind
                     )  # fmt: skip
                     items[self._stage(parameter.name) * self.tp + rank].append(item)
         check_leftover(self.source, self.model, used)
@@ -218,23 +218,39 @@ class _FileSystem(FileSystem):
 
 
 def import_folder(
-    hf: Path, out: Path, tp: int, pp: int, dtype: torch.dtype | None, start: Callable[[int], Progress]
+    hf: Path,
+    out: Path,
+    tp: int,
+    pp: int,
+    dtype: torch.dtype | None,
+    start: Callable[[int], Progress],
+    ignore_keys: Sequence[str] = (),
+    head: Head | None = None,
 ) -> None:
     """Writes `out` as the shards of a TP x PP mesh; a run that was killed goes on at the first shard not finished.
 
     Args:
         dtype: None keeps that of each tensor.
         start: is given the total of bytes, and returns what is told of those done.
+        ignore_keys: see `parse`.
+        head: None takes that of config.json.
 
     Raises:
         ConfigError: the folder is not one that can be imported; nothing is left behind.
     """
+    where = str(hf / "config.json")
+    model = parse(read_json(hf / "config.json"), where, ignore_keys, "--ignore-keys")
     source = HFFolder(hf)
-    model = parse(source.config, str(hf / "config.json"))
+    architecture, usual = family(source.config, where)
+    if head is None and usual == "lm" and (score := source.tensors.get(architecture.score)) is not None:
+        raise ConfigError(
+            f"{score.path} has a score's head, {score.name}, beside a language model's: choose --head lm or scalar"
+        )
+    head = head or usual
     check_model(MeshConfig(tp, pp, 1), model)
-    manifest = {"source": str(hf.resolve()), "tp": tp, "pp": pp, "dtype": str(dtype)}
+    manifest = {"source": str(hf.resolve()), "tp": tp, "pp": pp, "dtype": str(dtype), "head": head}
     with one_rank() as mesh, whole_folder(out, manifest) as folder:
-        planner = _Importer(source, model, family(source.config, str(hf))[1], tp, pp, mesh)
+        planner = _Importer(source, model, head, tp, pp, mesh)
         plans, metadata = create_default_global_save_plan(planner.plans(dtype))
         sizes = [sum(_num_bytes(item) for item in plan.items) for plan in plans]
         planner.progress = start(sum(sizes))
@@ -254,7 +270,7 @@ def import_folder(
         writer.finish(metadata, results)
         torch.save({}, folder / "common.pt")
         save_config(CheckpointingConfig("torch_dist", 1), str(folder))
-        config = source.config
+        config = understood(source.config, where) if head == usual else head_config(model, head, hf)
         if dtype is not None:
             config = config | {"dtype" if "dtype" in config else "torch_dtype": str(dtype).removeprefix("torch.")}
         write_assets(folder, config, [hf])
@@ -295,11 +311,13 @@ class Checkpoint:
     Args:
         source: folder whose config.json describes it; None where the checkpoint's own folder does.
         role: of a trained checkpoint that holds several.
+        ignore_keys: see `parse`.
     """
 
     folder: Path
     source: Path | None = None
     role: str | None = None
+    ignore_keys: Sequence[str] = ()
 
     @property
     def described(self) -> Path:
@@ -338,7 +356,7 @@ class Checkpoint:
         config_path = self.described / "config.json"
         if not config_path.is_file():
             raise ConfigError(f"{self.folder} has no config.json: --hf DIR names a folder that describes the model")
-        model = parse(read_json(config_path), str(config_path))
+        model = parse(read_json(config_path), str(config_path), self.ignore_keys, "--ignore-keys")
         held = FileSystemReader(self.folder).read_metadata().state_dict_metadata
         roles = [
             key.split(".")[0] for key in held if key.count(".") == 3 and key.endswith(".decoder.final_layernorm.weight")
@@ -375,4 +393,4 @@ def export_folder(checkpoint: Checkpoint, out: Path, max_bytes: int, start: Call
 def verify(checkpoint: Checkpoint, hf: Path, start: Callable[[int], Progress]) -> tuple[int, list[Difference]]:
     """How many tensors of a checkpoint equal those of an HF folder bit for bit, and which do not."""
     with one_rank() as mesh:
-        return compare(checkpoint.read(mesh, start), HFFolder(hf), checkpoint.model()[0])
+        return compare(checkpoint.read(mesh, start), HFFolder(hf), checkpoint.model()[0], heads=True)

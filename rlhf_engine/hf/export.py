@@ -9,7 +9,7 @@ from typing import Any
 
 from ..config import ModelConfig
 from ..models.role import RoleModel
-from .config import ARCHITECTURES, Head, read_json, write_model_config
+from .config import ARCHITECTURES, Head, read_json, understood, write_model_config
 from .files import HFWriter, whole_folder
 from .weights import save_weights
 
@@ -31,8 +31,9 @@ def export_role(role: RoleModel, target: Path, config: dict[str, Any], assets: S
 
 
 def head_config(model: ModelConfig, head: Head, source: Path | None) -> dict[str, Any]:
-    """config.json of a model with this head, the rest as in the `source` folder."""
-    config = read_json(source / "config.json") if source is not None else write_model_config(model)
+    """config.json of a model with this head, the rest as in the `source` folder as far as it was understood."""
+    where = source / "config.json" if source is not None else None
+    config = understood(read_json(where), str(where)) if where is not None else write_model_config(model)
     architecture = ARCHITECTURES[model.architecture]
     config.pop("score_bias", None)
     if head == "scalar":

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import ConfigError
-from .config import read_json
-from .index import Entry, index
+from .config import family, read_json
+from .index import SCORE_BIAS, index, untied
 from .rows import Window
 
 # Besides weights and config.json, what an HF folder may hold that belongs to the model. Never code.
@@ -26,20 +27,23 @@ ASSETS = (
     "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-SCORE_BIAS = "score.bias"  # HF's scalar heads have no bias: ours stands in config.json, under `score_bias`
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class HFFolder:
-    """The weights of an HF folder; only the slices asked for are read."""
+    """The weights of an HF folder, by the names of its architecture's table; only the slices asked for are read.
+
+    Raises:
+        ConfigError: see `index`.
+    """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.config = read_json(self.folder / "config.json")
         self.tensors = index(folder)
         self._bin: tuple[Path, dict[str, Tensor]] | None = None
-        if "" in self.tensors:  # one .bin file, whose names are in the pickle
-            path = self.tensors[""].path
-            self.tensors = {name: Entry(path, tuple(t.shape)) for name, t in self._load_bin(path).items()}
+        self._check_tied()
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors or name == SCORE_BIAS
@@ -48,38 +52,50 @@ class HFFolder:
         """A window of a tensor.
 
         Raises:
-            ConfigError: the tensor is absent, of another shape, or has entries that are not finite.
+            ConfigError: the tensor is absent, of another shape, quantised, or has entries that are not finite.
         """
-        if window.name == SCORE_BIAS:
-            return torch.tensor([float(self.config.get("score_bias", 0.0))])
         if (entry := self.tensors.get(window.name)) is None:
+            if window.name == SCORE_BIAS:
+                return torch.tensor([float(self.config.get("score_bias", 0.0))])
             raise ConfigError(f"{self.folder} has no tensor {window.name}")
-        path = entry.path
+        path, name = entry.path, entry.name
+        if entry.shape != window.shape:
+            raise ConfigError(f"{path}: {name} has shape {entry.shape}, and config.json makes it {window.shape}")
         bounds = (slice(None),) * window.dim + (slice(window.start, window.stop),)
         if path.suffix == ".bin":
-            whole = self._load_bin(path).get(window.name)
-            if whole is None:
-                raise ConfigError(f"{path} has no tensor {window.name}, which the index places there")
-            shape, tensor = tuple(whole.shape), None if tuple(whole.shape) != window.shape else whole[bounds]
+            tensor = self._load_bin(path)[name][bounds]
         else:
             try:
                 # opened anew each time: a file that stays mapped counts as memory for what was read of it
                 with safe_open(path, "pt") as file:
-                    view = file.get_slice(window.name)
-                    shape = tuple(view.get_shape())
-                    tensor = None if shape != window.shape else view[bounds]
+                    tensor = file.get_slice(name)[bounds]
             except SafetensorError as error:
                 raise ConfigError(f"{path}: {error}") from None
-        if tensor is None:
-            raise ConfigError(f"{path}: {window.name} has shape {shape}, and config.json makes it {window.shape}")
+        if tensor.dtype not in _DTYPES:
+            raise ConfigError(f"{path}: {name} is stored as {tensor.dtype}: a quantised model is not read")
         if tensor.numel() and not all(bool(end.isfinite()) for end in tensor.aminmax()):  # which pass NaN on
-            raise ConfigError(f"{path}: {window.name} has entries that are not finite")
+            raise ConfigError(f"{path}: {name} has entries that are not finite")
         return tensor
+
+    def _check_tied(self) -> None:
+        """Drops an LM head that the index could not tell from the embedding that it is tied to."""
+        where = self.folder / "config.json"
+        architecture, kind = family(self.config, str(where))
+        rows = {row.megatron: row.hf for row in architecture.rows}
+        head, embedding = rows["output_layer.weight"], rows["embedding.word_embeddings.weight"]
+        tied = self.config.get("tie_word_embeddings", architecture.defaults["tie_word_embeddings"])
+        if kind == "lm" and tied and head in self.tensors:
+            shape = self.tensors[head].shape
+            whole = [self.read(Window(name, shape, 0, 0, shape[0])) for name in (head, embedding)]
+            if not torch.equal(*(tensor.double() if whole[0].dtype != whole[1].dtype else tensor for tensor in whole)):
+                raise ConfigError(untied(where, head, embedding))
+            del self.tensors[head]
 
     def _load_bin(self, path: Path) -> dict[str, Tensor]:
         if self._bin is None or self._bin[0] != path:
+            mapped = zipfile.is_zipfile(path)  # files of torch < 1.6 are none
             try:
-                self._bin = (path, torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+                self._bin = (path, torch.load(path, map_location="cpu", weights_only=True, mmap=mapped))
             except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
                 reason = str(error).splitlines()[0]
                 raise ConfigError(f"{path} cannot be read without running code from it: {reason}") from None

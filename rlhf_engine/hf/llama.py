@@ -45,6 +45,6 @@ LLAMA = Architecture(
     scalar="LlamaForSequenceClassification",
     keys=KEYS | {"attention_bias": "qkv_bias proj_bias", "mlp_bias": "mlp_bias"},
     defaults=DEFAULTS,
-    constants={"hidden_act": "silu", "sliding_window": None},
+    constants={"hidden_act": "silu"},
     rows=(*EMBEDDING, *ATTENTION, *MLP),
 )

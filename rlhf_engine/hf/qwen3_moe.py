@@ -14,6 +14,7 @@ from .rows import LAYER, Gated, Row
 
 def plain(hf: dict[str, Any]) -> None:
     sliding_window(hf)
+    hf["first_sliding_layer"] = 0  # `max_window_layers` is not read
     hf["num_experts"] = hf.pop("num_local_experts", None) or hf["num_experts"]
     hf.pop("intermediate_size", None)  # of dense layers, of which there are none
 
@@ -32,6 +33,7 @@ QWEN3_MOE = Architecture(
     defaults={
         **QWEN3.defaults,
         "head_dim": None,
+        "num_key_value_heads": 4,
         "num_experts": 128,
         "num_experts_per_tok": 8,
         "norm_topk_prob": False,

@@ -9,14 +9,15 @@ torch is not imported here: tables are read before a run is known to be worth it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..config import ModelConfig
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, dtype
 
 
 @dataclass(frozen=True)
@@ -138,14 +139,21 @@ def fill(pattern: str, numbers: Sequence[str]) -> str:
 
 
 def concatenate(parts: Sequence[Tensor], dim: int) -> Tensor:
-    """torch.cat."""
+    """torch.cat: parts of several types make one of the type that holds all their numbers."""
     shape = list(parts[0].shape)
     sizes = [part.shape[dim] for part in parts]
     shape[dim] = sum(sizes)
-    whole = parts[0].new_empty(shape)
+    whole = parts[0].new_empty(shape, dtype=widest(part.dtype for part in parts))
     for part, place in zip(parts, whole.split(sizes, dim), strict=True):
         place.copy_(part)
     return whole
+
+
+def widest(dtypes: Iterable[dtype]) -> dtype:
+    """The type that holds all numbers of these."""
+    from torch import promote_types
+
+    return functools.reduce(promote_types, dtypes)
 
 
 # -- rows that many architectures share ------------------------------------------------------------------------

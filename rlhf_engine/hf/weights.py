@@ -20,7 +20,8 @@ from torch import Tensor
 from ..config import ConfigError, ModelConfig
 from ..mesh import ParallelMesh
 from .config import ARCHITECTURES, Head
-from .files import SCORE_BIAS, HFFolder, HFWriter
+from .files import HFFolder, HFWriter
+from .index import SCORE_BIAS
 from .rows import Row, Window
 
 
@@ -130,19 +131,22 @@ def load_weights(
         check_leftover(source, model, set().union(*(names for _, names in everyone)))
 
 
-def check_leftover(source: HFFolder, model: ModelConfig, used: set[str]) -> None:
+def check_leftover(source: HFFolder, model: ModelConfig, used: set[str], heads: bool = False) -> None:
     """Refuses tensors that nothing was made of: a bias left out gives results that are only a little wrong.
+
+    Args:
+        heads: refuse those of a head of the other kind as well.
 
     Raises:
         ConfigError: names the first of them.
     """
     architecture = ARCHITECTURES[model.architecture]
-    heads = {architecture.score, Table(model, "lm").row("output_layer.weight")[0].hf}
-    if model.tie_word_embeddings:
-        heads |= {row.hf for row in architecture.rows if row.megatron == "output_layer.weight"}
-    for name in sorted(source.tensors.keys() - used - heads):
+    output = next(row.hf for row in architecture.rows if row.megatron == "output_layer.weight")
+    allowed = used if heads else used | {output, architecture.score, SCORE_BIAS}
+    for name in sorted(source.tensors.keys() - allowed):
+        entry = source.tensors[name]
         if not re.fullmatch(architecture.ignored, name):
-            raise ConfigError(f"{source.tensors[name].path}: tensor {name} has no place in a {architecture.name} model")
+            raise ConfigError(f"{entry.path}: tensor {entry.name} has no place in a {architecture.name} model")
 
 
 def save_weights(
@@ -181,8 +185,14 @@ class Difference:
     what: str
 
 
-def compare(tensors: Iterable[tuple[str, Tensor]], source: Source, model: ModelConfig) -> tuple[int, list[Difference]]:
-    """How many whole HF tensors of a model equal those of their source bit for bit, and which do not."""
+def compare(
+    tensors: Iterable[tuple[str, Tensor]], source: Source, model: ModelConfig, heads: bool = False
+) -> tuple[int, list[Difference]]:
+    """How many whole HF tensors of a model equal those of their source bit for bit, and which do not.
+
+    Args:
+        heads: a head of the other kind in the source is a difference.
+    """
     equal, found, seen = 0, [], set()
     for name, tensor in tensors:
         seen.add(name)
@@ -200,7 +210,7 @@ def compare(tensors: Iterable[tuple[str, Tensor]], source: Source, model: ModelC
             found.append(Difference(name, f"differs by up to {gap:.3g}"))
     if isinstance(source, HFFolder):
         try:
-            check_leftover(source, model, seen)
+            check_leftover(source, model, seen, heads)
         except ConfigError as error:
             found.append(Difference("", str(error)))
     return equal, found

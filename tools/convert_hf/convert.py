@@ -22,7 +22,7 @@ from pathlib import Path
 
 from rlhf_engine.config import ConfigError
 from rlhf_engine.hf.config import family, parse, read_json
-from rlhf_engine.hf.index import index
+from rlhf_engine.hf.index import index, unread_files
 
 
 @contextlib.contextmanager
@@ -47,10 +47,11 @@ def import_hf(args: argparse.Namespace) -> int:
     from rlhf_engine.hf.convert import import_folder
 
     index(args.hf)
+    _say_unread(args.hf)
     _refuse_existing(args.out)
     dtype = getattr(torch, args.dtype) if args.dtype else None
     with progress_bar("import") as start:
-        import_folder(args.hf, args.out, args.tp, args.pp, dtype, start)
+        import_folder(args.hf, args.out, args.tp, args.pp, dtype, start, args.ignore_keys, args.head)
     print(f"{args.out}: tp {args.tp} x pp {args.pp}, loads on any mesh; policy.path={args.out} starts from it")
     return 0
 
@@ -59,7 +60,7 @@ def export_hf(args: argparse.Namespace) -> int:
     from rlhf_engine.hf.convert import Checkpoint, export_folder
 
     _refuse_existing(args.out)
-    checkpoint = Checkpoint(args.megatron, args.hf, args.role)
+    checkpoint = Checkpoint(args.megatron, args.hf, args.role, args.ignore_keys)
     with progress_bar("export") as start:
         export_folder(checkpoint, args.out, int(args.max_shard_gb * 10**9), start)
     print(f"{args.out}: HF format")
@@ -71,8 +72,10 @@ def verify_hf(args: argparse.Namespace) -> int:
 
     # a checkpoint that has its own config is described by it, and not by what it is compared with
     described = None if (args.megatron / "config.json").is_file() else args.hf
+    checkpoint = Checkpoint(args.megatron, described, args.role, args.ignore_keys)
+    _say_unread(args.hf)
     with progress_bar("verify") as start:
-        equal, differences = verify(Checkpoint(args.megatron, described, args.role), args.hf, start)
+        equal, differences = verify(checkpoint, args.hf, start)
     for difference in differences:
         print(f"{difference.name} {difference.what}".strip())
     print(f"{equal} tensors equal bit for bit, {len(differences)} not")
@@ -87,7 +90,8 @@ def inspect_folder(args: argparse.Namespace) -> int:
     path = args.folder / "config.json"
     if path.is_file():
         config = read_json(path)
-        model, head = parse(config, str(path)), family(config, str(path))[1]
+        model = parse(config, str(path), args.ignore_keys, "--ignore-keys")
+        head = family(config, str(path))[1]
         from rlhf_engine.hf.convert import count_parameters, one_rank
 
         with one_rank() as mesh:
@@ -105,8 +109,15 @@ def inspect_folder(args: argparse.Namespace) -> int:
     else:
         tensors = index(args.folder)
         table.add_row("format", f"HF, {len({entry.path for entry in tensors.values()})} files, {len(tensors)} tensors")
+        if unread := unread_files(args.folder):
+            table.add_row("not read", ", ".join(path.name for path in unread))
     Console().print(table)
     return 0
+
+
+def _say_unread(folder: Path) -> None:
+    if unread := unread_files(folder):
+        print(f"{folder}: not read: {', '.join(path.name for path in unread)}", file=sys.stderr)
 
 
 def _refuse_existing(out: Path) -> None:
@@ -125,6 +136,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     command.add_argument("--tp", type=int, default=1)
     command.add_argument("--pp", type=int, default=1)
     command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
+    command.add_argument("--head", choices=["lm", "scalar"], help="of a folder that has both; else its config.json's")
     command = commands.add_parser("export", help="megatron checkpoint to HF folder")
     command.set_defaults(run=export_hf)
     command.add_argument("--megatron", type=Path, required=True)
@@ -140,6 +152,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     command = commands.add_parser("inspect", help="what a folder holds")
     command.set_defaults(run=inspect_folder)
     command.add_argument("folder", type=Path)
+    for command in commands.choices.values():
+        command.add_argument("--ignore-keys", nargs="+", default=[], help="of config.json, as if they were not there")
     return parser.parse_args(argv)
 
 
