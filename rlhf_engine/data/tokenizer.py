@@ -32,6 +32,7 @@ class Tokenizer:
         date: that the template writes, YYYY-MM-DD; None: today's.
 
     Attributes:
+        vocabulary: without a template.
         vocab_size: number of ids.
         end_id: the token that ends the assistant's turn under the template.
         end_ids: every token that ends a response, `end_id` first and then what the folder's files say.
@@ -44,7 +45,7 @@ class Tokenizer:
         folder = Path(path)
         config = read_json(folder / "tokenizer_config.json")
         source = choose(folder, config, template)
-        self._vocabulary = vocabulary = read_vocabulary(folder)
+        self.vocabulary = self._vocabulary = vocabulary = read_vocabulary(folder)
         self.path, self.vocab_size, self._limit = path, vocabulary.size, vocabulary.size
         self._names = {i: name for name, i in vocabulary.controls.items()}
         # a prompt's turns come back with each of its answers
