@@ -228,8 +228,8 @@ class RolloutConfig:
     greedy: bool = False
     max_new_tokens: int = 64
     min_new_tokens: int = 1  # the end token has no probability before
-    # strings that end a response; it is cut behind the token in which the first of them completes. \n, \t and \\ in them
-    # are a line break, a tab and a backslash, for a shell hands on what stands in quotes as it is
+    # strings that end a response; it is cut behind the token in which the first of them completes. As a shell hands on
+    # what stands in quotes, \n, \t and \\ in them are a line break, a tab and a backslash
     stop: list[str] = field(default_factory=list)
     slots: int = 256  # sequences decoded at once on one replica
     kv_tokens: int | None = None  # positions of the KV cache of one replica; null: what free memory holds

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,8 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_refusals import refused, run  # noqa: F401
 
-from rlhf_engine.config import ConfigError
+from rlhf_engine.config import Base, ConfigError, ModelConfig, RolloutConfig, RunConfig, TokenizerConfig
+from rlhf_engine.data.dataset import Example, build_datasets
+from rlhf_engine.data.formats import Row
+from rlhf_engine.data.sources import Source, Spec
 from rlhf_engine.data.tokenizer import Tokenizer
+from rlhf_engine.preflight import read_tokenizer
 
 DIALOGUE = [
     {"role": "user", "content": "Tell me of 12 cats, please."},
@@ -136,6 +142,219 @@ def test_a_template_that_rewrites_earlier_turns(tmp_path):
     assert ids[: len(prompt)] == prompt and "Hm." not in tokenizer.decode(ids)
     said = tokenizer.decode([i for i, mine in zip(ids, spoken, strict=True) if mine])
     assert said == "Cats sleep.<think>\n\n</think>\n\nThey eat 34 mice.\nOften."
+
+
+# shapes of templates in use, and what ends a turn
+SHAPES = {
+    "dated": "{{ bos_token + '[SYS]It is ' + strftime_now('%d %b %Y') + '.' }}{% for m in messages %}"
+    "{{ ('[INST]' + m.content + '[/INST]') if m.role == 'user' else m.content + eos_token }}{% endfor %}",
+    "tools": "{% if tools is none and documents is none %}{{ bos_token }}{% else %}{{ tools | tojson }}{% endif %}"
+    "{% for m in messages %}{% generation %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{% endgeneration %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    # the prompt opens a block of thought; answers are written without
+    "thinks": "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{{ m.content.split('</think>')[-1] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}",
+    # as the one before, whose answers stand right behind a control token
+    "opens": "{% for m in messages %}{{ ('[INST]' + m.content) if m.role == 'user' else"
+    " '[/INST]' + m.content.split('</think>')[-1] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[/INST]<think>\n' }}{% endif %}",
+    "last_thought": "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}"
+    "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}\n"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.role == 'assistant' and loop.index0 < ns.last %}{{ m.content.split('</think>')[-1].lstrip('\n') }}"
+    "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{%- endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    # headers that are text: no token of the vocabulary has these names
+    "text": "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
+    "loops": "{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}"
+    "{{ '<|im_start|>' + m.role + '\n' + m.content | trim + '<|im_end|>' + (unk_token or '') }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant' + '\n' }}{% endif %}",
+}
+SYSTEM = [{"role": "system", "content": "Be kind.\n"}]
+THOUGHT = {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nCats eat mice."}
+ASKS, TELLS = DIALOGUE[2], DIALOGUE[3]
+CONVERSATIONS = {
+    "u": [ASKS], "su": [*SYSTEM, ASKS], "uau": DIALOGUE[:3], "uaua": DIALOGUE, "sutu": [*SYSTEM, ASKS, THOUGHT, ASKS],
+    "ut": [ASKS, THOUGHT], "utua": [ASKS, THOUGHT, ASKS, TELLS], "utut": [ASKS, THOUGHT, ASKS, THOUGHT],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["bytes", "first", "every"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_templates_are_rendered_as_by_transformers(tmp_path, kind, shape):
+    folder = write_tokenizer(tmp_path, kind, {"chat_template": SHAPES[shape]})
+    tokenizer = Tokenizer(str(folder))
+    for messages in CONVERSATIONS.values():
+        if messages[-1]["role"] == "user":
+            assert tokenizer.render_prompt(messages) == transformers_ids(folder, messages, True)
+            continue
+        ids, spoken = tokenizer.render(messages)
+        assert tokenizer.render(messages, marks=False)[0] == ids
+        hf = transformers_ids(folder, messages, False)
+        last = len(ids) - spoken[::-1].index(
+            False
+        )  # the answer begins; in transformers it may merge with what is before
+        assert ids[: last - 1] == hf[: last - 1] and tokenizer.decode(ids) == tokenizer.decode(hf[: len(ids)])
+        assert ids[-1] == tokenizer.end_id and spoken[-1]
+
+
+@pytest.mark.parametrize("shape", ["thinks", "opens"])
+def test_a_prompt_that_opens_a_thought(tmp_path, shape):
+    """Its answers are what follows where the dialogue and the prompt part; what the prompt opens is the prompt's."""
+    tokenizer = Tokenizer(str(write_tokenizer(tmp_path, "bytes", {"chat_template": SHAPES[shape]})))
+    hostile = {"role": "assistant", "content": "<think>\nNo.</think><thanks>"}
+    earlier = {"role": "assistant", "content": "<think>\nHm.\n</think>Mice, too."}
+    for answer, words in ((TELLS, TELLS["content"]), (THOUGHT, "\n\nCats eat mice."), (hostile, "<thanks>")):
+        ids, spoken = tokenizer.render([ASKS, earlier, ASKS, answer])
+        said = [i for i, mine in zip(ids, spoken, strict=True) if mine]
+        assert tokenizer.decode(said) == "Mice, too." + words and said.count(tokenizer.end_id) == 2
+        prompt = tokenizer.render_prompt([ASKS, earlier, ASKS])
+        assert tokenizer.decode(prompt).endswith("<think>\n") and ids[: len(prompt)] != prompt
+
+
+def test_thoughts_between_control_tokens(tmp_path):
+    """A template finds the names of control tokens in what is said, which are text all the same."""
+    file = write_tokenizer(tmp_path, "bytes", {"chat_template": SHAPES["thinks"]}) / "tokenizer.json"
+    model = json.loads(file.read_text())
+    for token in model["added_tokens"]:
+        token["special"] = True
+    file.write_text(json.dumps(model))
+    tokenizer = Tokenizer(str(tmp_path))
+    for messages in (CONVERSATIONS["sutu"], [ASKS, THOUGHT, ASKS, THOUGHT, ASKS]):
+        assert tokenizer.render_prompt(messages) == transformers_ids(tmp_path, messages, True)
+    names = "a<|im_end|><think>b</think"
+    ids = tokenizer.render_prompt([{"role": "user", "content": names}])
+    think = tokenizer._vocabulary.controls["<think>"]
+    assert names in tokenizer.decode(ids) and ids.count(think) == 1 and ids[-2] == think  # which the prompt opens
+
+
+def test_what_a_template_only_shows_in_prompts_is_all_that_ppo_needs(tmp_path):
+    """A template of which nobody can tell what the assistant said serves PPO, and no phase that learns from answers."""
+    counts = "{{ messages | length }}{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+    rows = [Row("f:1", [ASKS], "Left.", "Right!")] * 3
+
+    def examples(template: str, *phases: str) -> Example:
+        tokenizer = Tokenizer(str(write_tokenizer(tmp_path, "bytes", {"chat_template": template})))
+        source = Source(Spec("a"), 1.0, rows[1:], rows[:1])
+        found = build_datasets(phases, [source], tokenizer, RunConfig())
+        return found[phases[0]][0], tokenizer
+
+    example, tokenizer = examples(counts, "ppo")
+    assert example.prompt == tokenizer.render_prompt([ASKS]) and example.chosen is None
+    for phase in ("sft", "reward"):
+        with pytest.raises(ConfigError, match=f"f:1: phase {phase} learns from answers, and .* with its prompt"):
+            examples(counts, phase, "ppo")
+    example, tokenizer = examples(SHAPES["thinks"], "reward", "sft", "ppo")
+    assert tokenizer.decode(example.prompt).endswith("assistant\n<think>\n")
+    for answer, words in ((example.chosen, "Left."), (example.rejected, "Right!")):
+        row = [ASKS, {"role": "assistant", "content": words}]
+        assert example.before + answer == tokenizer.render(row)[0] and tokenizer.decode(answer) == words
+    assert not any(example.before_spoken) and example.reward_before == example.before
+
+
+def test_a_date_is_one_for_a_run(tmp_path):
+    folder = write_tokenizer(tmp_path / "hf", "bytes", {"chat_template": SHAPES["dated"]})
+
+    def prompt(date: str | None) -> str:
+        config = RunConfig(output_dir=str(tmp_path), tokenizer=TokenizerConfig(path=str(folder), date=date))
+        tokenizer = read_tokenizer(config, Base(None, ModelConfig()))
+        assert config.tokenizer.date == tokenizer.date and tokenizer.template.is_dated
+        return tokenizer.decode(tokenizer.render_prompt([ASKS]))
+
+    today = transformers_ids(folder, [ASKS], True)
+    assert prompt(None) == Tokenizer(str(folder)).decode(today)
+    assert prompt("2024-02-29").startswith("[SYS]It is 29 Feb 2024.")
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "config.yaml").write_text("tokenizer: {date: '2021-11-05'}")
+    assert prompt(None).startswith("[SYS]It is 05 Nov 2021.")
+    with pytest.raises(ConfigError, match=r"tokenizer\.date=tomorrow: a date is YYYY-MM-DD"):
+        prompt("tomorrow")
+
+
+LIST = [{"name": "chat", "template": CHATML}, {"name": "tool_use", "template": "{{ 'x' }}"}]
+DEFAULT = {"name": "default", "template": LLAMA3}
+
+
+@pytest.mark.parametrize(
+    ("config", "files", "key", "found"),
+    [
+        (CHATML, {}, None, ("<|im_end|>", "tokenizer_config.json")),
+        ([DEFAULT, *LIST], {}, None, ("<|eot_id|>", "default (of chat, default, tool_use) in")),
+        ([DEFAULT, *LIST], {}, "chat", ("<|im_end|>", "chat (of chat, default, tool_use) in")),
+        ({"default": CHATML}, {}, None, ("<|im_end|>", "tokenizer_config.json")),
+        (LIST, {}, "chat", ("<|im_end|>", "chat (of chat, tool_use) in")),
+        (LIST, {}, "llama3", ("<|eot_id|>", "llama3, built in")),
+        ([{"name": "llama3", "template": CHATML}], {}, "llama3", ("<|im_end|>", "llama3 (of llama3) in")),
+        (LLAMA3, {"chat_template.jinja": CHATML}, None, ("<|im_end|>", "chat_template.jinja")),
+        (LLAMA3, {"chat_template.jinja": CHATML, "additional_chat_templates/a.jinja": "x"}, None,
+         ("<|im_end|>", "default (of a, default) in")),
+        (None, {"additional_chat_templates/a.jinja": CHATML}, "a", ("<|im_end|>", "a (of a) in")),
+        (None, {"chat_template.json": json.dumps({"chat_template": CHATML})}, None, ("<|im_end|>", "template.json")),
+        (None, {}, None, ("<|eos|>", "hh, built in: ")),
+        (None, {"chat_template.jinja": "\ufeff" + CHATML}, None, ("<|im_end|>", "byte-order mark in front of every")),
+        (SHAPES["text"], {}, None, ("<|eos|>", "writes <|assistant|> as text")),
+        (SHAPES["dated"], {}, None, ("<|eos|>", "writes the date, of today (tokenizer.date)")),
+        (LIST, {}, None, "chat, tool_use and none called default: choose with tokenizer.template=chat"),
+        (LIST[:1], {}, None, "has the chat template chat and none called default"),
+        ({"chat": CHATML}, {}, None, "has the chat template chat and none called default"),
+        (LLAMA3, {"additional_chat_templates/a.jinja": CHATML}, None, "has the chat template a and none called"),
+        (LIST, {}, "caht", "tokenizer.template=caht: did you mean chat"),
+        (LIST, {}, "tool_use", "the chat template tool_use of"),
+        ([CHATML], {}, None, "tokenizer_config.json: chat_template is a Jinja program, or a list"),
+        ([{"template": CHATML}], {}, None, "tokenizer_config.json: chat_template is a Jinja program, or a list"),
+        (7, {}, None, "tokenizer_config.json: chat_template is a Jinja program"),
+        (None, {"chat_template.json": "{"}, None, "chat_template.json is not JSON"),
+        (None, {"chat_template.jinja": b"{# caf\xe9 #}" + CHATML.encode()}, None, "chat_template.jinja is not UTF-8"),
+        (None, {}, SHAPES["text"], "tokenizer.template needs the control token <|user|>"),
+        (None, {}, CHATML + "\\n", "tokenizer.template has a \\n outside of its quoted strings"),
+    ],
+    ids=range(28),
+)  # fmt: skip
+def test_which_template(tmp_path, config, files, key, found):
+    """As transformers finds them; one that is there is never left for a built-in one in silence."""
+    write_tokenizer(tmp_path, "bytes", {} if config is None else {"chat_template": config})
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    if isinstance(found, str):
+        with pytest.raises(ConfigError) as error:
+            Tokenizer(str(tmp_path), key)
+        assert found in str(error.value)
+        return
+    template = Tokenizer(str(tmp_path), key).template
+    assert template.end == found[0] and found[1] in template.about
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ('"2"', 'eos_token_id="2" is neither a token'), ('{"a": 2}', "neither a token"), ("[2, null]", "neither"),
+        ("true", "eos_token_id=true"), ("2.0", "eos_token_id=2.0"), ("-1", "eos_token_id=-1 is outside"),
+        ("[2, 99999]", "eos_token_id=99999 is outside"), ("{", "generation_config.json is not JSON"),
+    ],
+)  # fmt: skip
+def test_ends_that_are_no_ids(folder, tmp_path, value, words):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {value}}}')
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        Tokenizer(str(tmp_path))
+
+
+def test_tokens_beyond_the_models_vocabulary(tmp_path):
+    """A pad token without a row of the embeddings is never written; what can be in a row needs one."""
+    padded = CHATML + "{% if messages[0].content == 'pad' %}{{ pad_token }}{% endif %}"
+    folder = write_tokenizer(tmp_path, "bytes", {"chat_template": padded, "pad_token": "<pad>"})
+    tokenizer = Tokenizer(str(folder))
+    pad = tokenizer._vocabulary.controls["<pad>"]
+    assert pad == tokenizer.vocab_size - 1
+    tokenizer.fit(pad, "the model's vocabulary")
+    assert max(tokenizer.render(DIALOGUE)[0]) < pad
+    with pytest.raises(ConfigError, match=f"writes <pad>, id {pad}, and the model's vocabulary has {pad}"):
+        tokenizer.render_prompt([{"role": "user", "content": "pad"}])
+    with pytest.raises(ConfigError, match=f"has {pad} ids, and the model's vocabulary {pad - 1}"):
+        tokenizer.fit(pad - 1, "the model's vocabulary")  # <think> is text
 
 
 @pytest.fixture(scope="module")
@@ -296,6 +515,74 @@ def test_mistral(shared):
     assert not {3, 4, 2, 1} & set(tokenizer.encode("[INST]a[/INST]</s><s>", continues=True))
     with pytest.raises(ConfigError, match=r"tokenizer\.template=internlm2 needs the control token <\|im_start\|>"):
         Tokenizer(str(file), "internlm2")
+
+
+SLOW = {  # tokenizer_config.json, added_tokens.json, special_tokens_map.json
+    "chatml": ({"tokenizer_class": "LlamaTokenizer", "chat_template": CHATML, "eos_token": "<|im_end|>"},
+               {"<|im_start|>": 512, "<|im_end|>": 513}, {"eos_token": "<|im_end|>"}),
+    "classless": ({"chat_template": CHATML}, {"<|im_start|>": 512, "<|im_end|>": 513}, None),
+    "bos": ({"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "chat_template": MISTRAL},
+            {"[INST]": 512, "[/INST]": 513}, {"additional_special_tokens": ["[INST]", "[/INST]"]}),
+    "pad": ({"tokenizer_class": "LlamaTokenizer", "pad_token": "<pad>"}, {"<pad>": 512}, {"pad_token": "<pad>"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SLOW)
+def test_a_slow_tokenizer_with_added_tokens(shared, tmp_path, kind):
+    """As transformers before 4.34 saved them: the ids are those of transformers."""
+    transformers = pytest.importorskip("transformers")
+    shutil.copy(shared / "models" / "stories260K_hf" / "tokenizer.model", tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "eos_token_id": 2}')
+    for name, content in zip(("tokenizer_config", "added_tokens", "special_tokens_map"), SLOW[kind], strict=True):
+        if content is not None:
+            (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    tokenizer, hf = Tokenizer(str(tmp_path)), transformers.AutoTokenizer.from_pretrained(str(tmp_path))
+    for text in ("Once upon a time", "  two  spaces\n\n x", "naïve 漢字", "a</s>b"):
+        assert tokenizer.encode(text) == hf.encode(text, split_special_tokens=True)
+    if kind == "pad":
+        tokenizer.fit(512, "the model's vocabulary")
+        assert tokenizer.vocab_size == 513 and max(tokenizer.render(DIALOGUE)[0]) < 512
+        return
+    for messages in (DIALOGUE[:1], DIALOGUE[:3]):
+        assert tokenizer.render_prompt(messages) == transformers_ids(tmp_path, messages, True)
+    ids = tokenizer.render(DIALOGUE)[0]
+    assert ids == transformers_ids(tmp_path, DIALOGUE, False)[: len(ids)] and max(ids) in (512, 513)
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"tekken.json": b"{}"}, "tekken.json alone is not read: put the tokenizer.json of the same model beside it"),
+        ({"qwen.tiktoken": b"IQ== 0\n"}, "qwen.tiktoken alone is not read: put the tokenizer.json"),
+        ({"tokenizer.model": b"IQ== 0\nIg== 1\n"}, "tokenizer.model is a file of tiktoken, which is not read: put the"),
+        ({"tokenizer.model.v3": b"x"}, "tokenizer.model.v3 reads it"),
+        ({"vocab.json": b"{}"}, "vocab.json and merges.txt belong together"),
+        ({"merges.txt": b""}, "vocab.json and merges.txt belong together"),
+        ({"tokenizer.model": b"x"}, "tokenizer.model is not a sentencepiece model"),
+        ({"tokenizer.json": b"{"}, "transformers does not read its tokenizer"),
+        ({"tokenizer.json": b"{}", "tokenizer_config.json": b"["}, "tokenizer_config.json is not JSON"),
+    ],
+    ids=range(9),
+)
+def test_tokenizers_that_are_not_read(tmp_path, files, words):
+    pytest.importorskip("transformers")
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        Tokenizer(str(tmp_path))
+
+
+def test_gpt2_by_its_two_files(shared, tmp_path):
+    for kind in ("vocab.json", "merges.txt"):
+        shutil.copy(shared / "tokenizers" / f"gpt2_{kind}", tmp_path / kind)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    tokenizer = Tokenizer(str(tmp_path))
+    assert tokenizer.encode("Hello world") == [15496, 995] and tokenizer.end_ids == (50256,)
+
+
+def test_escapes_of_a_shell_in_stop():
+    stop = ["\\n\\nHuman:", "\nUser:", "a\\tb", "\\\\n"]
+    assert RolloutConfig(stop=stop).stop_texts == ["\n\nHuman:", "\nUser:", "a\tb", "\\n"]
 
 
 @pytest.mark.skipif("SMOLLM2" not in os.environ, reason="SMOLLM2 names no folder of SmolLM2-135M-Instruct")

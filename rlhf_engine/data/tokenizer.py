@@ -55,7 +55,7 @@ class Tokenizer:
 
         ends = _end_ids(folder, self.vocab_size)
         variables = dict(vocabulary.variables)
-        if not variables.get("eos_token") and ends:
+        if not source.is_own and not variables.get("eos_token") and ends:
             variables["eos_token"] = self._names.get(ends[0], "")
         if source.is_ours:
             variables["bos_token"] = "".join(self._names[i] for i in vocabulary.begin)

@@ -51,7 +51,11 @@ def read_vocabulary(path: Path) -> PieceVocabulary | HFVocabulary:
         return HFVocabulary(path)
     if _PIECES in here:
         check_pieces(path / _PIECES)
-        return HFVocabulary(path) if _is_known(path, config) else PieceVocabulary(path / _PIECES, config)
+        if _is_known(path, config):
+            return HFVocabulary(path)
+        added = read_json(path / _OF_TRANSFORMERS[0])  # from before there was an added_tokens_decoder
+        tokens = {str(i): {"content": name, "special": True} for name, i in added.items()}
+        return PieceVocabulary(path / _PIECES, {"added_tokens_decoder": tokens, **config})
     found = here or [file.name for pattern in _FOREIGN for file in sorted(path.glob(pattern))]
     raise ConfigError(
         f"tokenizer.path={path}: neither tokenizer.json nor tokenizer.model is there"
@@ -143,7 +147,7 @@ class PieceVocabulary:
         } | {
             name: value["content"] if isinstance(value, dict) else value
             for name, value in config.items()
-            if name.endswith("_token") and isinstance(value, str | dict)
+            if name.endswith("_token") and isinstance(value, str | dict) and value
         }
         self.unknown = (model.id_to_piece(model.unk_id()), model.unk_id())
         self.restarts = True
