@@ -184,7 +184,7 @@ def our_side(
     )  # fmt: skip
     config.ppo.critic_optimizer = replace(config.ppo.optimizer)
     mesh = ParallelMesh(MeshConfig(tp=tp, pp=1, dp=dp), "cpu")
-    bases = {"policy": read_base(str(policy)), "reward": read_base(str(reward))}
+    bases = {"policy": read_base(str(policy)), "reward": read_base(str(reward), "reward")}
     tokenizer = SimpleNamespace(end_ids=[], decode=None)  # no token is an end
     ctx = Context(config, bases, mesh, tokenizer, None, None, None)  # type: ignore[arg-type]
     ctx.state.kl_coef = KL_COEF

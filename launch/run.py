@@ -86,6 +86,11 @@ def run_rank(checked: Plan, job: Callable[[Plan], int] = train) -> int:
     return code
 
 
+def say_notes(checked: Plan) -> None:
+    for note in checked.notes if int(os.environ.get("RANK", "0")) == 0 else ():
+        print(f"note: {note}", flush=True)
+
+
 def main(
     argv: list[str], job: Callable[[Plan], int] = train, script: str = __file__, about: str | None = __doc__
 ) -> int:
@@ -102,6 +107,7 @@ def main(
         if checked.config.starts_nothing:
             from rlhf_engine.plan.show import show
 
+            say_notes(checked)
             if int(os.environ.get("RANK", "0")) == 0:
                 show(checked)
             return 0
@@ -116,9 +122,7 @@ def main(
     theirs, _ = from_command_line(argv)
     if theirs is not None and os.environ["RANK"] == "0":
         print(theirs.table(), flush=True)
-    if os.environ["RANK"] == "0":
-        for note in checked.notes:
-            print(f"note: {note}", flush=True)
+    say_notes(checked)
     return run_rank(checked, job)
 
 

@@ -125,12 +125,9 @@ def show_run(plan: Plan, ctx: Context) -> None:
 
     def split(rows: int, what: str, micro_batch_size: int, tokens: int) -> str:
         """How `rows` of an optimizer step reach the replicas, and the most tokens of one micro-batch."""
-        per_replica, budget = rows // mesh.dp, config.schedule.micro_batch_tokens
-        if budget is not None:
-            return f"{rows} {what} a step = {mesh.dp} replicas x {per_replica}, in micro-batches of {budget} tokens"
+        most = config.schedule.micro_batch_tokens or micro_batch_size * tokens
         return (
-            f"{rows} {what} a step = {mesh.dp} replicas x {per_replica // micro_batch_size} micro-batches"
-            f" x {micro_batch_size}, at most {micro_batch_size * tokens} tokens each"
+            f"{rows} {what} a step = {mesh.dp} replicas x {rows // mesh.dp}, in micro-batches of at most {most} tokens"
         )
 
     if "sft" in config.phases:
@@ -149,6 +146,20 @@ def show_run(plan: Plan, ctx: Context) -> None:
         tokens = config.data.max_prompt_len + config.rollout.max_new_tokens
         steps = split(samples // ppo.num_minibatches, "samples", ppo.micro_batch_size, tokens)
         table.add_row("", f"{ppo.epochs} epochs x {ppo.num_minibatches} minibatches, {steps}")
+    optimizers = {"sft": config.sft.optimizer, "reward": config.reward.optimizer, "ppo policy": config.ppo.optimizer}
+    optimizers["ppo critic"] = config.ppo.critic_optimizer
+    rates = {name: rate for name, rate in optimizers.items() if name.split()[0] in config.phases}
+    table.add_row("rates", ", ".join(f"{name} {rate.lr:g} {rate.schedule}" for name, rate in rates.items()))
+    data = config.data
+    table.add_row(
+        "lengths",
+        f"dialogues of {data.max_seq_len} tokens, prompts of {data.max_prompt_len}, responses of"
+        f" {config.rollout.max_new_tokens}, at most",
+    )
+    if plan.settled:
+        table.add_row("chosen here", "  ".join(f"{key}={value}" for key, value in plan.settled.items()))
+    for warning in plan.warnings:
+        table.add_row("warning", warning)
     table.add_row("output", config.output or config.output_dir)
     console = Console()
     console = console if console.is_terminal else Console(width=140)

@@ -6,23 +6,14 @@ import glob
 import importlib
 import os
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from .config import (
-    JOBS,
-    Base,
-    ConfigError,
-    MeshConfig,
-    PolicyConfig,
-    RewardConfig,
-    RunConfig,
-    check,
-    resolve_mesh,
-)
+from .config import JOBS, Base, ConfigError, MeshConfig, RunConfig, check, resolve_mesh
 from .data.files import read_rows
 from .data.formats import check_messages
 from .data.sources import HH_MINI, Source, check_sources, parse_spec, read_sources
@@ -30,6 +21,7 @@ from .data.tokenizer import Tokenizer
 from .data.vocabulary import has_tokenizer, read_vocabulary
 from .hf.config import ARCHITECTURES, family, read_json, read_model_config
 from .hf.index import check_adapter, index, unread_files
+from .sizes import settle
 
 SUMMARY = "summary.json"  # of a finished phase
 
@@ -46,6 +38,23 @@ class Plan:
     sources: list[Source]  # of the training phases; empty for a job
     ptx_sources: list[Source]  # that PPO mixes into the policy's update
     notes: list[str]  # that a user should read before the run starts, a line each
+    settled: dict[str, int] = field(default_factory=dict)  # sizes that were left open, as `settle` filled them in
+
+    @property
+    def warnings(self) -> list[str]:
+        """What may start and is hardly meant: rates at which a pretrained model forgets what it has learned."""
+        if self.bases["policy"].path is None:
+            return []
+        return [
+            f"{key}.lr={lr:g} is usual for a model from scratch, and {usual:g} for a pretrained one as this is"
+            for key, lr, most, usual in (
+                ("sft.optimizer", self.config.sft.optimizer.lr, 1e-4, 1e-5),
+                ("reward.optimizer", self.config.reward.optimizer.lr, 1e-4, 1e-5),
+                ("ppo.optimizer", self.config.ppo.optimizer.lr, 3e-5, 1e-6),
+                ("ppo.critic_optimizer", self.config.ppo.critic_optimizer.lr, 1e-4, 5e-6),
+            )
+            if key.split(".")[0] in self.config.phases and lr > most
+        ]
 
     @property
     def world_size(self) -> int:
@@ -96,8 +105,14 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
     jobs = set(config.phases) & JOBS
     if jobs and len(config.phases) > 1:
         raise ConfigError(f"phases={config.phases}: {sorted(jobs)[0]} runs alone")
-    policy = read_base("policy", config.policy) if config.policy.path else Base(None, config.model)
-    reward = read_base("reward", config.reward) if config.reward.path else policy
+    policy = Base(None, config.model)
+    if config.policy.path:
+        policy = read_base(config.policy.path, "policy", config.policy.ignore_keys)
+    reward = policy
+    if config.reward.path:
+        reward = read_base(config.reward.path, "reward", config.reward.ignore_keys)
+    context = min(base.model.max_position_embeddings for base in (policy, reward))
+    settled = settle(config, mesh, policy.model, context, device)
     if not config.plan.search:  # which looks at other meshes, and checks each
         check(config, mesh, policy.model, reward.model)
     tokenizer = read_tokenizer(config, policy)
@@ -125,19 +140,19 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
     notes = folder_notes(config, policy, reward, tokenizer)
     if config.reward.kind == "function" and "ppo" in config.phases:
         load_function(config.reward.fn or "")
-    return Plan(config, mesh, {"policy": policy, "reward": reward}, device, tokenizer, sources, ptx_sources, notes)
+    bases = {"policy": policy, "reward": reward}
+    return Plan(config, mesh, bases, device, tokenizer, sources, ptx_sources, notes, settled)
 
 
-def read_base(section: str, settings: PolicyConfig | RewardConfig) -> Base:
+def read_base(path: str, section: str = "policy", ignore_keys: Sequence[str] = ()) -> Base:
     """A folder that weights begin from, in HF format or converted.
 
     Args:
-        section: of the configuration that these settings are from.
+        section: of the configuration that names it.
+        ignore_keys: see `hf.config.parse`.
     """
-    path = settings.path
-    assert path is not None
     check_adapter(path)
-    model = read_model_config(path, settings.ignore_keys, f"{section}.ignore_keys")
+    model = read_model_config(path, ignore_keys, f"{section}.ignore_keys")
     if section == "policy" and has_score(path):
         raise ConfigError(f"policy.path={path} is a reward model: reward.path={path} scores with it, or trains it")
     if not is_converted(path):

@@ -11,7 +11,7 @@ import json
 import textwrap
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 
 from .compose import CONF, config_groups
 from .config import RunConfig
@@ -47,12 +47,14 @@ def every_key(config: typing.Any = None, prefix: str = "") -> Iterator[Key]:
     """Every key with a value, in the order of the dataclasses."""
     config = RunConfig() if config is None else config
     hints, comments = typing.get_type_hints(type(config)), _comments(type(config))
+    sizes = {f.name for f in fields(config) if f.metadata.get("is_size")}
     for name, value in vars(config).items():
         if is_dataclass(value):
             yield from every_key(value, f"{prefix}{name}.")
         else:
             default = value if isinstance(value, str) else json.dumps(value).replace('"', "")
-            yield Key(prefix + name, _kind(hints[name]), default, comments[name])
+            kind = _kind(hints[name]) + " or null" * (name in sizes)
+            yield Key(prefix + name, kind, default, comments[name])
 
 
 def _comments(cls: type) -> dict[str, str]:

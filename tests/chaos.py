@@ -25,7 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import warm
 from cases import MEASURED
+from clusters import PATIENCE
 from conftest import ROOT, SMALL
 
 from rlhf_engine.signals import STOPPED
@@ -35,7 +37,6 @@ RUN = [sys.executable, str(ROOT / "launch" / "run.py"), *SMALL]
 RUN += [setting for name, n in PHASES.items() for setting in (f"{name}.iterations={n}", f"{name}.save_every=1")]
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1)
 MESHES = (["mesh.dp=2"], ["mesh.tp=2", "mesh.dp=1"])
-_SECONDS_TO_END = 20.0  # from the signal to the end of the last process
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ class Run:
 
     def start(self, kill: Kill | None = None, chance: random.Random | None = None) -> int:
         """Starts it, kills it where it gets that far, and gives the launcher's exit code when nothing of it is left."""
-        with tempfile.TemporaryFile("w+") as output:
-            process = subprocess.Popen(self.command, stdout=output, stderr=subprocess.STDOUT)
+        with tempfile.NamedTemporaryFile("r") as output:
+            process = warm.Command(self.command, output.name, output.name)
             family: list[psutil.Process] = []
             if kill is not None and chance is not None:
                 self._wait(kill, lambda: process.poll() is None)
@@ -86,16 +87,14 @@ class Run:
                     for each in struck:
                         each.send_signal(kill.signum)
             try:
-                code = process.wait(_SECONDS_TO_END if kill else 120)
-                _, alive = psutil.wait_procs(family, timeout=5)
+                code = process.wait(PATIENCE)
+                _, alive = psutil.wait_procs(family, timeout=PATIENCE)
                 assert not alive, f"still there: {alive}"
             except (subprocess.TimeoutExpired, AssertionError) as error:
                 for each in (process, *family):
                     with contextlib.suppress(psutil.NoSuchProcess):
                         each.kill()
-                output.seek(0)
                 raise AssertionError(f"{error}\n{output.read()}") from None
-            output.seek(0)
             said = output.read()
         # asked to stop, or ended by the signal, itself or a rank of it; and never in a way that needs explaining
         expected = {0, STOPPED, -kill.signum, 128 + kill.signum} if kill else {0}

@@ -10,10 +10,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
+import warm
 from worlds import ROOT, launcher
 
 # `urgent` takes nodes from `train`, whose jobs have half a minute to save. A job that is queued again starts when the
@@ -45,11 +46,22 @@ PartitionName=urgent Nodes=n0,n1 PriorityTier=2 PreemptMode=OFF
 """
 
 
-def wait_until(happened: Callable[[], bool], seconds: float, what: str) -> None:
-    deadline = time.monotonic() + seconds
+PATIENCE = 300.0  # seconds, far more than anything takes on a busy machine: a test fails by it only if something hangs
+
+
+def wait_until(happened: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE
     while not happened():
-        assert time.monotonic() < deadline, f"after {seconds} s still waiting for {what}"
-        time.sleep(0.1)
+        assert time.monotonic() < deadline, f"after {PATIENCE:g} s still waiting for {what}"
+        time.sleep(0.02)
+
+
+def free_ports(count: int) -> list[int]:
+    """Different ones."""
+    found: set[int] = set()
+    while len(found) < count:
+        found.add(launcher.free_port())
+    return sorted(found)
 
 
 def has_slurm() -> bool:
@@ -61,7 +73,7 @@ def slurm(folder: Path) -> Iterator[dict[str, str]]:
     """A Slurm cluster whose files are in `folder`; gives the environment in which its commands find it."""
     host = socket.gethostname()
     conf, key = folder / "slurm.conf", folder / "munge.key"
-    conf.write_text(SLURM_CONF.format(host=host, folder=folder, ports=[launcher.free_port() for _ in range(3)]))
+    conf.write_text(SLURM_CONF.format(host=host, folder=folder, ports=free_ports(3)))
     key.write_bytes(secrets.token_bytes(128))
     key.chmod(0o400)
     environment = os.environ | {"SLURM_CONF": str(conf)}
@@ -84,8 +96,8 @@ def slurm(folder: Path) -> Iterator[dict[str, str]]:
             with (folder / f"{i}.{command[0]}.log").open("w") as log:
                 daemons.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
             if command[0] == "munged":
-                wait_until((folder / "munge.sock").exists, 10, "munged")
-        wait_until(is_ready, 30, f"Slurm's nodes; its logs are in {folder}")
+                wait_until((folder / "munge.sock").exists, "munged")
+        wait_until(is_ready, f"Slurm's nodes; its logs are in {folder}")
         yield environment
     finally:
         subprocess.run(["scancel", "-u", "root"], env=environment, timeout=20)
@@ -108,7 +120,7 @@ def ray() -> Iterator[tuple[str, list[subprocess.Popen]]]:
             nodes.append(
                 subprocess.Popen([*start, *role], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             )
-            wait_until(lambda: _num_ray_nodes(port) == len(nodes), 60, "Ray's nodes")
+            wait_until(lambda: _num_ray_nodes(port) == len(nodes), "Ray's nodes")
         yield f"127.0.0.1:{port}", nodes
     finally:
         end(nodes)
@@ -124,7 +136,7 @@ def _num_ray_nodes(port: int) -> int:
     return int(found.stdout or 0)
 
 
-def end(daemons: list[subprocess.Popen]) -> None:
+def end(daemons: Sequence[subprocess.Popen | warm.Command]) -> None:
     """Ends processes that we started, and what is left of those that they have started."""
     running = [daemon for daemon in daemons if daemon.poll() is None]
     family = [child for daemon in running for child in psutil.Process(daemon.pid).children(recursive=True)]

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
+from hypothesis import HealthCheck, settings
 from worlds import World
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,12 +25,20 @@ SMALL = [
 
 
 def launch(*overrides: str, check: bool = True) -> subprocess.CompletedProcess:
-    """`python launch/run.py` as a user types it."""
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "launch" / "run.py"), *overrides], capture_output=True, text=True, timeout=300
-    )
-    assert not check or result.returncode == 0, result.stdout + result.stderr
-    return result
+    """`python launch/run.py` as a user types it, started warm."""
+    return warm.run([sys.executable, str(ROOT / "launch" / "run.py"), *overrides], check=check)
+
+
+# Examples that are the same in every run, on a machine of any speed.
+settings.register_profile(
+    "tests", derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("tests")
+
+
+def pytest_make_parametrize_id(val) -> str | None:
+    """Bytes show in no id: compressors write the time of day into them, and workers would collect different tests."""
+    return "bytes" if isinstance(val, bytes) else None
 
 
 @pytest.fixture(scope="session")

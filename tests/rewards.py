@@ -5,8 +5,13 @@ import math
 import os
 import signal
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+
+from rlhf_engine import watchdog
+from rlhf_engine.signals import noted
 
 
 def short_and_polite(prompts, responses, prompt_tokens, response_tokens):
@@ -19,9 +24,22 @@ def too_few(prompts, responses, prompt_tokens, response_tokens):
     return [0.0]
 
 
-def slowly(*texts_and_tokens):
-    """The same, half a second later: long enough for a test to send a signal to a run, or to take a node from it."""
-    time.sleep(0.5)
+def held(*texts_and_tokens):
+    """The same; but in the third iteration it waits until the run is asked to stop or there is a file HELD, so that a
+    test may do what it likes to a run that stands still. A run that goes on finds the file."""
+    here = Path(os.environ["HELD"])
+    if next(_calls) == 3:  # the first is the evaluation's
+        while not noted() and not here.exists():
+            time.sleep(0.02)
+        here.touch()
+    return short_and_polite(*texts_and_tokens)
+
+
+def seems_slow(*texts_and_tokens):
+    """The same, but the watchdog's clock goes on by 60 seconds in each call, and it looks at it meanwhile."""
+    passed = 60 * (next(_calls) + 1)
+    watchdog.time = SimpleNamespace(monotonic=lambda: time.monotonic() + passed, sleep=time.sleep)
+    time.sleep(1.5)  # longer than it ever looks away
     return short_and_polite(*texts_and_tokens)
 
 
@@ -62,6 +80,8 @@ def a_matrix(prompts, *others):
 
 
 def hangs(*texts_and_tokens):
+    """For ever; there is a file HELD from then on."""
+    Path(os.environ.get("HELD", os.devnull)).touch()
     while True:
         time.sleep(0.1)
 

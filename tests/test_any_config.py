@@ -45,7 +45,7 @@ def assert_one_line(error: ConfigError) -> None:
 CONFIG = st.dictionaries(st.sampled_from(KEYS) | st.sampled_from(sorted(SECTIONS)) | SAID, VALUES, max_size=4)
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(CONFIG)
 def test_any_values(flat):
     try:
@@ -64,7 +64,7 @@ OVERRIDE = st.tuples(
 ).map("".join)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(OVERRIDE, min_size=1, max_size=3))
 def test_any_overrides(overrides):
     try:
@@ -78,7 +78,7 @@ PLAIN = st.integers(-1, 20).map(str) | st.sampled_from(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(overrides=st.dictionaries(st.sampled_from(KEYS), PLAIN, max_size=3))
 def test_any_command_line(tmp_path_factory, overrides):
     """It starts ranks, or nothing but a plan, or is refused."""

@@ -384,7 +384,7 @@ def test_nothing_said_becomes_a_control_token(folder, template):
 
     usual = [i for i in tokenizer.render(dialogue(["x"] * 5))[0] if i in controls]
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(st.lists(TEXT.map("".join), min_size=5, max_size=5))
     def check(texts: list[str]) -> None:
         messages = dialogue(texts)

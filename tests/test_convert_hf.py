@@ -8,13 +8,12 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
 import sys
-import time
 
 import cases
 import pytest
 import torch
+import warm
 from conftest import ROOT, SMALL, launch
 from safetensors.torch import load_file, save_file
 from test_hf_architectures import GPT2, LAYOUTS, SIZES, assert_same_weights, expected, make, rows, transformers
@@ -140,7 +139,7 @@ def test_ctrl_c(imported, source, tmp_path, command, left):
         f"sys.argv = ['convert.py', *{words!r}, '--out', {str(tmp_path / 'out')!r}]\n"
         f"runpy.run_path({str(TOOL)!r}, run_name='__main__')"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = warm.run([sys.executable, "-c", code])
     assert result.returncode == 130 and "Traceback" not in result.stderr, result.stderr
     assert result.stderr.splitlines()[-1].startswith("interrupted")
     assert [path.name for path in tmp_path.iterdir()] == left
@@ -157,15 +156,94 @@ def test_an_import_that_was_killed_goes_on(convert, source, tmp_path):
         "c._write_results = stop\n"
         f"m.main(['import', '--hf', {str(source)!r}, '--out', {str(out)!r}, '--tp', '2'])"
     )
-    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, env=os.environ)
+    killed = warm.run([sys.executable, "-c", code])
     assert killed.returncode == -signal.SIGKILL and not out.exists()
     first = tmp_path / "out.incomplete" / "__0_0.distcp"
-    before = first.stat().st_mtime_ns
-    time.sleep(0.01)
+    os.utime(first, ns=(10**18, 10**18))
     assert convert("import", "--hf", source, "--out", out, "--tp", 2) == 0
-    assert (out / "__0_0.distcp").stat().st_mtime_ns == before
+    assert (out / "__0_0.distcp").stat().st_mtime_ns == 10**18
     assert convert("verify", "--hf", source, "--megatron", out) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# -- what a folder holds besides -------------------------------------------------------------------------------
+
+
+def weights_of(folder) -> dict[str, torch.Tensor]:
+    return {key: value for path in folder.glob("model*.safetensors") for key, value in load_file(path).items()}
+
+
+@pytest.fixture
+def single(source, tmp_path):
+    """The source as one file, and no other."""
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    shutil.copy(source / "config.json", folder)
+    save_file(weights_of(source), folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_an_index_that_is_left_over(convert, source, single, tmp_path, capsys):
+    """Neither imported, nor compared with, and said."""
+    new = {key: value + 0.5 for key, value in weights_of(source).items()}
+    for path in source.glob("*.safetensors*"):
+        shutil.copy(path, single)
+    save_file(new, single / "model.safetensors", {"format": "pt"})
+    assert convert("import", "--hf", single, "--out", tmp_path / "new", "--tp", 2) == 0
+    assert "not read: model-00001-of-" in capsys.readouterr().err
+    assert convert("export", "--megatron", tmp_path / "new", "--out", tmp_path / "out") == 0
+    found = weights_of(tmp_path / "out")
+    assert found.keys() == new.keys() and all(torch.equal(found[key], value) for key, value in new.items())
+    assert convert("verify", "--hf", single, "--megatron", tmp_path / "new") == 0
+    assert convert("import", "--hf", source, "--out", tmp_path / "old") == 0
+    assert convert("verify", "--hf", single, "--megatron", tmp_path / "old") == 1
+    capsys.readouterr()
+    assert convert("inspect", single) == 0
+    out = capsys.readouterr().out
+    assert "HF, 1 files, 62 tensors" in out and "not read" in out and "model.safetensors.index.json" in out
+
+
+def test_a_score_beside_a_language_model(convert, single, imported, tmp_path, capsys):
+    torch.manual_seed(2)
+    head = {"v_head.summary.weight": torch.randn(1, 36), "v_head.summary.bias": torch.full((1,), 0.25)}
+    save_file(head, single / "value_head.safetensors", {"format": "pt"})
+    assert convert("import", "--hf", single, "--out", tmp_path / "mg") == 2
+    assert "v_head.summary.weight" in (message := capsys.readouterr().err) and "--head lm or scalar" in message
+    # a checkpoint without it is not the whole folder
+    assert convert("verify", "--hf", single, "--megatron", imported) == 1
+    out = capsys.readouterr().out
+    assert "v_head.summary.weight is in the HF folder alone" in out and "62 tensors equal bit for bit, 2 not" in out
+    assert convert("import", "--hf", single, "--out", tmp_path / "mg", "--head", "scalar", "--tp", 2) == 0
+    assert convert("verify", "--hf", single, "--megatron", tmp_path / "mg") == 0
+    assert convert("export", "--megatron", tmp_path / "mg", "--out", tmp_path / "out") == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == ["Qwen2ForSequenceClassification"] and config["score_bias"] == 0.25
+    assert torch.equal(weights_of(tmp_path / "out")["score.weight"], head["v_head.summary.weight"])
+
+
+def test_a_group_of_mixed_types(convert, single, tmp_path, capsys):
+    """What is packed into one tensor is kept in the widest type, whichever part comes first."""
+    weights = weights_of(single)
+    for name in ("self_attn.q_proj", "mlp.up_proj"):
+        weights[f"model.layers.1.{name}.weight"] = weights[f"model.layers.1.{name}.weight"].bfloat16()
+    save_file(weights, single / "model.safetensors", {"format": "pt"})
+    assert convert("import", "--hf", single, "--out", tmp_path / "mg", "--tp", 2) == 0
+    capsys.readouterr()
+    assert convert("verify", "--hf", single, "--megatron", tmp_path / "mg") == 1
+    found = capsys.readouterr().out.splitlines()[:-1]
+    assert len(found) == 2 and all("is torch.float32 for torch.bfloat16, otherwise equal" in line for line in found)
+
+
+def test_keys_that_a_user_has_looked_at(convert, single, tmp_path, capsys):
+    config = json.loads((single / "config.json").read_text())
+    rope = config["rope_parameters"] | {"sharpness": 2.0}
+    (single / "config.json").write_text(json.dumps(config | {"gate": "x", "rope_parameters": rope}))
+    assert convert("import", "--hf", single, "--out", tmp_path / "mg") == 2
+    assert "--ignore-keys sharpness gate reads" in capsys.readouterr().err
+    words = ("--ignore-keys", "gate", "sharpness")
+    assert convert("import", "--hf", single, "--out", tmp_path / "mg", *words) == 0
+    assert json.loads((tmp_path / "mg" / "config.json").read_text()) == config  # without what was not imported
+    assert convert("inspect", single, *words) == 0 and convert("inspect", single) == 2
 
 
 # -- folders that runs export ----------------------------------------------------------------------------------
@@ -211,6 +289,7 @@ def no_header(folder):
 
 
 def absent_file(folder):
+    (folder / "model.safetensors").unlink()
     listing = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(listing))
     return ["model.safetensors.index.json names model-00001-of-00002.safetensors, which is not there"]
@@ -296,7 +375,7 @@ def test_a_full_disk(imported, source, tmp_path, command):
         f"sys.argv = ['convert.py', *{words!r}, '--out', {str(tmp_path / 'out')!r}];"
         f"runpy.run_path({str(TOOL)!r}, run_name='__main__')"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = warm.run([sys.executable, "-c", code])
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
     assert "File too large" in result.stderr.splitlines()[-1]
     assert not list(tmp_path.iterdir())

@@ -13,6 +13,7 @@ from pathlib import Path
 import cases
 import pytest
 import torch
+import warm
 from conftest import ROOT, SMALL
 
 from rlhf_engine.config import GuardConfig, OptimizerConfig
@@ -101,10 +102,8 @@ def run(*overrides: str, **environment: str) -> subprocess.CompletedProcess:
     """PPO of three iterations with a reward function of tests/rewards.py, on one rank."""
     paths = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     settings = [*SMALL, "phases=[ppo]", "reward=function", "ppo.iterations=3", "ppo.save_every=3", "mesh.dp=1"]
-    return subprocess.run(
-        [sys.executable, str(ROOT / "launch" / "run.py"), *settings, *overrides],
-        capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": paths} | environment,
-    )  # fmt: skip
+    command = [sys.executable, str(ROOT / "launch" / "run.py"), *settings, *overrides]
+    return warm.run(command, os.environ | {"PYTHONPATH": paths} | environment)
 
 
 def rows(folder: Path) -> list[dict]:

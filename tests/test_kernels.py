@@ -13,9 +13,9 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from worlds import mesh
 
 import rlhf_kernels as kernels
 from rlhf_kernels import reference
@@ -378,18 +378,12 @@ def test_gradcheck_in_float64(seed, device):
 TP_VOCAB, TP_COLUMNS = 45, 64  # with 4 ranks the last one holds padding alone
 
 
-def _tensor_parallel_rank(rank: int, port: str):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", int(port), 4, rank == 0)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=4)
-    try:
-        pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-        for tp, group, place in ((2, pairs[rank // 2], rank % 2), (4, dist.group.WORLD, rank)):
-            for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 5e-6)):
-                _check_tensor_parallel(tp, group, place, dtype, tolerance)
-    finally:
-        dist.destroy_process_group()
+def _tensor_parallel_rank():
+    rank = mesh(4, 1, 1).rank
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    for tp, group, place in ((2, pairs[rank // 2], rank % 2), (4, dist.group.WORLD, rank)):
+        for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 5e-6)):
+            _check_tensor_parallel(tp, group, place, dtype, tolerance)
 
 
 def _check_tensor_parallel(tp, group, place, dtype, tolerance):
@@ -430,13 +424,11 @@ def _check_tensor_parallel(tp, group, place, dtype, tolerance):
         kernels.token_log_probs(logits[..., columns], tokens + 12, **mine)
 
 
-def test_ranks_that_share_a_vocabulary_agree_with_one(device):
+def test_ranks_that_share_a_vocabulary_agree_with_one(device, worlds):
     """TP 2 and 4, with and without sequence parallelism, in one world of four gloo ranks."""
     if device == "cuda":
         pytest.skip("gloo ranks are on the CPU")
-    from worlds import launcher
-
-    mp.spawn(_tensor_parallel_rank, (str(launcher.free_port()),), nprocs=4)
+    worlds(4).run(_tensor_parallel_rank)
 
 
 # -- advantages and losses -----------------------------------------------------------------------------------------

@@ -11,14 +11,14 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import clusters
 import psutil
 import pytest
+import warm
 import worlds
-from clusters import wait_until
+from clusters import PATIENCE, wait_until
 from conftest import ROOT, SMALL
 from test_runs import assert_close, figures
 
@@ -26,26 +26,27 @@ from rlhf_engine.signals import STOPPED
 
 RUN = [sys.executable, "launch/run.py"]
 PPO = [*SMALL, "phases=[ppo]", "reward=function", "ppo.iterations=6", "ppo.save_every=6", "mesh.dp=2"]
-# figures are those of the quick function, and there is time to interfere
-SLOWLY = [*PPO, "reward.fn=rewards:slowly"]
+# figures are those of the function that does not wait
+HELD = [*PPO, "reward.fn=rewards:held"]
 
 
 @pytest.fixture(autouse=True)
-def reward_functions_are_found(monkeypatch):
+def reward_functions_are_found(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("HELD", str(tmp_path / "held"))
 
 
 @contextlib.contextmanager
 def started(command: list, folder: Path):
     """A command that runs, its output in a file; ended with the test."""
-    with (folder / "output").open("w+") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-        process.output = lambda: (folder / "output").read_text()  # type: ignore[attr-defined]
-        try:
-            yield process
-        finally:
-            clusters.end([process])
+    path = folder / "output"
+    process = warm.Command(command, path, path)
+    process.output = path.read_text  # type: ignore[attr-defined]
+    try:
+        yield process
+    finally:
+        clusters.end([process])
 
 
 def num_iterations(folder: Path) -> int:
@@ -76,21 +77,22 @@ def test_torchrun(plain, tmp_path):
 @pytest.mark.parametrize("case", ["SIGTERM to the launcher", "SIGUSR1 to one rank", "Ctrl-C"])
 def test_stopped_and_started_again(plain, tmp_path, case):
     """The stage is finished and the state saved, the exit code says so, and the same command makes the run whole."""
-    command = [*RUN, *SLOWLY, f"output_dir={tmp_path}"]
+    command = [*RUN, *HELD, f"output_dir={tmp_path}"]
     with started(command, tmp_path) as launcher:
-        wait_until(lambda: num_iterations(tmp_path) >= 2, 60, "two iterations")
+        wait_until(lambda: num_iterations(tmp_path) >= 2, "two iterations")
         if case == "SIGTERM to the launcher":
             launcher.terminate()
         elif case == "SIGUSR1 to one rank":
             os.kill(psutil.Process(launcher.pid).children()[1].pid, signal.SIGUSR1)
+            (tmp_path / "held").touch()  # no other rank was told
         else:
             os.killpg(launcher.pid, signal.SIGINT)  # as a terminal does
-        assert launcher.wait(20) == STOPPED, launcher.output()
+        assert launcher.wait(PATIENCE) == STOPPED, launcher.output()
         assert "start the same again" in launcher.output() and "Traceback" not in launcher.output()
     done = num_iterations(tmp_path)
     assert 2 <= done < 6
     assert (tmp_path / "ppo" / "checkpoints" / "latest").read_text() == f"iteration_{done}"
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = warm.run(command)
     places = f"at iteration {done} of 6", f"within iteration {done + 1} of 6"
     assert result.returncode == 0 and any(f"ppo: resuming {place}" in result.stdout for place in places)
     assert figures(tmp_path / "ppo") == plain
@@ -109,27 +111,40 @@ def test_ranks_meet_at_one_address(worlds):
 
 
 def test_stopped_before_it_trains(tmp_path):
-    with started([*RUN, *SLOWLY, f"output_dir={tmp_path}"], tmp_path) as launcher:
-        ranks = psutil.Process(launcher.pid).children
+    """While it imports: this one starts cold."""
+    with (tmp_path / "output").open("w") as output:
+        launcher = subprocess.Popen([*RUN, *HELD, f"output_dir={tmp_path}"], stdout=output, stderr=output)
+    ranks = psutil.Process(launcher.pid).children
 
-        def is_importing() -> bool:
-            return len(ranks()) == 2 and all("libtorch" in str(rank.memory_maps()) for rank in ranks())
+    def is_importing() -> bool:
+        return len(ranks()) == 2 and all("libtorch" in str(rank.memory_maps()) for rank in ranks())
 
-        wait_until(is_importing, 30, "the import of torch")
+    try:
+        wait_until(is_importing, "the import of torch")
         launcher.terminate()
-        assert launcher.wait(5) == STOPPED and not launcher.output()
+        assert launcher.wait(PATIENCE) == STOPPED and not (tmp_path / "output").read_text()
+    finally:
+        clusters.end([launcher])
 
 
 def test_second_interrupt_ends_at_once(tmp_path):
-    with started([*RUN, *SLOWLY, f"output_dir={tmp_path}"], tmp_path) as launcher:
-        wait_until(lambda: num_iterations(tmp_path) >= 1, 60, "an iteration")
+    """In a stage that would never end, so that nothing is saved behind it."""
+    with started([*RUN, *PPO, "reward.fn=rewards:hangs", f"output_dir={tmp_path}"], tmp_path) as launcher:
+        wait_until((tmp_path / "held").exists, "the reward function")
         ranks = psutil.Process(launcher.pid).children()
+        scoring = next(rank for rank in ranks if rank.environ()["RANK"] == "0")
         launcher.send_signal(signal.SIGINT)
-        time.sleep(0.1)
+        wait_until(lambda: not is_caught(signal.SIGINT, scoring.pid), "the note of the first")
         launcher.send_signal(signal.SIGINT)
-        assert launcher.wait(5) == 128 + signal.SIGINT
+        assert launcher.wait(PATIENCE) == 128 + signal.SIGINT
         assert not any(rank.is_running() for rank in ranks)
     assert not (tmp_path / "ppo" / "checkpoints" / "latest").exists()
+
+
+def is_caught(signum: int, pid: int) -> bool:
+    """Whether a process has a handler for a signal."""
+    caught = re.search(r"SigCgt:\s+(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return bool(int(caught[1], 16) >> (signum - 1) & 1)
 
 
 @pytest.mark.parametrize("by_signal", [False, True], ids=["error", "killed"])
@@ -137,9 +152,7 @@ def test_a_rank_that_dies_is_heard_first(tmp_path, monkeypatch, by_signal):
     """Its own traceback, or how it was ended, and not what the others make of it."""
     if by_signal:
         monkeypatch.setenv("DIES_BY_SIGNAL", "1")
-    result = subprocess.run(
-        [*RUN, *PPO, "reward.fn=rewards:dies", f"output_dir={tmp_path}"], capture_output=True, text=True, timeout=60
-    )
+    result = warm.run([*RUN, *PPO, "reward.fn=rewards:dies", f"output_dir={tmp_path}"])
     if by_signal:
         assert result.returncode == 128 + signal.SIGKILL and result.stderr == "rank 0 was ended by SIGKILL\n"
     else:
@@ -152,10 +165,10 @@ def test_a_rank_that_dies_is_started_again(plain, tmp_path, monkeypatch):
     """From the last checkpoint; and not more often than allowed."""
     monkeypatch.setenv("DIED", str(tmp_path / "died"))
     command = [*RUN, *PPO, "reward.fn=rewards:dies_at_times", "ppo.save_every=1", f"output_dir={tmp_path}"]
-    result = subprocess.run([*command, "max_restarts=1"], capture_output=True, text=True, timeout=120)
+    result = warm.run([*command, "max_restarts=1"])
     assert result.returncode == 128 + signal.SIGKILL
     assert "exit code 137: starting again, 0 of max_restarts=1 left" in result.stdout
-    result = subprocess.run([*command, "max_restarts=1"], capture_output=True, text=True, timeout=120)
+    result = warm.run([*command, "max_restarts=1"])
     assert result.returncode == 0 and "ppo: resuming at iteration " in result.stdout, result.stderr
     assert "starting again" not in result.stdout and figures(tmp_path / "ppo") == plain
 
@@ -171,7 +184,7 @@ def slurm(tmp_path_factory):
     with clusters.slurm(tmp_path_factory.mktemp("slurm")) as environment:
 
         def run(*command: str) -> str:
-            env = environment | {"PYTHON": sys.executable, "PYTHONPATH": os.environ["PYTHONPATH"]}
+            env = environment | {"PYTHON": sys.executable} | {name: os.environ[name] for name in ("PYTHONPATH", "HELD")}
             return subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout.strip()
 
         yield run
@@ -190,21 +203,21 @@ TWO_NODES = ["--nodes=2", "--ntasks-per-node=1", "launch/slurm/train.sbatch"]
 
 def test_slurm_job_is_preempted_and_goes_on(slurm, plain, tmp_path):
     """On two nodes, which a job of higher priority takes for a while."""
-    job = submit(slurm, tmp_path, *TWO_NODES, *SLOWLY, f"output_dir={tmp_path}")
-    wait_until(lambda: num_iterations(tmp_path) >= 2, 60, "two iterations")
+    job = submit(slurm, tmp_path, *TWO_NODES, *HELD, f"output_dir={tmp_path}")
+    wait_until(lambda: num_iterations(tmp_path) >= 2, "two iterations")
     slurm("sbatch", "--wait", "--partition=urgent", "--nodes=2", "--output=/dev/null", "--wrap=true")
     assert 2 <= num_iterations(tmp_path) < 6
-    wait_until(lambda: state(slurm, job) == "COMPLETED", 60, "the end of the job")
+    wait_until(lambda: state(slurm, job) == "COMPLETED", "the end of the job")
     output = next(tmp_path.glob("output.*")).read_text()
     assert "start the same again" in output and "ppo: resuming " in output
     assert figures(tmp_path / "ppo") == plain
 
 
 def test_cancelled_slurm_job_stays_cancelled(slurm, tmp_path):
-    job = submit(slurm, tmp_path, *TWO_NODES, *SLOWLY, f"output_dir={tmp_path}")
-    wait_until(lambda: num_iterations(tmp_path) >= 1, 60, "an iteration")
+    job = submit(slurm, tmp_path, *TWO_NODES, *HELD, f"output_dir={tmp_path}")
+    wait_until(lambda: num_iterations(tmp_path) >= 1, "an iteration")
     slurm("scancel", job)
-    wait_until(lambda: state(slurm, job) == "CANCELLED", 30, "the end of the job")
+    wait_until(lambda: state(slurm, job) == "CANCELLED", "the end of the job")
     assert "start the same again" in next(tmp_path.glob("output.*")).read_text()
 
 
@@ -220,7 +233,7 @@ def test_slurm_array(slurm, tmp_path):
         states.append(state(slurm, job).split())
         return not {"PENDING", "RUNNING", "COMPLETING"} & set(states[-1])
 
-    wait_until(ended, 90, "the array")
+    wait_until(ended, "the array")
     assert sorted(states[-1]) == ["COMPLETED", "COMPLETED", "FAILED"]
     assert max(found.count("RUNNING") for found in states) == 1
     losses = {figures(tmp_path / f"seed {n}" / "sft")[0]["policy/loss"] for n in (1, 2)}
@@ -236,23 +249,25 @@ def test_ray(plain, tmp_path):
     pytest.importorskip("ray")
     run = [sys.executable, "launch/ray/run.py"]
     with clusters.ray() as (address, nodes):
-        command = [*run, "--address", address, *SLOWLY, f"output_dir={tmp_path}"]
+        command = [*run, "--address", address, *HELD, f"output_dir={tmp_path}"]
         with started(command, tmp_path) as driver:
-            wait_until(lambda: num_iterations(tmp_path) >= 2, 90, "two iterations")
+            wait_until(lambda: num_iterations(tmp_path) >= 2, "two iterations")
             driver.terminate()
-            assert driver.wait(30) == STOPPED, driver.output()
+            assert driver.wait(PATIENCE) == STOPPED, driver.output()
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0 and "ppo: resuming " in result.stdout, result.stdout + result.stderr
         assert figures(tmp_path / "ppo") == plain
 
+        (tmp_path / "held").unlink()
         again = tmp_path / "again"
         again.mkdir()
         settings = ["ppo.save_every=1", "max_restarts=1", f"output_dir={again}"]
-        with started([*run, "--address", address, *SLOWLY, *settings], again) as driver:
-            wait_until(lambda: num_iterations(again) == 2, 90, "two iterations")
+        with started([*run, "--address", address, *HELD, *settings], again) as driver:
+            wait_until(lambda: num_iterations(again) == 2, "two iterations")
             raylet = next(p for p in psutil.Process(nodes[1].pid).children(True) if p.name() == "raylet")
             raylet.kill()
-            assert driver.wait(120) == 0, driver.output()
+            (tmp_path / "held").touch()
+            assert driver.wait(PATIENCE) == 0, driver.output()
             # which rank is on which node is Ray's choice
             assert re.search(r"error: the node of ranks ([01]) to \1: ", driver.output()), driver.output()
             assert "starting again on 1 replicas, 0 of max_restarts=1 left" in driver.output()
@@ -262,7 +277,7 @@ def test_ray(plain, tmp_path):
 def test_ray_without_a_cluster_is_refused(tmp_path):
     pytest.importorskip("ray")
     command = [sys.executable, "launch/ray/run.py", "--address=127.0.0.1:9", *PPO]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr.startswith("error: --address=127.0.0.1:9: no Ray cluster there")
 
 

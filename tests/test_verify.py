@@ -10,6 +10,7 @@ from pathlib import Path
 import cases
 import pytest
 import torch
+import warm
 from conftest import ROOT, SMALL
 
 from rlhf_engine.data.sources import HH_MINI, read_sources
@@ -131,9 +132,8 @@ def test_a_layout_that_learns_something_else_is_caught(worlds, tmp_path):
 
 
 def script(*overrides: str) -> subprocess.CompletedProcess:
-    """`python launch/verify.py` as a user types it."""
-    command = [sys.executable, str(ROOT / "launch" / "verify.py"), *overrides]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+    """`python launch/verify.py` as a user types it, started warm."""
+    return warm.run([sys.executable, str(ROOT / "launch" / "verify.py"), *overrides])
 
 
 def test_the_command(biased, tmp_path):

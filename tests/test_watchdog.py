@@ -2,34 +2,50 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import signal
-import time
+from collections.abc import Iterator
 
 import psutil
 import pytest
-from clusters import wait_until
-from test_launching import RUN, SLOWLY, num_iterations, reward_functions_are_found, started  # noqa: F401
+import warm
+from clusters import PATIENCE, wait_until
+from test_launching import PPO, RUN, num_iterations, reward_functions_are_found, started
 
 from rlhf_engine.watchdog import HUNG
 
+LIMIT = 10  # seconds: a hundred times what a stage takes
+ENDLESS = [*RUN, *PPO, "reward.fn=rewards:short_and_polite", f"timeout.stage={LIMIT}", "ppo.iterations=100000"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Iterator[dict[int, tuple[warm.Command, list[psutil.Process]]]]:
+    """For each rank, a run of which that rank was stopped, and its ranks. They are waited for together."""
+    with contextlib.ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+        reward_functions_are_found.__wrapped__(patch, tmp_path_factory.mktemp("held"))
+        found = {}
+        for rank in (0, 1):
+            folder = tmp_path_factory.mktemp("stopped")
+            launcher = stack.enter_context(started([*ENDLESS, f"output_dir={folder}"], folder))
+            wait_until(lambda folder=folder: num_iterations(folder) >= 2, "two iterations")
+            ranks = psutil.Process(launcher.pid).children()
+            stopped = next(process for process in ranks if process.environ()["RANK"] == str(rank))
+            os.kill(stopped.pid, signal.SIGSTOP)
+            found[rank] = launcher, ranks
+        yield found
+
 
 @pytest.mark.parametrize("rank", [1, 0])
-def test_a_stopped_rank(tmp_path, rank):
+def test_a_stopped_rank(runs, rank):
     """Rank 0 is the one that the others meet at."""
-    limit = 5
-    command = [*RUN, *SLOWLY, f"timeout.stage={limit}", "ppo.iterations=1000", f"output_dir={tmp_path}"]
-    with started(command, tmp_path) as launcher:
-        wait_until(lambda: num_iterations(tmp_path) >= 2, 60, "two iterations")
-        ranks = psutil.Process(launcher.pid).children()
-        stopped = next(process for process in ranks if process.environ()["RANK"] == str(rank))
-        os.kill(stopped.pid, signal.SIGSTOP)
-        then = time.monotonic()
-        assert launcher.wait(limit + 10) == HUNG, launcher.output()
-        assert limit - 1 < time.monotonic() - then < limit + 3
-        assert not any(process.is_running() for process in ranks)
-        said = launcher.output()
-    assert f"error: rank {1 - rank} has been in stage " in said and " of iteration " in said
+    launcher, ranks = runs[rank]
+    assert launcher.wait(PATIENCE) == HUNG, launcher.output()
+    assert not any(process.is_running() for process in ranks)
+    said = launcher.output()
+    told = re.search(rf"error: rank {1 - rank} has been in stage .* of iteration \d+ for (\d+) s, and", said)
+    assert told and int(told[1]) >= LIMIT, said
     assert f"missing: rank {rank} (silent for " in said
     own, others = said.split(f"\nrank {rank} in stage ")[1], said.split(f"\nrank {1 - rank} in stage ")[1]
     assert ", as last heard:" in own.splitlines()[0] and "trainer.py" in own and "trainer.py" in others
@@ -37,7 +53,7 @@ def test_a_stopped_rank(tmp_path, rank):
 
 
 def test_a_run_that_is_slow_but_moves_is_left_alone(tmp_path):
-    command = [*RUN, *SLOWLY, "timeout.stage=3", "ppo.iterations=8", f"output_dir={tmp_path}"]
-    with started(command, tmp_path) as launcher:
-        assert launcher.wait(100) == 0, launcher.output()
-        assert "missing" not in launcher.output()
+    """By the watchdog's clock each score takes 60 of the 100 seconds that a stage may take."""
+    command = [*RUN, *PPO, "reward.fn=rewards:seems_slow", "timeout.stage=100", f"output_dir={tmp_path}"]
+    result = warm.run(command)
+    assert result.returncode == 0 and "missing" not in result.stdout + result.stderr, result.stdout + result.stderr

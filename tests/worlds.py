@@ -1,15 +1,16 @@
-"""Worlds of ranks for tests. Starting one costs seconds of imports, so each is started once and sent work."""
+"""Worlds of ranks for tests: each is started once, warm, and sent work."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-import multiprocessing
 import os
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import warm
 
 TIMEOUT_SECONDS = 300
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,12 +33,10 @@ class World:
 
     def __init__(self, size: int):
         port = launcher.free_port()
-        context = multiprocessing.get_context("spawn")
         self.pipes, self.processes = [], []
         for rank in range(size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, port, theirs), daemon=True)
-            process.start()
+            ours, theirs = warm.CONTEXT.Pipe()
+            process = warm.process(_serve, (rank, size, port, theirs), daemon=True)
             theirs.close()
             self.pipes.append(ours)
             self.processes.append(process)

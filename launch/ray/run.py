@@ -83,7 +83,8 @@ def replicas_left(config: RunConfig, slots: Sequence[int]) -> int:
     Raises:
         ConfigError: there are none.
     """
-    model = read_base(config.policy.path).model if config.policy.path else config.model
+    policy = config.policy
+    model = read_base(policy.path, "policy", policy.ignore_keys).model if policy.path else config.model
     reason = ConfigError("no node is left")
     for dp in range(config.mesh.dp or sum(slots), 0, -1):
         mesh = replace(config.mesh, dp=dp)

@@ -122,7 +122,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, tokens: Special) -> None:
     program = template.source.program
     for name in sorted(name for name in template.needs if name.endswith("_token")):
         # what the template knows of the tokenizer here and would not know there
-        if (value := template.variables.get(name)) is not None and value != (config | named).get(name):
+        if (value := template.variables.get(name) or "") != ((config | named).get(name) or ""):
             program = f"{{%- set {name} = {json.dumps(value)} -%}}{program}"
     config["chat_template"] = program
     (folder / TEMPLATE).write_text(program, encoding="utf-8")

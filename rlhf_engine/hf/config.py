@@ -84,9 +84,10 @@ def parse(
         raise ConfigError(f"{where}: quantization_config: a quantised model is not read, dequantise it first")
     if unknown:
         listing = ", ".join(f"{key}={value!r:.99}" for key, value in unknown.items())
+        way = f"{option} {' '.join(unknown)}" if option.startswith("-") else f"{option}=[{','.join(unknown)}]"
         raise ConfigError(
             f"{where}: {listing} is not understood for {architecture.name}, and may matter:"
-            f" {option}=[{','.join(unknown)}] reads the model without"
+            f" {way} reads the model without"
         )
     found: dict[str, Any] = {"architecture": architecture.name, **architecture.fields}
     for key, names in architecture.keys.items():
@@ -95,7 +96,7 @@ def parse(
         elif key in source and not set(names.split()) & _MAY_BE_NULL:
             raise ConfigError(f"{where}: {key} is null, and says nothing")
     if head == "scalar":
-        if (labels := len(hf["id2label"]) if hf.get("id2label") else hf.get("num_labels", 1)) != 1:
+        if (labels := len(hf["id2label"]) if hf.get("id2label") else hf.get("num_labels") or 1) != 1:
             raise ConfigError(f"{where}: {labels} labels, and a reward model has one")
         if "score_token" not in architecture.keys.values():
             found["score_pad"] = hf.get("pad_token_id")

@@ -7,6 +7,7 @@ any other layout, with config.json and tokenizer files in it, so that `policy.pa
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import math
@@ -42,8 +43,8 @@ from ..plan.partition import padded_vocab_size, stage_layers
 from .config import Head, family, parse, read_json, understood
 from .export import RunExport, head_config
 from .files import HFFolder, HFWriter, copy_assets, whole_folder, write_json
-from .rows import Vocabulary, widest
-from .weights import Difference, Table, check_leftover, compare, parameters
+from .rows import Vocabulary
+from .weights import Difference, Table, check_leftover, compare, leftover, parameters
 
 _PIECE = 1 << 18  # bytes of a write
 _PROMPTS: list[Messages] = [[{"role": "user", "content": "What is 1 + 1?\n\nSay it twice."}]]
@@ -131,7 +132,8 @@ class _Importer(DefaultSavePlanner):
             shard = torch.empty(shape, device="meta")
             windows = row.windows(numbers, shard, self.model, 0, self.tp)
             # an empty part of each tells whether it is there, its shape and its type
-            kind = widest(self.source.read(replace(window, stop=window.start)).dtype for window in windows)
+            kinds = [self.source.read(replace(window, stop=window.start)).dtype for window in windows]
+            kind = functools.reduce(torch.promote_types, kinds)
             used |= {window.name for window in windows}
             for rank in range(self.tp if row.dim is not None else 1):
                 for i, place in enumerate(parameter.places):
@@ -418,6 +420,15 @@ def export_folder(checkpoint: Checkpoint, out: Path, max_bytes: int, start: Call
 
 
 def verify(checkpoint: Checkpoint, hf: Path, start: Callable[[int], Progress]) -> tuple[int, list[Difference]]:
-    """How many tensors of a checkpoint equal those of an HF folder bit for bit, and which do not."""
+    """How many tensors of a checkpoint equal those of an HF folder bit for bit, and which of either do not."""
     with one_rank() as mesh:
-        return compare(checkpoint.read(mesh, start), HFFolder(hf), checkpoint.model()[0], heads=True)
+        source, used = HFFolder(hf), set[str]()
+
+        def tensors() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in checkpoint.read(mesh, start):
+                used.add(name)
+                yield name, tensor
+
+        equal, found = compare(tensors(), source)
+        unused = leftover(source, checkpoint.model()[0], used)
+        return equal, [*found, *(Difference(entry.name, "is in the HF folder alone") for entry in unused)]

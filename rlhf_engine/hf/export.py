@@ -76,7 +76,7 @@ class RunExport:
             )
 
     def write(self, folder: Path) -> list[str]:
-        """Everything but the weights, in a folder with its config.json; what is read back otherwise, see `read_back`."""
+        """Everything but the weights, in a folder with its config.json; what `read_back` finds."""
         save_tokenizer(self.tokenizer, folder, self.tokens)
         if self.head == "lm":
             about: dict[str, Any] = {}

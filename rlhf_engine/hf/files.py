@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..config import ConfigError
 from .config import family, read_json
-from .index import SCORE_BIAS, index, untied
+from .index import SCORE_BIAS, index, lm_head, untied
 from .rows import Window
 
 # Besides weights and config.json, what an HF folder may hold that belongs to the model. Never code.
@@ -82,8 +82,7 @@ class HFFolder:
         """Drops an LM head that the index could not tell from the embedding that it is tied to."""
         where = self.folder / "config.json"
         architecture, kind = family(self.config, str(where))
-        rows = {row.megatron: row.hf for row in architecture.rows}
-        head, embedding = rows["output_layer.weight"], rows["embedding.word_embeddings.weight"]
+        head, embedding = lm_head(architecture)
         tied = self.config.get("tie_word_embeddings", architecture.defaults["tie_word_embeddings"])
         if kind == "lm" and tied and head in self.tensors:
             shape = self.tensors[head].shape

@@ -64,7 +64,9 @@ def index(folder: str | Path) -> dict[str, Entry]:
     check_adapter(root)
     config_path = root / "config.json"
     config = read_json(config_path)
-    architecture, head = family(config, str(config_path))
+    architecture, kind = family(config, str(config_path))
+    tied = config.get("tie_word_embeddings", architecture.defaults["tie_word_embeddings"])
+    head, embedding = lm_head(architecture)
     stored: dict[str, Entry] = {}
     for path in weight_files(root):
         for name, entry in _tensors(path).items():
@@ -72,12 +74,25 @@ def index(folder: str | Path) -> dict[str, Entry]:
                 raise ConfigError(f"{path} and {stored[name].path} both have a tensor {name}: remove one of the files")
             stored.setdefault(name, entry)
     if (listing := _listing(root)) is not None:
-        _check_listing(listing, stored)
+        _check_listing(listing, stored, {head} if tied else set())  # saving drops what shares its memory with another
     found = _named(stored, architecture)
-    if head == "lm":
-        tied = config.get("tie_word_embeddings", architecture.defaults["tie_word_embeddings"])
-        _check_lm_head(config_path, found, architecture, tied)
+    score = found.get(architecture.score)
+    if score is not None and score.shape[0] != 1:
+        raise ConfigError(f"{score.path}: {score.name} has {score.shape[0]} labels, and a reward model has one")
+    if kind == "lm" and not tied and head not in found and score is None:
+        raise ConfigError(
+            f"{folder} has no tensor {head}, and config.json does not tie it to {embedding}: if it is tied,"
+            f" set tie_word_embeddings to true in {config_path}"
+        )
+    if kind == "lm" and tied and head in found:
+        _tie(found, head, embedding, config_path)
     return found
+
+
+def lm_head(architecture: Architecture) -> tuple[str, str]:
+    """HF names of the LM head's weight and of the embedding that it may be tied to."""
+    rows = {row.megatron: row.hf for row in architecture.rows}
+    return rows["output_layer.weight"], rows["embedding.word_embeddings.weight"]
 
 
 def weight_files(root: Path) -> list[Path]:
@@ -152,9 +167,11 @@ def _weight_map(listing: Path) -> dict[str, str]:
     return found
 
 
-def _check_listing(listing: Path, stored: dict[str, Entry]) -> None:
+def _check_listing(listing: Path, stored: dict[str, Entry], optional: set[str]) -> None:
     named = _weight_map(listing)
     for tensor, file in named.items():
+        if tensor in optional and tensor not in stored:
+            continue
         if tensor not in stored or not (stored[tensor].path.name == file or tensor in _tensors(listing.parent / file)):
             raise ConfigError(f"{listing} places {tensor} in {file}, which does not have it")
     for tensor, entry in stored.items():
@@ -188,26 +205,18 @@ def _rows(architecture: Architecture) -> re.Pattern[str]:
     return _pattern(tuple(name for row in architecture.rows for name in row.hf.split()))
 
 
-def _check_lm_head(config: Path, found: dict[str, Entry], architecture: Architecture, tied: bool) -> None:
+def _tie(found: dict[str, Entry], head: str, embedding: str, config: Path) -> None:
     """A tied LM head is the embedding, under either name, or an equal copy of it, which is left out."""
-    rows = {row.megatron: row.hf for row in architecture.rows}
-    head, embedding = rows["output_layer.weight"], rows["embedding.word_embeddings.weight"]
-    if not tied:
-        if head not in found and architecture.score not in found:
-            raise ConfigError(
-                f"{config.parent} has no tensor {head}, and config.json does not tie it to {embedding}: if it is tied,"
-                f" set tie_word_embeddings to true in {config}"
-            )
-    elif head in found and embedding not in found:
+    if embedding not in found:
         found[embedding] = found.pop(head)
-    elif head in found:
-        if (same := found[head].same(found[embedding])) is False:
-            raise ConfigError(untied(config, head, embedding))
-        if same:
-            del found[head]
+    elif (same := found[head].same(found[embedding])) is False:
+        raise ConfigError(untied(config, head, embedding))
+    elif same:
+        del found[head]
 
 
 def untied(config: Path, head: str, embedding: str) -> str:
+    """What to say of a tied LM head that is not."""
     return (
         f"{config} ties {head} to {embedding}, and the weights have other numbers for it: set tie_word_embeddings to"
         " false there to use them, or remove the tensor"
@@ -219,8 +228,10 @@ def _tensors(path: Path) -> dict[str, Entry]:
         return _safetensors(path)
     try:
         return {name: Entry(path, name, shape) for name, shape in pickles.shapes(path).items()}
-    except (pickle.UnpicklingError, OSError) as error:
+    except pickle.UnpicklingError as error:
         raise ConfigError(f"{path} cannot be read without running code from it: {error}") from None
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{path} is no file of tensors: {error}") from None
 
 
 def _safetensors(path: Path) -> dict[str, Entry]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import struct
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -33,26 +34,29 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Of every tensor in the file.
 
     Raises:
-        pickle.UnpicklingError: it holds something other than named tensors.
+        pickle.UnpicklingError: it asks for code.
+        ValueError: it is cut off, or holds something other than tensors by name.
     """
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                (listing,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
-                with archive.open(listing) as file:
-                    found = _Shapes(file).load()
-        else:
-            with path.open("rb") as file:
-                found = _legacy(file)
-    except (zipfile.BadZipFile, ValueError, TypeError, IndexError, EOFError, AttributeError, KeyError) as error:
-        raise pickle.UnpicklingError(str(error) or "it is cut off") from None
+        with path.open("rb") as file:
+            if zipfile.is_zipfile(path):
+                _seek(file)
+            else:
+                for _ in range(_LEGACY_HEADER):
+                    _Shapes(file).load()
+            found = _Shapes(file).load()
+    except (zipfile.BadZipFile, struct.error, TypeError, IndexError, EOFError, AttributeError, KeyError) as error:
+        raise ValueError(str(error) or "cut off") from None
     named = isinstance(found, dict) and all(isinstance(key, str) and isinstance(v, tuple) for key, v in found.items())
     if not found or not named:
-        raise pickle.UnpicklingError("it holds something other than tensors by name")
+        raise ValueError("what it holds is not tensors by name")
     return dict(found)
 
 
-def _legacy(file: IO[bytes]) -> Any:
-    for _ in range(_LEGACY_HEADER):
-        _Shapes(file).load()
-    return _Shapes(file).load()
+def _seek(file: IO[bytes]) -> None:
+    """To where the pickle in a torch archive begins. zipfile asks for its checksum, which torch need not write."""
+    with zipfile.ZipFile(file) as archive:
+        (info,) = (info for info in archive.infolist() if info.filename.endswith("/data.pkl"))
+    file.seek(info.header_offset + 26)
+    name, extra = struct.unpack("<HH", file.read(4))
+    file.seek(name + extra, 1)

@@ -10,14 +10,15 @@ torch is not imported here: tables are read before a run is known to be worth it
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..config import ModelConfig
 
 if TYPE_CHECKING:
-    from torch import Tensor, dtype
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -143,17 +144,11 @@ def concatenate(parts: Sequence[Tensor], dim: int) -> Tensor:
     shape = list(parts[0].shape)
     sizes = [part.shape[dim] for part in parts]
     shape[dim] = sum(sizes)
-    whole = parts[0].new_empty(shape, dtype=widest(part.dtype for part in parts))
+    widest = functools.reduce(operator.add, (part.new_zeros(()) for part in parts)).dtype
+    whole = parts[0].new_empty(shape, dtype=widest)
     for part, place in zip(parts, whole.split(sizes, dim), strict=True):
         place.copy_(part)
     return whole
-
-
-def widest(dtypes: Iterable[dtype]) -> dtype:
-    """The type that holds all numbers of these."""
-    from torch import promote_types
-
-    return functools.reduce(promote_types, dtypes)
 
 
 # -- rows that many architectures share ------------------------------------------------------------------------

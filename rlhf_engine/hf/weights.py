@@ -21,7 +21,7 @@ from ..config import ConfigError, ModelConfig
 from ..mesh import ParallelMesh
 from .config import ARCHITECTURES, Head
 from .files import HFFolder, HFWriter
-from .index import SCORE_BIAS
+from .index import SCORE_BIAS, Entry, lm_head
 from .rows import Row, Window
 
 
@@ -131,22 +131,23 @@ def load_weights(
         check_leftover(source, model, set().union(*(names for _, names in everyone)))
 
 
-def check_leftover(source: HFFolder, model: ModelConfig, used: set[str], heads: bool = False) -> None:
+def check_leftover(source: HFFolder, model: ModelConfig, used: set[str]) -> None:
     """Refuses tensors that nothing was made of: a bias left out gives results that are only a little wrong.
-
-    Args:
-        heads: refuse those of a head of the other kind as well.
 
     Raises:
         ConfigError: names the first of them.
     """
     architecture = ARCHITECTURES[model.architecture]
-    output = next(row.hf for row in architecture.rows if row.megatron == "output_layer.weight")
-    allowed = used if heads else used | {output, architecture.score, SCORE_BIAS}
-    for name in sorted(source.tensors.keys() - allowed):
-        entry = source.tensors[name]
-        if not re.fullmatch(architecture.ignored, name):
-            raise ConfigError(f"{entry.path}: tensor {entry.name} has no place in a {architecture.name} model")
+    heads = {lm_head(architecture)[0], architecture.score, SCORE_BIAS}  # of a kind that this role may not have
+    for entry in leftover(source, model, used | heads):
+        raise ConfigError(f"{entry.path}: tensor {entry.name} has no place in a {architecture.name} model")
+
+
+def leftover(source: HFFolder, model: ModelConfig, used: set[str]) -> list[Entry]:
+    """Tensors of a folder that hold something learned and are none of these."""
+    ignored = ARCHITECTURES[model.architecture].ignored
+    names = sorted(source.tensors.keys() - used)
+    return [source.tensors[name] for name in names if not re.fullmatch(ignored, name)]
 
 
 def save_weights(
@@ -185,17 +186,10 @@ class Difference:
     what: str
 
 
-def compare(
-    tensors: Iterable[tuple[str, Tensor]], source: Source, model: ModelConfig, heads: bool = False
-) -> tuple[int, list[Difference]]:
-    """How many whole HF tensors of a model equal those of their source bit for bit, and which do not.
-
-    Args:
-        heads: a head of the other kind in the source is a difference.
-    """
-    equal, found, seen = 0, [], set()
+def compare(tensors: Iterable[tuple[str, Tensor]], source: Source) -> tuple[int, list[Difference]]:
+    """How many whole HF tensors of a model equal those of their source bit for bit, and which do not."""
+    equal, found = 0, []
     for name, tensor in tensors:
-        seen.add(name)
         if name not in source:
             found.append(Difference(name, "is not in the source"))
             continue
@@ -208,11 +202,6 @@ def compare(
         else:
             gap = float((wanted.double() - tensor.double()).abs().max())
             found.append(Difference(name, f"differs by up to {gap:.3g}"))
-    if isinstance(source, HFFolder):
-        try:
-            check_leftover(source, model, seen, heads)
-        except ConfigError as error:
-            found.append(Difference("", str(error)))
     return equal, found
 
 

@@ -47,7 +47,8 @@ class RoleModel:
         total_steps: optimizer steps of the whole phase, for the learning-rate schedule.
         recompute: activations that a trained role's backward computes again.
         offload: where the role goes while no stage needs it, in files if the device is a CPU; None: it stays.
-        micro_batch_tokens: tokens of one forward, padding included, that rows are packed to; None: rows as they come.
+        micro_batch_tokens: tokens of one forward, padding included, that rows are packed to; None: those of the work's
+            `micro_batch_size` longest rows.
     """
 
     def __init__(

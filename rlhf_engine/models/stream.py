@@ -52,7 +52,8 @@ class Work:
     Args:
         batch: the rows of all replicas, with `tokens` `(B, T)` among its fields and, where a step or a token budget
             asks for them, `lengths` `(B,)`.
-        micro_batch_size: rows of one forward on one replica, where the role has no token budget.
+        micro_batch_size: a forward on one replica computes at most as many tokens as so many rows as wide as `tokens`
+            have, padding included, where the role has no token budget.
         together: so many neighbouring rows are never parted.
     """
 
@@ -66,21 +67,20 @@ class Work:
     def parts(self) -> list[tuple[Tensor, int]]:
         """The micro-batches: which rows, `(dp, rows)` with a line for each replica, and the width that they are cut to.
 
-        Under a token budget rows of like length go together, the longest first, as many as it holds and one at least.
-        All replicas get micro-batches of the same shapes, which expert parallelism needs, and nobody waits for others.
+        Rows of like length go together, the longest first. All replicas get micro-batches of the same shapes, which
+        expert parallelism needs, and nobody waits for others.
         """
-        mesh, budget = self.role.mesh, self.role.micro_batch_tokens
-        num_rows, width = self.batch["tokens"].shape
-        if budget is None:
-            return [(rows, width) for rows in torch.arange(num_rows).view(mesh.dp, -1).split(self.micro_batch_size, 1)]
-        longest = self.batch["lengths"].view(-1, self.together).amax(1)
-        order, found = longest.argsort(descending=True, stable=True), []
-        while len(order):
-            width = -(-int(longest[order[0]]) // mesh.tp) * mesh.tp
-            count = max(1, budget // (width * self.together))
-            part, order = order[: mesh.dp * count], order[mesh.dp * count :]
-            rows = part.view(-1, mesh.dp).T.unsqueeze(2) * self.together + torch.arange(self.together)
-            found.append((rows.flatten(1), width))
+        mesh, whole = self.role.mesh, self.batch["tokens"].shape[1]
+        lengths = self.batch["lengths"] if "lengths" in self.batch else torch.full((len(self.batch["tokens"]),), whole)
+        longest = lengths.view(-1, self.together).amax(1)
+        order = longest.argsort(descending=True, stable=True).view(-1, mesh.dp)  # a line goes to all replicas
+        widths = [-(-length // mesh.tp) * mesh.tp for length in longest[order[:, 0]].tolist()]
+        budget = self.role.micro_batch_tokens or self.micro_batch_size * whole
+        found, start = [], 0
+        for end in pack(widths, budget // self.together, _COST // self.together):
+            rows = order[start:end].T.unsqueeze(2) * self.together + torch.arange(self.together)
+            found.append((rows.flatten(1), widths[start]))
+            start = end
         return found
 
     def cut(self, rows: Tensor, width: int) -> dict[str, Tensor]:
@@ -94,19 +94,48 @@ class Work:
         return found
 
 
+# tokens that could be computed in the time that a micro-batch costs beside its tokens
+_COST = 64
+
+
+def pack(widths: Sequence[int], budget: int, cost: int) -> list[int]:
+    """Cuts rows that stand in order of their length into micro-batches, so that all of them compute the least.
+
+    Args:
+        widths: of the rows, the longest first; a micro-batch is as wide as its first row.
+        budget: tokens of a micro-batch, padding included; a longer row goes alone.
+        cost: of a micro-batch beside its tokens, in tokens.
+
+    Returns:
+        Where each micro-batch ends.
+    """
+    least, begins = [0], [0]  # for the first so many rows: what they cost, and where their last micro-batch begins
+    for end in range(1, len(widths) + 1):
+        cheapest, begin = least[end - 1] + widths[end - 1] + cost, end - 1
+        for start in range(end - 2, -1, -1):
+            if (tokens := (end - start) * widths[start]) > budget:
+                break
+            cheapest, begin = min((cheapest, begin), (least[start] + tokens + cost, start))
+        least.append(cheapest)
+        begins.append(begin)
+    ends = [len(widths)]
+    while begins[ends[-1]]:
+        ends.append(begins[ends[-1]])
+    return ends[::-1]
+
+
 @torch.no_grad()
 def infer(works: Sequence[Work], trace: Trace | None = None) -> list[Tensor]:
     """`fn` of the model's output for every row of each work: `(B, ...)` on every rank's CPU.
 
-    Rows are split over the replicas and into micro-batches; missing ones are filled up with copies of the last row,
-    whose results are dropped.
+    Rows are split over the replicas and into micro-batches; where the replicas do not divide them, they are filled up
+    with copies of the last row, whose results are dropped.
     """
     mesh = works[0].role.mesh
     filled = []
     for work in works:
-        unit = mesh.dp * (work.micro_batch_size if work.role.micro_batch_tokens is None else 1)
         num_rows = len(work.batch["tokens"])
-        index = torch.arange(-(-num_rows // unit) * unit).clamp_max(num_rows - 1)
+        index = torch.arange(-(-num_rows // mesh.dp) * mesh.dp).clamp_max(num_rows - 1)
         batch = {name: field[index] for name, field in work.batch.items()}
         filled.append(Work(work.role, batch, work.fn, work.micro_batch_size))
     with contextlib.ExitStack() as stack:
@@ -127,7 +156,7 @@ def infer(works: Sequence[Work], trace: Trace | None = None) -> list[Tensor]:
 
 
 def train_step(works: Sequence[Work], metrics: Metrics, trace: Trace) -> dict[str, str | None]:
-    """One optimizer step of each role on its works; rows are a multiple of dp (x micro_batch_size without a budget).
+    """One optimizer step of each role on its works; rows are a multiple of dp.
 
     The loss is the sum of `fn`'s losses over the whole batch divided by the sum of its counts, whatever the split into
     replicas and micro-batches; of several works of one role, the sum of all their losses divided by that of all counts.

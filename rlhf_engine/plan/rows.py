@@ -54,10 +54,7 @@ def rows_of(phase: str, config: RunConfig) -> Rows:
 def _shapes(
     config: RunConfig, micro_batch_size: int, longest: int, expected: int, sides: int = 1
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The usual and the largest micro-batch. Under a token budget rows of like length go together; without one every
-    row is padded to the longest of its batch, in which one of the longest allowed is likely."""
-    budget = config.schedule.micro_batch_tokens
-    if budget is None:
-        return (sides * micro_batch_size, longest), (sides * micro_batch_size, longest)
+    """The usual and the largest micro-batch; in both, rows of like length."""
+    budget = config.schedule.micro_batch_tokens or sides * micro_batch_size * longest
     usual, largest = (sides * max(1, budget // (sides * length)) for length in (expected, longest))
     return (usual, expected), (largest, longest)

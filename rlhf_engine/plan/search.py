@@ -60,7 +60,7 @@ def meshes(world: int, model: ModelConfig, device: Device) -> Iterator[Changes]:
 
 
 def micro_batches(config: RunConfig, rows: int, dp: int) -> Changes:
-    """Micro-batches of so many rows, or of the most below that each phase's batch divides into."""
+    """Micro-batches of so many rows, or of all that a replica has of each phase's batch."""
     ppo = config.ppo
     sizes = {
         "sft": config.sft.batch_size,
@@ -68,11 +68,7 @@ def micro_batches(config: RunConfig, rows: int, dp: int) -> Changes:
         "ppo": ppo.prompts_per_iteration * ppo.samples_per_prompt // ppo.num_minibatches,
     }
     shares = {phase: sizes[phase] // dp for phase in config.phases if phase in sizes}
-    return {
-        f"{phase}.micro_batch_size": max(n for n in range(1, rows + 1) if share % n == 0)
-        for phase, share in shares.items()
-        if share
-    }
+    return {f"{phase}.micro_batch_size": min(rows, share) for phase, share in shares.items() if share}
 
 
 def changed(config: RunConfig, changes: Changes) -> RunConfig:

@@ -94,7 +94,7 @@ def round_trip(subject: Subject) -> Finding:
         tensors = whole_tensors(dict(parameters(role.chunks)), Table(role.model, role.head), ctx.mesh)
         if not ctx.mesh.is_main:
             return Finding(sum(1 for _ in tensors), 0)
-        equal, differences = compare(tensors, source, role.model)
+        equal, differences = compare(tensors, source)
     found = [d for d in differences if not d.what.endswith("otherwise equal")]
     detail = f"{found[0].name} {found[0].what}" if found else f"{equal + len(differences)} tensors"
     return Finding(len(found), 0, detail)

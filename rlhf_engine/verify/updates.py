@@ -109,21 +109,19 @@ def complete(it: Iteration) -> Finding:
 
 
 def micro_batches(it: Iteration) -> Finding:
-    """Loss and gradients in micro-batches of one row, and of rows packed to a number of tokens."""
+    """Loss and gradients in micro-batches of one row (or pair), and of as many as a number of tokens holds."""
     found = {}
     for name, works in it.works.items():
         work, role = works[0], works[0].role
-        longest = int(work.batch["lengths"].max())
-        for size, budget in ((work.together, None), (work.micro_batch_size, _PACKED * work.together * longest)):
+        together = _PACKED * work.together * int(work.batch["lengths"].max())
+        for what, budget in ((f"{name} row by row", 1), (f"{name} packed", together)):
             role.micro_batch_tokens = budget
             with role.on_device(Presence.TRAINING):
-                others = [replace(w, micro_batch_size=size) for w in works]
-                train_step(others, it.ctx.metrics, it.ctx.trace)
+                train_step([replace(w) for w in works], it.ctx.metrics, it.ctx.trace)
                 role.gather()
                 ours = gradient(role)
             role.micro_batch_tokens = None
             loss = it.ctx.metrics.reduce(it.ctx.mesh)[0].get(f"{name}/loss", math.nan)
-            what = f"{name} packed" if budget else f"{name} of {size} row{'s' if size > 1 else ''}"
             found[what] = distance(name, (loss, ours), it)
     worst = max(found, key=lambda what: found[what][0])
     return Finding(found[worst][0], tolerance(it).gradient, f"{worst}, {found[worst][1]}")

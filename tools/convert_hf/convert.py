@@ -1,12 +1,13 @@
 """HF folders to megatron checkpoints and back.
 
-    convert.py import  --hf DIR --out DIR --tp N --pp M [--dtype bfloat16]
+    convert.py import  --hf DIR --out DIR --tp N --pp M [--dtype bfloat16] [--head lm]
     convert.py export  --megatron DIR --out DIR [--role policy] [--hf DIR] [--max-shard-gb 5]
     convert.py verify  --hf DIR --megatron DIR [--role policy]
     convert.py inspect DIR
 
 A run's checkpoints (OUTPUT_DIR/ppo/checkpoints/iteration_30) hold several roles and no config.json: --role chooses,
-and --hf names the folder that the run started from, or one that the run exported.
+and --hf names the folder that the run started from, or one that the run exported. With --ignore-keys KEY ... these keys
+of config.json are read as if they were not there.
 """
 
 from __future__ import annotations
@@ -110,6 +111,8 @@ def inspect_folder(args: argparse.Namespace) -> int:
         table.add_row("holds", ", ".join(sorted({key.split(".")[0] for key in held})))
     else:
         tensors = index(args.folder)
+        if score := tensors.get(family(read_json(path), str(path))[0].score):
+            table.add_row("score", f"{score.name} in {score.path.name}")
         table.add_row("format", f"HF, {len({entry.path for entry in tensors.values()})} files, {len(tensors)} tensors")
         if unread := unread_files(args.folder):
             table.add_row("not read", ", ".join(path.name for path in unread))
