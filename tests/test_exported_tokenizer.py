@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import SMALL
 from test_chat import CHATML, DIALOGUE, LLAMA3, MISTRAL, transformers_ids, write_tokenizer
 
 from rlhf_engine.data.saved import read_back, save_tokenizer, special
@@ -96,3 +97,26 @@ def test_other_tokens_are_told(tmp_path):
     lines = read_back(tokenizer, tmp_path / "out", PROMPTS)
     assert [line.split(":")[0] for line in lines] == ["read back", "transformers"]
     assert all("other tokens than the run's for 3 of 3 prompts" in line for line in lines)
+
+
+def verified(settings: list[str], folder: Path, is_faulty: bool) -> tuple[float, str]:
+    """In a rank: the figure of the check that launch/verify.py makes, and what it says."""
+    import cases
+
+    from rlhf_engine.data import saved
+    from rlhf_engine.verify import export
+
+    ctx = cases.context(settings, (1, 1, 1))
+    with pytest.MonkeyPatch.context() as patch:
+        if is_faulty:
+            patch.setattr(saved, "added_token", lambda name, special=True: {"content": name + "?", "special": True})
+            patch.setattr(saved, "tokenizer_json", lambda *args: None)
+        found = export.tokenizer(ctx, "sft", folder)
+    return found.figure, found.detail
+
+
+@pytest.mark.parametrize("is_faulty", [False, True], ids=["", "faulty"])
+def test_verify(worlds, tmp_path, is_faulty):
+    settings = [*SMALL, "phases=[sft]", f"output_dir={tmp_path}"]
+    figure, detail = worlds(1).run(verified, settings, tmp_path / "verify", is_faulty)[0]
+    assert (figure == 0) != is_faulty and (is_faulty or detail == "8 prompts"), detail
