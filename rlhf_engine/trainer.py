@@ -20,11 +20,11 @@ from .algorithms import ALGORITHMS
 from .algorithms.context import Algorithm, Context, Evaluation, RoleSpec, TrainState
 from .config import JOBS, ConfigError, RunConfig
 from .data import sources as data_sources
-from .data.dataset import build_datasets
+from .data.dataset import build_datasets, dialogues
 from .data.sources import gold_rule
 from .data.tokenizer import Tokenizer, train_tokenizer
 from .guard import BadNumbers, Guard, NotFinite
-from .hf.export import export_role, head_config
+from .hf.export import RunExport, export_role
 from .hf.files import HFFolder
 from .hf.weights import RandomWeights, Source, load_weights
 from .logbook import Logbook, show_run
@@ -281,17 +281,16 @@ def phase_checkpoints(ctx: Context, phase: str) -> checkpoint.Checkpoints:
 
 def export(ctx: Context, folder: Path, specs: Mapping[str, RoleSpec]) -> None:
     """The phase's trained models in HF format: the critic in `hf_critic`, what else there is in `hf`."""
-    config = ctx.config
-    tokenizer = Path(config.tokenizer.path or config.policy.path or Path(config.output_dir) / "tokenizer")
+    prompts = dialogues(ctx.datasets[folder.name], ctx.tokenizer)
     for name, role in ctx.roles.items():
         if role.is_trained:
             base = ctx.bases[specs[name].base].path
-            path = Path(base) if base else None
-            hf = head_config(role.model, role.head, path)
-            if path is None:
-                hf |= {"eos_token_id": ctx.tokenizer.end_id}
+            about = RunExport(role.model, role.head, Path(base) if base else None, ctx.tokenizer, prompts)
             target = folder / ("hf_critic" if name == "critic" else "hf")
-            export_role(role, target, hf, [p for p in (path, tokenizer) if p is not None])
+            export_role(role, target, about.config, about.write)
+            if ctx.mesh.is_main:
+                for note in about.notes:
+                    print(f"{target}: {note}", flush=True)
 
 
 # -- what a run is made of -----------------------------------------------------------------------------------

@@ -194,10 +194,12 @@ def hf_role(folder: str, layout: tuple, head: str = "lm"):
 def hf_round_trip(folder: str, layout: tuple, rows: list[list[int]], out: str, head: str = "lm") -> torch.Tensor:
     """Outputs for the rows, `(B, T, V)` or `(B, T, 1)`; the model's weights are written to `out` in HF format."""
     from rlhf_engine.hf.export import export_role, head_config
+    from rlhf_engine.hf.files import copy_assets
 
     role = hf_role(folder, layout, head)
     fn = functools.partial(whole_logits, role) if head == "lm" else lambda output, batch: output
-    export_role(role, Path(out), head_config(role.model, head, Path(folder)), [Path(folder)])
+    add = functools.partial(copy_assets, Path(folder))
+    export_role(role, Path(out), head_config(role.model, head, Path(folder)), add)
     return role.infer({"tokens": torch.tensor(rows)}, fn, 2)
 
 

@@ -135,7 +135,7 @@ def test_ctrl_c(imported, source, tmp_path, command, left):
     code = (
         "import runpy, sys, rlhf_engine.hf.convert as convert\n"
         "def interrupt(*args):\n    raise KeyboardInterrupt\n"
-        "convert.write_assets = convert.HFWriter.close = interrupt\n"
+        "convert.copy_assets = convert.HFWriter.close = interrupt\n"
         f"sys.argv = ['convert.py', *{words!r}, '--out', {str(tmp_path / 'out')!r}]\n"
         f"runpy.run_path({str(TOOL)!r}, run_name='__main__')"
     )

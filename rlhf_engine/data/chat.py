@@ -78,6 +78,7 @@ class Template:
 
     Attributes:
         end: name of the control token that ends what the assistant says; None where there is none.
+        needs: names that it uses and does not set.
         is_dated: it writes the date.
         date: that it writes, YYYY-MM-DD; None: today's.
         as_text: names like those of control tokens that it writes and the vocabulary does not have.
@@ -98,7 +99,8 @@ class Template:
             raise ConfigError(f"{source.name} is not a chat template: {error}") from None
         if not source.is_own and any("\\n" in data.data for data in program.find_all(nodes.TemplateData)):
             raise ConfigError(f"{source.name} has a \\n outside of its quoted strings: write {{{{ '\\n' }}}} there")
-        self.is_dated = "strftime_now" in jinja2.meta.find_undeclared_variables(program)
+        self.needs = jinja2.meta.find_undeclared_variables(program)
+        self.is_dated = "strftime_now" in self.needs
         text = self._first_answer()
         said = text.partition(_ANSWER)[2]
         self.as_text = [found[0] for found in CONTROL_NAME.finditer(text) if found[0] not in controls]

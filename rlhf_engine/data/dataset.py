@@ -6,6 +6,7 @@ same for every mesh.
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -98,6 +99,18 @@ class Dataset:
         for i in block:
             self._dealt.append((i, self._counts[i]))
             self._counts[i] += 1
+
+
+def dialogues(dataset: Dataset, tokenizer: Tokenizer, count: int = 4) -> list[Messages]:
+    """Some prompts of each source that the chat template takes."""
+    found: list[Messages] = []
+    for part in dataset.parts:
+        system = PRESETS[part.source.spec.system]
+        for row in [row for row in part.source.train if row.prompt][:count]:
+            with contextlib.suppress(ConfigError):  # of such a row it was said that it is left out
+                tokenizer.render_prompt(messages := _under(system, row.prompt))
+                found.append(messages)
+    return found
 
 
 def build_datasets(

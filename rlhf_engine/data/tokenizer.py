@@ -32,6 +32,7 @@ class Tokenizer:
         date: that the template writes, YYYY-MM-DD; None: today's.
 
     Attributes:
+        vocabulary: without a template.
         vocab_size: number of ids.
         end_id: the token that ends the assistant's turn under the template.
         end_ids: every token that ends a response, `end_id` first and then what the folder's files say.
@@ -44,7 +45,7 @@ class Tokenizer:
         folder = Path(path)
         config = read_json(folder / "tokenizer_config.json")
         source, ends = choose(folder, config, template), _end_ids(folder)
-        self._vocabulary = vocabulary = read_vocabulary(folder)
+        self.vocabulary = vocabulary = read_vocabulary(folder)
         self.path, self.vocab_size, self._limit = path, vocabulary.size, vocabulary.size
         self._names = {i: name for name, i in vocabulary.controls.items()}
         # a prompt's turns come back with each of its answers
@@ -104,20 +105,20 @@ class Tokenizer:
             ConfigError: text reaches an id beyond, or a token that begins a text or ends a response is one.
         """
         self._limit = min(self._limit, num_ids)
-        beyond = self._vocabulary.texts - 1, *self._vocabulary.begin, *self.end_ids
+        beyond = self.vocabulary.texts - 1, *self.vocabulary.begin, *self.end_ids
         if (worst := max(beyond)) >= num_ids:
             raise ConfigError(
-                f"the tokenizer ({self.path}) has {max(self._vocabulary.texts, worst + 1)} ids, and {what} {num_ids}"
+                f"the tokenizer ({self.path}) has {max(self.vocabulary.texts, worst + 1)} ids, and {what} {num_ids}"
             )
 
     def encode(self, text: str, continues: bool = False) -> list[int]:
         """Token ids of `text`: from the beginning of a sequence, its begin token in front, or continuing one."""
         text = clean(text)
-        return self._continue(text) if continues else [*self._vocabulary.begin, *self._vocabulary.encode(text)]
+        return self._continue(text) if continues else [*self.vocabulary.begin, *self.vocabulary.encode(text)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, control tokens left out."""
-        return self._vocabulary.decode([i for i in ids if 0 <= i < self.vocab_size and i not in self._names])
+        return self.vocabulary.decode([i for i in ids if 0 <= i < self.vocab_size and i not in self._names])
 
     def render(self, messages: Messages, marks: bool = True) -> tuple[list[int], list[bool]]:
         """A dialogue's token ids, and for each whether the assistant says it (its end tokens included).
@@ -157,7 +158,7 @@ class Tokenizer:
                 continue  # came with the part before
             else:
                 run = [part, *takewhile(lambda other: other.joins, parts[i + 1 :])]
-                is_first = not behind_text and (not ids or self._vocabulary.restarts)
+                is_first = not behind_text and (not ids or self.vocabulary.restarts)
                 new, said = self._run(run, self._encode if is_first else self._continue)
             behind_text = isinstance(part.what, str)
             ids += new

@@ -23,6 +23,7 @@ _ALIASES = {"<|im_start|>": "[UNUSED_TOKEN_146]", "<|im_end|>": "[UNUSED_TOKEN_1
 _FAST, _BPE, _PIECES = "tokenizer.json", ("vocab.json", "merges.txt"), "tokenizer.model"
 # what transformers leaves beside a tokenizer.model that it saves
 _OF_TRANSFORMERS = ("added_tokens.json", "special_tokens_map.json")
+MADE_FROM = "made_from"  # of a tokenizer_config.json that we wrote for the sentencepiece model beside it
 _FOREIGN = ("tekken.json", "*.tiktoken", "tiktoken.model", "tokenizer.model.*", "vocab.txt", "spiece.model")
 
 
@@ -44,6 +45,8 @@ def read_vocabulary(path: Path) -> PieceVocabulary | HFVocabulary:
         return PieceVocabulary(path, {})
     config = read_json(path / "tokenizer_config.json")
     here = [name for name in (_FAST, *_BPE, _PIECES) if (path / name).is_file()]
+    if config.get(MADE_FROM) == _PIECES and _PIECES in here:
+        return PieceVocabulary(path / _PIECES, config)
     if _FAST in here or set(_BPE) <= set(here):
         return HFVocabulary(path)
     if _PIECES in here:
@@ -108,6 +111,7 @@ class PieceVocabulary:
         texts: number of ids up to the last that text reaches.
         begin: the control tokens that text begins with.
         variables: what chat templates know of it.
+        unknown: name and id of what stands for text that has no ids; None: there is no such token.
         restarts: text behind a control token is encoded as at the beginning.
 
     Raises:
@@ -115,6 +119,7 @@ class PieceVocabulary:
     """
 
     def __init__(self, file: Path, config: dict[str, Any]):
+        self.file, self.config = file, config
         try:
             self.model = sentencepiece.SentencePieceProcessor(str(file))
         except (RuntimeError, OSError) as error:
@@ -144,7 +149,13 @@ class PieceVocabulary:
             for name, value in config.items()
             if name.endswith("_token") and isinstance(value, str | dict) and value
         }
+        self.unknown = (model.id_to_piece(model.unk_id()), model.unk_id())
         self.restarts = True
+
+    def name(self, i: int) -> str | None:
+        """Of a token; None where it has none."""
+        named = {i: name for name, i in self.controls.items()}
+        return named.get(i) or (self.model.id_to_piece(i) if i < self.model.vocab_size() else None)
 
     def encode(self, text: str) -> list[int]:
         return self.model.encode(text)
@@ -177,12 +188,13 @@ class HFVocabulary:
     """
 
     def __init__(self, folder: Path):
+        self.folder = folder
         try:
-            from transformers import AutoTokenizer
+            import transformers  # noqa: F401
         except ImportError:
             raise ConfigError(f"{folder} needs transformers to be read: pip install rlhf-engine[hf]") from None
         try:
-            hf = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+            hf = self.loaded()
             model = hf.backend_tokenizer
         except Exception as error:  # of whatever kind transformers and tokenizers raise
             raise ConfigError(f"{folder}: transformers does not read its tokenizer: {error}") from None
@@ -198,6 +210,8 @@ class HFVocabulary:
         ids = set(model.get_vocab(with_added_tokens=True).values())
         self.size, self.texts = 1 + max(ids), 1 + max(ids - set(tokens))
         self.variables = hf.special_tokens_map
+        unknown = hf.unk_token_id
+        self.unknown = None if unknown is None else (str(hf.unk_token), unknown)
 
         behind = model.encode(next(iter(self.controls), "") + "a", add_special_tokens=False).ids
         model.encode_special_tokens = True  # from here on names of control tokens are text
@@ -205,6 +219,15 @@ class HFVocabulary:
         self.restarts = behind[-len(alone) :] == alone
         whole = model.encode("a").ids
         self.begin = whole[: next(i for i in range(len(whole)) if whole[i : i + len(alone)] == alone)]
+
+    def loaded(self) -> Any:
+        """As transformers has it."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(str(self.folder), local_files_only=True, trust_remote_code=False)
+
+    def name(self, i: int) -> str | None:
+        return self.model.id_to_token(i)
 
     def encode(self, text: str) -> list[int]:
         return self.model.encode(text, add_special_tokens=False).ids

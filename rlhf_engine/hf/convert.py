@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import yaml
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
@@ -34,16 +35,19 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from ..checkpoint import IMPORTED
 from ..config import ConfigError, MeshConfig, ModelConfig, check_model
+from ..data.chat import Messages
+from ..data.tokenizer import Tokenizer
 from ..mesh import ParallelMesh
 from ..models.build import build_model, on_meta
 from ..plan.partition import padded_vocab_size, stage_layers
 from .config import Head, family, parse, read_json, understood
-from .export import head_config
-from .files import HFFolder, HFWriter, whole_folder, write_assets
+from .export import RunExport, head_config
+from .files import HFFolder, HFWriter, copy_assets, whole_folder, write_json
 from .rows import Vocabulary
 from .weights import Difference, Table, check_leftover, compare, leftover, parameters
 
 _PIECE = 1 << 18  # bytes of a write
+_PROMPTS: list[Messages] = [[{"role": "user", "content": "What is 1 + 1?\n\nSay it twice."}]]
 Progress = Callable[[int], Any]  # is told of bytes as they are done
 
 
@@ -275,7 +279,8 @@ def import_folder(
         config = understood(source.config, where) if head == usual else head_config(model, head, hf)
         if dtype is not None:
             config = config | {"dtype" if "dtype" in config else "torch_dtype": str(dtype).removeprefix("torch.")}
-        write_assets(folder, config, [hf])
+        write_json(folder / "config.json", config)
+        copy_assets(hf, folder)
         for done in folder.glob("rank_*.json"):
             done.unlink()
 
@@ -368,6 +373,20 @@ class Checkpoint:
             raise ConfigError(f"{self.folder} holds {', '.join(roles)}: --role names one of them")
         return model, "scalar" if f"{role}.output_layer.bias" in held else "lm", role
 
+    def tokenizer(self) -> Tokenizer | None:
+        """Of the run that the checkpoint is of; None where it was converted and not trained.
+
+        Raises:
+            ConfigError: the run's tokenizer is no longer where it was.
+        """
+        file = self.folder.resolve().parent.parent / "config.yaml"
+        if not file.is_file():
+            return None
+        run = yaml.safe_load(file.read_text())
+        settings = run["tokenizer"]
+        path = settings["path"] or run["policy"]["path"] or file.parent.parent / "tokenizer" / "tokenizer.model"
+        return Tokenizer(str(path), settings["template"], settings["end_id"], settings.get("date"))
+
 
 class _Place(DefaultLoadPlanner):
     """A load planner for one tensor; zero where the checkpoint has less, which is only a vocabulary's padding."""
@@ -382,14 +401,22 @@ class _Place(DefaultLoadPlanner):
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None: ...
 
 
-def export_folder(checkpoint: Checkpoint, out: Path, max_bytes: int, start: Callable[[int], Progress]) -> None:
-    """Writes the HF folder `out` from a megatron checkpoint."""
+def export_folder(checkpoint: Checkpoint, out: Path, max_bytes: int, start: Callable[[int], Progress]) -> list[str]:
+    """Writes the HF folder `out` from a megatron checkpoint; what one should know of it."""
     model, head, _ = checkpoint.model()
+    tokenizer = checkpoint.tokenizer()
+    run = RunExport(model, head, checkpoint.described, tokenizer, _PROMPTS) if tokenizer is not None else None
     with one_rank() as mesh, whole_folder(out) as folder:
         writer = HFWriter(folder, max_bytes)
         for name, tensor in checkpoint.read(mesh, start):
             writer.add(name, tensor)
-        writer.close(head_config(model, head, checkpoint.described), [checkpoint.described])
+        if run is not None:
+            writer.close(run.config)
+            run.write(folder)
+        else:
+            writer.close(head_config(model, head, checkpoint.described))
+            copy_assets(checkpoint.described, folder)
+    return run.notes if run is not None else []
 
 
 def verify(checkpoint: Checkpoint, hf: Path, start: Callable[[int], Progress]) -> tuple[int, list[Difference]]:

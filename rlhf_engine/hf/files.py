@@ -8,7 +8,7 @@ import os
 import pickle
 import shutil
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ ASSETS = (
     "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+TEMPLATES = "additional_chat_templates"
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -132,13 +133,8 @@ class HFWriter:
         self.files.append(list(self.pending))
         self.pending = {}
 
-    def close(self, config: dict[str, Any], assets: Sequence[Path]) -> None:
-        """The index, config.json, and what belongs to a model besides.
-
-        Args:
-            config: of the source, its dtype replaced by what was written.
-            assets: see `write_assets`.
-        """
+    def close(self, config: dict[str, Any]) -> None:
+        """The index, and config.json with the dtype that was written."""
         self._flush()
         total = len(self.files)
         names = [f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)]
@@ -147,7 +143,7 @@ class HFWriter:
         else:
             weight_map = {tensor: name for name, part in zip(names, self.files, strict=True) for tensor in part}
             listing = {"metadata": {"total_size": self.num_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-            _write_json(self.folder / "model.safetensors.index.json", listing)
+            write_json(self.folder / "model.safetensors.index.json", listing)
         for i, name in enumerate(names):
             os.replace(self.folder / f"part-{i}", self.folder / name)
         if len(self.dtypes) == 1:
@@ -156,26 +152,19 @@ class HFWriter:
             config = config | {key: str(dtype).removeprefix("torch.")}
         if self.score_bias:
             config = config | {"score_bias": self.score_bias}
-        write_assets(self.folder, config, assets)
+        write_json(self.folder / "config.json", config)
 
 
-def write_assets(folder: Path, config: dict[str, Any], assets: Sequence[Path]) -> None:
-    """config.json and what belongs to a model besides its weights.
-
-    Args:
-        assets: HF folders that tokenizer and generation config are copied from, or a sentencepiece model; later
-            ones win.
-    """
-    _write_json(folder / "config.json", config)
-    for place in assets:
-        if place.is_file():
-            shutil.copyfile(place, folder / "tokenizer.model")
-        for name in ASSETS:
-            if (place / name).is_file():
-                shutil.copyfile(place / name, folder / name)
+def copy_assets(source: Path, folder: Path) -> None:
+    """What an HF folder holds of a model besides its weights and config.json."""
+    for name in ASSETS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    if (templates := source / TEMPLATES).is_dir():
+        shutil.copytree(templates, folder / TEMPLATES, ignore=lambda _, names: [n for n in names if n[-6:] != ".jinja"])
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 

@@ -55,7 +55,7 @@ def against_transformers(subject: Subject) -> Finding:
         except ConfigError as error:
             raise Skipped(str(error)) from None
         folder = str(subject.folder / "hf")
-        export_role(role, Path(folder), config, [])
+        export_role(role, Path(folder), config)
     wanted = ctx.mesh.from_main(_of_transformers(folder, subject) if ctx.mesh.is_main else None)
     if isinstance(wanted, str):
         raise Skipped(wanted)

@@ -23,7 +23,7 @@ from ..plan.search import mesh_text
 from ..preflight import Plan
 from ..trainer import build_context, settle_residency
 from ..watchdog import Watchdog
-from . import layouts, phases, policy
+from . import export, layouts, phases, policy
 from .findings import Finding, Skipped, worst
 from .measure import Iteration, few, first_iteration, generated, small
 from .subject import Subject
@@ -137,6 +137,7 @@ def run(plan: Plan) -> int:
         folder.mkdir(parents=True)
     mesh.barrier()
     check_policy(report, ctx, training[0], folder)
+    report.check("export: prompts, read back", export.tokenizer, ctx, training[0], folder)
     found = {name: check_phase(report, ctx, name) for name in training}
     iterations = {name: iteration for name, iteration in found.items() if iteration is not None}
     report.check(

@@ -63,7 +63,9 @@ def export_hf(args: argparse.Namespace) -> int:
     _refuse_existing(args.out)
     checkpoint = Checkpoint(args.megatron, args.hf, args.role, args.ignore_keys)
     with progress_bar("export") as start:
-        export_folder(checkpoint, args.out, int(args.max_shard_gb * 10**9), start)
+        notes = export_folder(checkpoint, args.out, int(args.max_shard_gb * 10**9), start)
+    for note in notes:
+        print(f"{args.out}: {note}")
     print(f"{args.out}: HF format")
     return 0
 
