@@ -19,8 +19,11 @@ from .data.sources import HH_MINI, Source, check_sources, parse_spec, read_sourc
 from .data.tokenizer import Tokenizer
 from .hf.config import ARCHITECTURES, read_model_config
 from .hf.index import index
+from .parts import Parts, folder_digest, rows_digest
+from .places import Lock, try_folder
 
 SUMMARY = "summary.json"  # of a finished phase
+_NO_DIFFERENCE = {"path", "kv_tokens", "cuda_graphs", "vocab_size"}  # to the rows of a job
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Plan:
     tokenizer: Tokenizer | None  # None: one is trained on the data
     sources: list[Source]  # of the training phases; empty for a job
     ptx_sources: list[Source]  # that PPO mixes into the policy's update
+    made_with: dict[str, Any]  # what a job's rows depend on; of the main rank alone
 
     @property
     def world_size(self) -> int:
@@ -47,10 +51,18 @@ class Plan:
 
 
 def num_gpus() -> int:
-    """CUDA devices that this process may use, without asking CUDA."""
-    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return len([v for v in visible.split(",") if v.strip() and v.strip() != "-1"])
-    return len(glob.glob("/dev/nvidia[0-9]*"))
+    """CUDA devices that this process may use, without asking CUDA: those that are there, and of CUDA_VISIBLE_DEVICES
+    what comes before the first that is not."""
+    here = len(glob.glob("/dev/nvidia[0-9]*"))
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is None:
+        return here
+    found: list[str] = []
+    for name in map(str.strip, visible.split(",")):
+        is_there = int(name) < here if name.isdecimal() else here and name.startswith(("GPU-", "MIG-"))
+        if not is_there or name in found:
+            break
+        found.append(name)
+    return len(found)
 
 
 def plan(config: RunConfig, world_size: int | None = None) -> Plan:
@@ -82,6 +94,8 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
     if device == "cpu" and config.dtype == "bfloat16":
         raise ConfigError("dtype=bfloat16 needs a GPU: megatron's optimizers keep float32 weights on a CPU")
     jobs = set(config.phases) & JOBS
+    # other ranks do as the main one does, and need not look once more
+    is_main = os.environ.get("RANK", "0") == "0" and not config.starts_nothing
     if jobs and len(config.phases) > 1:
         raise ConfigError(f"phases={config.phases}: {sorted(jobs)[0]} runs alone")
     policy = read_base(config.policy.path) if config.policy.path else Base(None, config.model)
@@ -93,6 +107,7 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
         check_vocabulary(tokenizer, reward)
     sources: list[Source] = []
     ptx_sources: list[Source] = []
+    made_with: dict[str, Any] = {}
     if jobs:
         for source in config.data.sources:
             spec = parse_spec(source)
@@ -100,6 +115,9 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
                 raise ConfigError(f"data.sources={source}: the {config.phases[0]} job reads rows without presets")
             for where, row in read_rows(spec.name):
                 check_job_row(row, where, config.phases[0], tokenizer)
+        if is_main:
+            made_with = job_settings(config, device)
+            Parts(Path(config.output or ""), made_with, config.rerun).check()
     else:
         data = config.data
         sources = read_sources(data.sources or HH_MINI, data.num_rows, data.num_eval_rows, config.seed)
@@ -112,7 +130,36 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
     check_reward(config, reward)
     if config.reward.kind == "function" and "ppo" in config.phases:
         load_function(config.reward.fn or "")
-    return Plan(config, mesh, {"policy": policy, "reward": reward}, device, tokenizer, sources, ptx_sources)
+    if is_main:
+        place, key = (config.output, "output") if jobs else (config.output_dir, "output_dir")
+        assert place is not None
+        try_folder(Path(place).parent if jobs else Path(place), f"{key}={place}")
+    return Plan(config, mesh, {"policy": policy, "reward": reward}, device, tokenizer, sources, ptx_sources, made_with)
+
+
+def lock(config: RunConfig) -> Lock:
+    """Of the place where a run writes."""
+    if set(config.phases) & JOBS:
+        return Lock(Path(f"{config.output}.lock"), f"output={config.output}")
+    return Lock(Path(config.output_dir) / "run.lock", f"output_dir={config.output_dir}")
+
+
+def job_settings(config: RunConfig, device: str) -> dict[str, Any]:
+    """What the rows of a job depend on: the data, the model and the settings, but not the mesh."""
+    job, tokenizer = config.phases[0], config.tokenizer.path
+    assert config.policy.path is not None
+    found = {
+        "phases": config.phases,
+        "data.sources": rows_digest(row for s in config.data.sources for _, row in read_rows(parse_spec(s).name)),
+        "policy.path": folder_digest(config.policy.path),
+        "tokenizer.path": folder_digest(tokenizer) if tokenizer is not None else None,
+        "dtype": config.dtype if config.dtype != "auto" else "bfloat16" if device == "cuda" else "float32",
+    }
+    sections = ["policy", "tokenizer", *(["rollout"] if job == "generate" else [])]
+    for section in sections:
+        values = asdict(getattr(config, section))
+        found |= {f"{section}.{key}": value for key, value in values.items() if key not in _NO_DIFFERENCE}
+    return found | ({"seed": config.seed} if job == "generate" else {})
 
 
 def read_base(path: str) -> Base:

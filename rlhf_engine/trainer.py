@@ -30,7 +30,7 @@ from .logbook import Logbook, show_run
 from .mesh import ParallelMesh
 from .models.role import RoleModel
 from .plan.measure import device_of, peak_flops
-from .preflight import SUMMARY, Plan, load_function
+from .preflight import SUMMARY, Plan, load_function, lock
 from .report import write_report
 from .schedule import Schedule
 from .signals import RunError, Stop
@@ -44,6 +44,18 @@ def run(plan: Plan) -> int:
     Returns:
         The process's exit code: 0, or `signals.STOPPED` when the run was asked to stop and has saved.
     """
+    if os.environ["RANK"] != "0":
+        return run_phases(plan)
+    held = lock(plan.config).acquire()
+    signals.before_leaving(held.release)
+    try:
+        return run_phases(plan)
+    finally:
+        held.release()
+
+
+def run_phases(plan: Plan) -> int:
+    """`run`, in a place that is held."""
     limit = plan.config.timeout.stage
     mesh = ParallelMesh(plan.mesh, plan.device, 2 * limit)  # the watchdog, which knows more, speaks first
     watchdog = Watchdog(limit, mesh.rank, mesh.world_size)
@@ -57,7 +69,7 @@ def run(plan: Plan) -> int:
     code = 0
     for phase in plan.config.phases:
         if phase in JOBS:
-            jobs.BODIES[phase](ctx, base_policy(ctx))
+            jobs.run(ctx, plan.made_with, lambda: base_policy(ctx))
         elif not train(ctx, ALGORITHMS[phase](plan.config)):
             code = signals.STOPPED
             break

@@ -20,6 +20,8 @@ LAYERS = {
     "rlhf_engine.compose": 0,
     "rlhf_engine.guard": 0,
     "rlhf_engine.manifest": 0,
+    "rlhf_engine.parts": 0,
+    "rlhf_engine.places": 0,
     "rlhf_engine.ranks": 0,
     "rlhf_engine.reference": 0,
     "rlhf_engine.report": 0,
