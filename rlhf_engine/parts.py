@@ -121,7 +121,7 @@ class Parts:
         self.partial.unlink()
 
     def _found(self) -> dict[str, Any] | None:
-        """The settings of the rows that are there, with a size where they are a finished output; None where none are."""
+        """The settings of the rows that are there, with a size where they are a finished output; None without rows."""
         try:
             found = json.loads(self._settings_path.read_text(encoding="utf-8"))
         except (OSError, ValueError):

@@ -2,8 +2,8 @@
 
 A run holds its `output_dir`, or its `output`, by a file in it that says who it is. The holder renews the file every few
 seconds, so that one that has died is known: on its own machine by its process, which is gone, elsewhere by a file that
-nobody renews. Times are those of the file system that both see; no clock of a machine is asked. Nothing but creating,
-renaming and reading files is needed, as NFS and Lustre have it; locks of the system do not reach other hosts everywhere.
+nobody renews. Times are those of the file system that both see; no clock of a machine is asked. It takes nothing but
+creating, renaming and reading files, as NFS and Lustre have it; the system's own locks do not reach every other host.
 """
 
 from __future__ import annotations

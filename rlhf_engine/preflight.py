@@ -81,6 +81,8 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
         world_size = config.plan.world or model_ranks * (config.mesh.dp or max(1, 2 // model_ranks))
     elif device == "cuda" and not num_gpus():
         raise ConfigError("device=cuda, and there is no GPU: use device=cpu or device=auto")
+    if device == "cpu" and os.environ.get("RLHF_KERNELS") == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ConfigError("RLHF_KERNELS=triton in the environment needs a GPU, or TRITON_INTERPRET=1")
     if world_size is None:
         model_ranks = max(1, config.mesh.tp) * max(1, config.mesh.pp)
         if config.mesh.dp is not None:
