@@ -128,7 +128,7 @@ class Lock:
                 continue
             if age > _SECONDS_OF_SILENCE or (holder is not None and holder.is_gone(self.me)):
                 self._remove(holder)
-            elif first is not None and first != beat:
+            elif first is not None and beat > first:
                 raise ConfigError(self._refusal(holder))
             else:
                 if first is None:

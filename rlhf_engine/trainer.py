@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -127,7 +127,7 @@ def train(ctx: Context, algorithm: Algorithm) -> bool:
     is_within = ctx.state.experience is not None
     logbook = Logbook(folder, algorithm.name, algorithm.iterations, ctx.state.iteration, mesh.is_main, is_within)
     if mesh.is_main:
-        (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+        write_config(folder, config, found is not None)
 
     signals.take_note()
     if not iterate(ctx, algorithm, schedule, checkpoints, logbook):
@@ -154,6 +154,28 @@ def train(ctx: Context, algorithm: Algorithm) -> bool:
     if mesh.device.type == "cuda":
         torch.cuda.empty_cache()
     return True
+
+
+def write_config(folder: Path, config: RunConfig, goes_on: bool) -> None:
+    """`config.yaml` of this start. That of an earlier one stays beside it as `config.N.yaml`, where it is another; of a
+    phase that goes on it is said what is."""
+    path, now = folder / "config.yaml", asdict(config)
+    before = yaml.safe_load(path.read_text()) if path.is_file() else now
+    if before != now:
+        path.rename(folder / f"config.{1 + len(list(folder.glob('config.*.yaml')))}.yaml")
+        for line in changes(before, now) if goes_on else ():
+            print(f"{folder.name}: {line}", flush=True)
+    path.write_text(yaml.safe_dump(now, sort_keys=False))
+
+
+def changes(before: Mapping, now: Mapping, prefix: str = "") -> Iterator[str]:
+    """A line for each key that has another value now."""
+    for name, value in now.items():
+        was = before.get(name, value)
+        if isinstance(value, dict) and isinstance(was, dict):
+            yield from changes(was, value, f"{prefix}{name}.")
+        elif was != value:
+            yield f"{prefix}{name}={json.dumps(value)} from here on, {json.dumps(was)} before"
 
 
 # what cuts an iteration into updates, and deals them its rows
