@@ -56,9 +56,10 @@ def compose(overrides: Sequence[str]) -> RunConfig:
             key, value = override.key_or_group.split("@")[0], override.value()
             if key == "exp" and isinstance(value, str) and not override.is_add():
                 raise ConfigError(f"{argument}: an experiment is added to the defaults: +exp={value}")
-            if key in groups and isinstance(value, str):
-                if value not in groups[key]:
-                    raise ConfigError(f"{key}={value}: {nearest(value, groups[key])}")
+            if key in groups:
+                for option in value if isinstance(value, list) else [value]:
+                    if option not in groups[key] and not (option is None and override.is_delete()):
+                        raise ConfigError(f"{key}={option}: {nearest(str(option), groups[key])}")
             elif key not in known:
                 raise ConfigError(f"unknown key {key}: {nearest(key, [*known, *groups])}")
         ConfigStore.instance().store("defaults", defaults)
