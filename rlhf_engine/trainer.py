@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from .mesh import ParallelMesh
 from .models.role import RoleModel
 from .plan.measure import device_of, peak_flops
 from .preflight import SUMMARY, Plan, load_function, lock
+from .provenance import data_digest, say_finished, write_config
 from .report import write_report
 from .schedule import Schedule
 from .signals import RunError, Stop
@@ -100,7 +101,7 @@ def train(ctx: Context, algorithm: Algorithm) -> bool:
     if iterations_of_finished(ctx, algorithm.name) >= algorithm.iterations:
         if not config.rerun:
             if mesh.is_main:
-                print(f"{algorithm.name}: finished before, in {folder} (rerun=true runs it again)", flush=True)
+                say_finished(folder, config)
             return True
         if mesh.is_main:
             (folder / SUMMARY).unlink()
@@ -124,10 +125,13 @@ def train(ctx: Context, algorithm: Algorithm) -> bool:
             f"{algorithm.name}.iterations={algorithm.iterations}, and {found} has {ctx.state.iteration} behind it:"
             " use more iterations or another output_dir"
         )
-    is_within = ctx.state.experience is not None
+    is_within, data = ctx.state.experience is not None, data_digest(ctx.datasets[algorithm.name])
     logbook = Logbook(folder, algorithm.name, algorithm.iterations, ctx.state.iteration, mesh.is_main, is_within)
     if mesh.is_main:
         write_config(folder, config, found is not None)
+        if ctx.state.data not in (None, data):
+            print(f"{algorithm.name}: data.sources has other rows from here on", flush=True)
+    ctx.state.data = data
 
     signals.take_note()
     if not iterate(ctx, algorithm, schedule, checkpoints, logbook):
@@ -154,28 +158,6 @@ def train(ctx: Context, algorithm: Algorithm) -> bool:
     if mesh.device.type == "cuda":
         torch.cuda.empty_cache()
     return True
-
-
-def write_config(folder: Path, config: RunConfig, goes_on: bool) -> None:
-    """`config.yaml` of this start. That of an earlier one stays beside it as `config.N.yaml`, where it is another; of a
-    phase that goes on it is said what is."""
-    path, now = folder / "config.yaml", asdict(config)
-    before = yaml.safe_load(path.read_text()) if path.is_file() else now
-    if before != now:
-        path.rename(folder / f"config.{1 + len(list(folder.glob('config.*.yaml')))}.yaml")
-        for line in changes(before, now) if goes_on else ():
-            print(f"{folder.name}: {line}", flush=True)
-    path.write_text(yaml.safe_dump(now, sort_keys=False))
-
-
-def changes(before: Mapping, now: Mapping, prefix: str = "") -> Iterator[str]:
-    """A line for each key that has another value now."""
-    for name, value in now.items():
-        was = before.get(name, value)
-        if isinstance(value, dict) and isinstance(was, dict):
-            yield from changes(was, value, f"{prefix}{name}.")
-        elif was != value:
-            yield f"{prefix}{name}={json.dumps(value)} from here on, {json.dumps(was)} before"
 
 
 # what cuts an iteration into updates, and deals them its rows

@@ -50,6 +50,7 @@ LAYERS = {
     "rlhf_engine.schedule": 3,
     "rlhf_engine.algorithms": 3,
     "rlhf_engine.preflight": 4,
+    "rlhf_engine.provenance": 4,
     "rlhf_engine.logbook": 4,
     "rlhf_engine.jobs": 4,
     "rlhf_engine.trainer": 4,

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 from worlds import launcher
@@ -15,7 +16,7 @@ from rlhf_engine import places
 from rlhf_engine.config import ConfigError, RunConfig
 from rlhf_engine.places import Holder, Lock, try_folder
 from rlhf_engine.preflight import lock
-from rlhf_engine.trainer import write_config
+from rlhf_engine.provenance import data_digest, say_finished, write_config
 
 renew = Lock._renew
 ELSEWHERE = {"machine": "another boot", "host": "node-7", "pid": 12, "started": "99"}
@@ -215,3 +216,20 @@ def test_what_changed_on_a_resume_is_said_and_kept(tmp_path, capsys):
         "config.1.yaml": ["seed: 1"], "config.2.yaml": ["seed: 2"], "config.3.yaml": ["seed: 2"],
         "config.yaml": ["seed: 3"],
     }  # fmt: skip
+    config.sft.optimizer.lr, config.reward.optimizer.lr, config.mesh.dp = 1.0, 1.0, 4
+    say_finished(folder, config)
+    assert capsys.readouterr().out.splitlines() == [
+        f"sft: finished before, in {folder} (rerun=true runs it again)",
+        "sft: was made with sft.optimizer.lr=0.0001, not 1.0",
+    ]
+
+
+def test_other_rows_under_the_same_name():
+    def digest(*chosen: list[int]) -> str:
+        rows = [SimpleNamespace(prompt=[1], chosen=tokens, rejected=None) for tokens in chosen]
+        return data_digest(SimpleNamespace(parts=[SimpleNamespace(train=rows)]))
+
+    assert digest([1, 2], [3]) == digest([1, 2], [3])
+    assert (
+        len({digest([1, 2], [3]), digest([1, 2]), digest([1, 2], [4]), digest([1], [2, 3]), digest([3], [1, 2])}) == 5
+    )
