@@ -100,6 +100,7 @@ def main(
         return 0
     if PARENT in os.environ:
         end_with_parent()
+        leave_at_once()
     try:
         world_size = launched_world()
     except ConfigError as error:  # of this rank alone, perhaps
