@@ -47,6 +47,8 @@ def try_folder(folder: Path, key: str) -> None:
                 os.fsync(file.fileno())
         finally:
             trial.unlink(missing_ok=True)
+    except FileExistsError as error:
+        raise ConfigError(f"{key}: nothing can be written in {folder}: {error.filename} is not a folder") from None
     except (OSError, ValueError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or error
         raise ConfigError(f"{key}: nothing can be written in {folder}: {reason}") from None
