@@ -33,7 +33,7 @@ run: install
 	$(BIN)/python launch/run.py $(RUN)
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 check: install
 	$(BIN)/ruff check .
