@@ -49,6 +49,10 @@ def started(command: list, folder: Path):
         clusters.end([process])
 
 
+def ranks_of(launcher: warm.Command) -> list[psutil.Process]:
+    return sorted(psutil.Process(launcher.pid).children(), key=psutil.Process.name)
+
+
 def num_iterations(folder: Path) -> int:
     path = folder / "ppo" / "metrics.jsonl"
     return path.read_text().count("\n") if path.is_file() else 0
@@ -83,7 +87,7 @@ def test_stopped_and_started_again(plain, tmp_path, case):
         if case == "SIGTERM to the launcher":
             launcher.terminate()
         elif case == "SIGUSR1 to one rank":
-            os.kill(psutil.Process(launcher.pid).children()[1].pid, signal.SIGUSR1)
+            ranks_of(launcher)[1].send_signal(signal.SIGUSR1)
             (tmp_path / "held.go").touch()  # no other rank was told
         else:
             os.killpg(launcher.pid, signal.SIGINT)  # as a terminal does
@@ -131,10 +135,9 @@ def test_second_interrupt_ends_at_once(tmp_path):
     """In a stage that would never end, so that nothing is saved behind it."""
     with started([*RUN, *PPO, "reward.fn=rewards:hangs", f"output_dir={tmp_path}"], tmp_path) as launcher:
         wait_until((tmp_path / "held").exists, "the reward function")
-        ranks = psutil.Process(launcher.pid).children()
-        scoring = next(rank for rank in ranks if rank.environ()["RANK"] == "0")
+        ranks = ranks_of(launcher)
         launcher.send_signal(signal.SIGINT)
-        wait_until(lambda: not is_caught(signal.SIGINT, scoring.pid), "the note of the first")
+        wait_until(lambda: not is_caught(signal.SIGINT, ranks[0].pid), "the note of the first")
         launcher.send_signal(signal.SIGINT)
         assert launcher.wait(PATIENCE) == 128 + signal.SIGINT
         assert not any(rank.is_running() for rank in ranks)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import signal
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ import psutil
 import pytest
 import warm
 from clusters import PATIENCE, wait_until
-from test_launching import PPO, RUN, num_iterations, reward_functions_are_found, started
+from test_launching import PPO, RUN, num_iterations, ranks_of, reward_functions_are_found, started
 
 from rlhf_engine.watchdog import HUNG
 
@@ -30,10 +29,8 @@ def runs(tmp_path_factory) -> Iterator[dict[int, tuple[warm.Command, list[psutil
             folder = tmp_path_factory.mktemp("stopped")
             launcher = stack.enter_context(started([*ENDLESS, f"output_dir={folder}"], folder))
             wait_until(lambda folder=folder: num_iterations(folder) >= 2, "two iterations")
-            ranks = psutil.Process(launcher.pid).children()
-            stopped = next(process for process in ranks if process.environ()["RANK"] == str(rank))
-            os.kill(stopped.pid, signal.SIGSTOP)
-            found[rank] = launcher, ranks
+            found[rank] = launcher, ranks_of(launcher)
+            found[rank][1][rank].send_signal(signal.SIGSTOP)
         yield found
 
 
