@@ -30,11 +30,16 @@ PPO = [*SMALL, "phases=[ppo]", "reward=function", "ppo.iterations=6", "ppo.save_
 HELD = [*PPO, "reward.fn=rewards:held"]
 
 
+def find_reward_functions(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Of tests/rewards.py, in the processes that are started from now on; their files are in the folder."""
+    patch.chdir(ROOT)
+    patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]))
+    patch.setenv("HELD", str(folder / "held"))
+
+
 @pytest.fixture(autouse=True)
 def reward_functions_are_found(monkeypatch, tmp_path):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]))
-    monkeypatch.setenv("HELD", str(tmp_path / "held"))
+    find_reward_functions(monkeypatch, tmp_path)
 
 
 @contextlib.contextmanager
