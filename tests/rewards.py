@@ -37,8 +37,8 @@ def held(*texts_and_tokens):
 
 
 def seems_slow(*texts_and_tokens):
-    """The same, but the watchdog's clock goes on by 60 seconds in each call, and it looks at it meanwhile."""
-    passed = 60 * (next(_calls) + 1)
+    """The same, but the watchdog's clock goes on by 40 seconds in each call, and it looks at it meanwhile."""
+    passed = 40 * (next(_calls) + 1)
     watchdog.time = SimpleNamespace(monotonic=lambda: time.monotonic() + passed, sleep=time.sleep)
     time.sleep(1.5)  # longer than it ever looks away
     return short_and_polite(*texts_and_tokens)
