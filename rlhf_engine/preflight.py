@@ -22,6 +22,7 @@ from .data.vocabulary import has_tokenizer, read_vocabulary
 from .hf.config import ARCHITECTURES, family, read_json, read_model_config
 from .hf.index import check_adapter, index, unread_files
 from .sizes import settle
+from .to_wandb import has_wandb
 
 SUMMARY = "summary.json"  # of a finished phase
 
@@ -138,6 +139,11 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
             check_output_dir(config)
     check_reward(config, reward)
     notes = folder_notes(config, policy, reward, tokenizer)
+    if config.log.wandb.project is not None and not has_wandb():
+        notes.append(
+            f"log.wandb.project={config.log.wandb.project}: wandb is not installed (pip install -e '.[wandb]'):"
+            " the run goes on without it"
+        )
     if config.reward.kind == "function" and "ppo" in config.phases:
         load_function(config.reward.fn or "")
     bases = {"policy": policy, "reward": reward}
