@@ -23,7 +23,7 @@ STAMP := $(VENV)/installed
 install: $(STAMP)
 
 $(STAMP): pyproject.toml Makefile
-	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit("Python 3.11 or 3.12 is needed, this is %d.%d: make PYTHON=python3.12" % v if not (3, 11) <= v <= (3, 12) else 0)'
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit("Python 3.11, 3.12 or 3.13 is needed, this is %d.%d: make PYTHON=python3.13" % v if not (3, 11) <= v <= (3, 13) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check "$(TORCH)"
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[dev]"
@@ -33,7 +33,7 @@ run: install
 	$(BIN)/python launch/run.py $(RUN)
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 check: install
 	$(BIN)/ruff check .

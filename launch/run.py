@@ -9,6 +9,7 @@ and do, and start nothing.
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import sys
 import time
@@ -17,8 +18,10 @@ from collections.abc import Callable
 
 from rlhf_engine.compose import compose
 from rlhf_engine.config import JOBS, ConfigError
-from rlhf_engine.preflight import Plan, plan
-from rlhf_engine.ranks import FINAL, PARENT, Ranks, end_with_parent, free_port, launched_world
+from rlhf_engine.environment import check_meeting, launched_world, num_threads
+from rlhf_engine.places import ATTEMPT, LAUNCH
+from rlhf_engine.preflight import Plan, lock, plan
+from rlhf_engine.ranks import FINAL, PARENT, Ranks, end_with_parent, free_port
 from rlhf_engine.reference import text
 from rlhf_engine.signals import SIGNALS, RunError, leave_at_once
 from rlhf_engine.xtuner import from_command_line
@@ -36,7 +39,9 @@ def train(checked: Plan) -> int:
 def start_ranks(world_size: int, argv: list[str], max_restarts: int, script: str = __file__) -> int:
     """Runs a script once per rank on this machine, again when a rank has died, and gives its last exit code."""
     command, asked, code = [sys.executable, script, *argv], False, 0
+    os.environ[LAUNCH] = secrets.token_hex(8)
     for left in range(max_restarts, -1, -1):
+        os.environ[ATTEMPT] = str(max_restarts - left)
         ranks = Ranks(command, 0, world_size, world_size, "127.0.0.1", free_port())
 
         def pass_on(signum: int, frame: object, ranks: Ranks = ranks) -> None:
@@ -67,7 +72,7 @@ def run_rank(checked: Plan, job: Callable[[Plan], int] = train) -> int:
     logging.getLogger("megatron").setLevel(logging.ERROR)
     import torch
 
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    torch.set_num_threads(num_threads())
     try:
         code = job(checked)
     except BaseException as error:
@@ -100,7 +105,14 @@ def main(
         return 0
     if PARENT in os.environ:
         end_with_parent()
-    if (world_size := launched_world()) is not None:
+        leave_at_once()
+    try:
+        world_size = launched_world()
+    except ConfigError as error:  # of this rank alone, perhaps
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    is_main = os.environ.get("RANK", "0") == "0"
+    if world_size is not None:
         leave_at_once()
     try:
         checked = plan(compose(argv), world_size)
@@ -108,19 +120,26 @@ def main(
             from rlhf_engine.plan.show import show
 
             say_notes(checked)
-            if int(os.environ.get("RANK", "0")) == 0:
+            if is_main:
                 show(checked)
             return 0
         if job is not train and set(checked.config.phases) & JOBS:
             raise ConfigError(f"phases={checked.config.phases} trains nothing, and training is what is verified")
+        if job is train and is_main:
+            lock(checked.config).look()
     except ConfigError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if is_main:
             print(f"error: {error}", file=sys.stderr)
         return 2
     if world_size is None:
         return start_ranks(checked.world_size, argv, checked.config.max_restarts if job is train else 0, script)
+    try:
+        check_meeting()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     theirs, _ = from_command_line(argv)
-    if theirs is not None and os.environ["RANK"] == "0":
+    if theirs is not None and is_main:
         print(theirs.table(), flush=True)
     say_notes(checked)
     return run_rank(checked, job)

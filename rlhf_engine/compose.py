@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .config import ConfigError, RunConfig, from_dict, keys, nearest
+from .overrides import mistake
 from .xtuner import from_command_line
 
 _SWITCHES = {"plan=true": "plan.show=true", "schedule=explain": "schedule.explain=true"}  # sections have no values
@@ -39,19 +40,35 @@ def compose(overrides: Sequence[str]) -> RunConfig:
         *sections, name = key.split(".")
         functools.reduce(operator.getitem, sections, defaults)[name] = value
     groups, known = config_groups(), keys(RunConfig)
+    parser = OverridesParser.create()
+
+    def can_read(argument: str) -> bool:
+        try:
+            return bool((found := parser.parse_override(argument)).key_or_group) and not found.is_sweep_override()
+        except HydraException:
+            return False
+
     try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
-        for override in parsed:
+        for i, argument in enumerate(overrides):
+            if not can_read(argument):
+                raise ConfigError(mistake(overrides, i, can_read))
+            override = parser.parse_override(argument)
             key, value = override.key_or_group.split("@")[0], override.value()
-            if key in groups and isinstance(value, str):
-                if value not in groups[key]:
-                    raise ConfigError(f"{key}={value}: {nearest(value, groups[key])}")
+            if key == "exp" and isinstance(value, str) and not override.is_add():
+                raise ConfigError(f"{argument}: an experiment is added to the defaults: +exp={value}")
+            if key in groups:
+                for option in value if isinstance(value, list) else [value]:
+                    if option not in groups[key] and not (option is None and override.is_delete()):
+                        raise ConfigError(f"{key}={option}: {nearest(str(option), groups[key])}")
             elif key not in known:
                 raise ConfigError(f"unknown key {key}: {nearest(key, [*known, *groups])}")
         ConfigStore.instance().store("defaults", defaults)
         with initialize_config_dir(str(CONF), version_base=None):
             composed = compose("config", overrides=overrides)
         values = OmegaConf.to_container(composed, resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    except OmegaConfBaseException as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"{error.full_key}: {reason}" if error.full_key else reason) from None
+    except HydraException as error:
         raise ConfigError(str(error)) from None
     return from_dict(RunConfig, values)  # type: ignore[arg-type]

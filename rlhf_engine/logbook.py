@@ -162,8 +162,6 @@ def show_run(plan: Plan, ctx: Context) -> None:
     )
     if plan.settled:
         table.add_row("chosen here", "  ".join(f"{key}={value}" for key, value in plan.settled.items()))
-    for warning in plan.warnings:
-        table.add_row("warning", warning)
     table.add_row("output", config.output or config.output_dir)
     console = Console()
     console = console if console.is_terminal else Console(width=140)

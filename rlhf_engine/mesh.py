@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .config import MeshConfig
 from .cpu import use_cpu
+from .signals import RunError
 
 
 class ParallelMesh:
@@ -188,11 +189,15 @@ class ParallelMesh:
 def meeting_place(timeout: timedelta) -> dict[str, Any]:
     """The store where the ranks meet, hosted by rank 0, and this rank's place. It listens at `MASTER_ADDR` alone, where
     torch's own would listen on all interfaces; at all of them only where the address is not one of this machine."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    address, port = os.environ["MASTER_ADDR"].strip(), int(os.environ["MASTER_PORT"])
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     host: dict[str, Any] = {"is_master": rank == 0}
     if rank == 0:
         with contextlib.suppress(OSError):
             host["master_listen_fd"] = socket.create_server((address, port), backlog=world_size).detach()
-    store = dist.TCPStore(address, port, world_size, timeout=timeout, **host)
+    try:
+        store = dist.TCPStore(address, port, world_size, timeout=timeout, **host)
+    except dist.DistError as error:
+        reason = str(error).partition("\n")[0]
+        raise RunError(f"rank {rank} of {world_size} has not met the others at {address}:{port}: {reason}") from None
     return {"store": store, "rank": rank, "world_size": world_size}

@@ -7,7 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,13 @@ from .data.tokenizer import Tokenizer
 from .data.vocabulary import has_tokenizer, read_vocabulary
 from .hf.config import ARCHITECTURES, family, read_json, read_model_config
 from .hf.index import check_adapter, index, unread_files
+from .parts import Parts, folder_digest, rows_digest
+from .places import Lock, try_folder
 from .sizes import settle
 from .to_wandb import has_wandb
 
 SUMMARY = "summary.json"  # of a finished phase
+_NO_DIFFERENCE = {"path", "kv_tokens", "cuda_graphs", "vocab_size"}  # to the rows of a job
 
 
 @dataclass(frozen=True)
@@ -38,24 +41,9 @@ class Plan:
     tokenizer: Tokenizer | None  # None: one is trained on the data
     sources: list[Source]  # of the training phases; empty for a job
     ptx_sources: list[Source]  # that PPO mixes into the policy's update
+    made_with: dict[str, Any]  # what a job's rows depend on; of the main rank alone
     notes: list[str]  # that a user should read before the run starts, a line each
-    settled: dict[str, int] = field(default_factory=dict)  # sizes that were left open, as `settle` filled them in
-
-    @property
-    def warnings(self) -> list[str]:
-        """What may start and is hardly meant: rates at which a pretrained model forgets what it has learned."""
-        if self.bases["policy"].path is None:
-            return []
-        return [
-            f"{key}.lr={lr:g} is usual for a model from scratch, and {usual:g} for a pretrained one as this is"
-            for key, lr, most, usual in (
-                ("sft.optimizer", self.config.sft.optimizer.lr, 1e-4, 1e-5),
-                ("reward.optimizer", self.config.reward.optimizer.lr, 1e-4, 1e-5),
-                ("ppo.optimizer", self.config.ppo.optimizer.lr, 3e-5, 1e-6),
-                ("ppo.critic_optimizer", self.config.ppo.critic_optimizer.lr, 1e-4, 5e-6),
-            )
-            if key.split(".")[0] in self.config.phases and lr > most
-        ]
+    settled: dict[str, int]  # sizes that were left open, as `settle` filled them in
 
     @property
     def world_size(self) -> int:
@@ -69,10 +57,18 @@ class Plan:
 
 
 def num_gpus() -> int:
-    """CUDA devices that this process may use, without asking CUDA."""
-    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return len([v for v in visible.split(",") if v.strip() and v.strip() != "-1"])
-    return len(glob.glob("/dev/nvidia[0-9]*"))
+    """CUDA devices that this process may use, without asking CUDA: those that are there, and of CUDA_VISIBLE_DEVICES
+    what comes before the first that is not."""
+    here = len(glob.glob("/dev/nvidia[0-9]*"))
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is None:
+        return here
+    found: list[str] = []
+    for name in map(str.strip, visible.split(",")):
+        is_there = int(name) < here if name.isdecimal() else here and name.startswith(("GPU-", "MIG-"))
+        if not is_there or name in found:
+            break
+        found.append(name)
+    return len(found)
 
 
 def plan(config: RunConfig, world_size: int | None = None) -> Plan:
@@ -91,6 +87,8 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
         world_size = config.plan.world or model_ranks * (config.mesh.dp or max(1, 2 // model_ranks))
     elif device == "cuda" and not num_gpus():
         raise ConfigError("device=cuda, and there is no GPU: use device=cpu or device=auto")
+    if device == "cpu" and os.environ.get("RLHF_KERNELS") == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ConfigError("RLHF_KERNELS=triton in the environment needs a GPU, or TRITON_INTERPRET=1")
     if world_size is None:
         model_ranks = max(1, config.mesh.tp) * max(1, config.mesh.pp)
         if config.mesh.dp is not None:
@@ -104,6 +102,8 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
     if device == "cpu" and config.dtype == "bfloat16":
         raise ConfigError("dtype=bfloat16 needs a GPU: megatron's optimizers keep float32 weights on a CPU")
     jobs = set(config.phases) & JOBS
+    # other ranks do as the main one does, and need not look once more
+    is_main = os.environ.get("RANK", "0") == "0" and not config.starts_nothing
     if jobs and len(config.phases) > 1:
         raise ConfigError(f"phases={config.phases}: {sorted(jobs)[0]} runs alone")
     policy = Base(None, config.model)
@@ -121,6 +121,7 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
         check_vocabulary(tokenizer, reward)
     sources: list[Source] = []
     ptx_sources: list[Source] = []
+    made_with: dict[str, Any] = {}
     if jobs:
         for source in config.data.sources:
             spec = parse_spec(source)
@@ -128,6 +129,9 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
                 raise ConfigError(f"data.sources={source}: the {config.phases[0]} job reads rows without presets")
             for where, row in read_rows(spec.name):
                 check_job_row(row, where, config.phases[0], tokenizer)
+        if is_main:
+            made_with = job_settings(config, device)
+            Parts(Path(config.output or ""), made_with, config.rerun).check()
     else:
         data = config.data
         sources = read_sources(data.sources or HH_MINI, data.num_rows, data.num_eval_rows, config.seed)
@@ -138,7 +142,7 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
         if not config.rerun:
             check_output_dir(config)
     check_reward(config, reward)
-    notes = folder_notes(config, policy, reward, tokenizer)
+    notes = [*folder_notes(config, policy, reward, tokenizer), *unusual_rates(config)]
     if config.log.wandb.project is not None and not has_wandb():
         notes.append(
             f"log.wandb.project={config.log.wandb.project}: wandb is not installed (pip install -e '.[wandb]'):"
@@ -147,7 +151,52 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
     if config.reward.kind == "function" and "ppo" in config.phases:
         load_function(config.reward.fn or "")
     bases = {"policy": policy, "reward": reward}
-    return Plan(config, mesh, bases, device, tokenizer, sources, ptx_sources, notes, settled)
+    if is_main:
+        place, key = (config.output, "output") if jobs else (config.output_dir, "output_dir")
+        assert place is not None
+        try_folder(Path(place).parent if jobs else Path(place), f"{key}={place}")
+    return Plan(config, mesh, bases, device, tokenizer, sources, ptx_sources, made_with, notes, settled)
+
+
+def lock(config: RunConfig) -> Lock:
+    """Of the place where a run writes."""
+    if set(config.phases) & JOBS:
+        return Lock(Path(f"{config.output}.lock"), f"output={config.output}")
+    return Lock(Path(config.output_dir) / "run.lock", f"output_dir={config.output_dir}")
+
+
+def job_settings(config: RunConfig, device: str) -> dict[str, Any]:
+    """What the rows of a job depend on: the data, the model and the settings, but not the mesh."""
+    job, tokenizer = config.phases[0], config.tokenizer.path
+    assert config.policy.path is not None
+    found = {
+        "phases": config.phases,
+        "data.sources": rows_digest(row for s in config.data.sources for _, row in read_rows(parse_spec(s).name)),
+        "policy.path": folder_digest(config.policy.path),
+        "tokenizer.path": folder_digest(tokenizer) if tokenizer is not None else None,
+        "dtype": config.dtype if config.dtype != "auto" else "bfloat16" if device == "cuda" else "float32",
+    }
+    sections = ["policy", "tokenizer", *(["rollout"] if job == "generate" else [])]
+    for section in sections:
+        values = asdict(getattr(config, section))
+        found |= {f"{section}.{key}": value for key, value in values.items() if key not in _NO_DIFFERENCE}
+    return found | ({"seed": config.seed} if job == "generate" else {})
+
+
+def unusual_rates(config: RunConfig) -> list[str]:
+    """What may start and is hardly meant: rates at which a pretrained model forgets what it has learned."""
+    if config.policy.path is None:
+        return []
+    return [
+        f"{key}.lr={lr:g} is usual for a model from scratch, and {usual:g} for a pretrained one as this is"
+        for key, lr, most, usual in (
+            ("sft.optimizer", config.sft.optimizer.lr, 1e-4, 1e-5),
+            ("reward.optimizer", config.reward.optimizer.lr, 1e-4, 1e-5),
+            ("ppo.optimizer", config.ppo.optimizer.lr, 3e-5, 1e-6),
+            ("ppo.critic_optimizer", config.ppo.critic_optimizer.lr, 1e-4, 5e-6),
+        )
+        if key.split(".")[0] in config.phases and lr > most
+    ]
 
 
 def read_base(path: str, section: str = "policy", ignore_keys: Sequence[str] = ()) -> Base:

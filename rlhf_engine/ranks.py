@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import os
 import random
-import re
 import signal
 import socket
 import subprocess
@@ -39,25 +38,6 @@ def environment(rank: int, world_size: int, local_rank: int, local_size: int, ad
     }
 
 
-def launched_world() -> int | None:
-    """Ranks that a launcher started, this one's `environment` in place; None where there was no launcher."""
-    env = os.environ
-    if "RANK" not in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        # a node's name need not be known outside Slurm, its address is
-        nodes = subprocess.run(
-            ["scontrol", "show", "--oneliner", "node", env["SLURM_STEP_NODELIST"]],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        address = re.findall(r"NodeAddr=(\S+)", nodes.stdout)[0]
-        # every task of a step finds the same port, and two steps on a node hardly ever the same
-        port = 20000 + (31 * int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"])) % 12000
-        tasks = re.findall(r"(\d+)(?:\(x(\d+)\))?", env["SLURM_STEP_TASKS_PER_NODE"])  # "8(x2),4"
-        per_node = [int(count) for count, times in tasks for _ in range(int(times or 1))]
-        place = int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"])
-        env |= environment(*place, per_node[int(env["SLURM_NODEID"])], address, port)
-    return int(env["WORLD_SIZE"]) if {"RANK", "WORLD_SIZE"} <= env.keys() else None
-
-
 def free_port() -> int:
     """A port for the rendezvous. Below the range that the system deals to outgoing connections, one of which could
     take it while the ranks are still importing."""
@@ -88,7 +68,7 @@ class Ranks:
     ):
         shared = {
             PARENT: str(os.getpid()),
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or "1",
             "PYTHONWARNINGS": "ignore",
         }
         self.first, self.output = first, output
@@ -134,5 +114,5 @@ def end_with_parent() -> None:
     """Asks Linux to end this rank when the process that started it ends, however that happens."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != int(os.environ[PARENT]):
+    if str(os.getppid()) != os.environ[PARENT]:
         sys.exit("the process that started this rank has ended")

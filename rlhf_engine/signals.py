@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 
 STOPPED = os.EX_TEMPFAIL  # 75, of sysexits.h: nothing that was saved is lost, start the same command again
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 _noted = False
+_last_acts: list[Callable[[], None]] = []
 
 
 class Stop(Exception):
@@ -29,9 +31,20 @@ class RunError(RuntimeError):
 def leave_at_once() -> None:
     """From now on a signal ends this process, as does one that was noted: there is nothing to save."""
     if _noted:
-        os._exit(STOPPED)
+        _leave()
     for signum in SIGNALS:
-        signal.signal(signum, lambda signum, frame: os._exit(STOPPED))
+        signal.signal(signum, lambda signum, frame: _leave())
+
+
+def before_leaving(act: Callable[[], None]) -> None:
+    """Has a signal that ends this process do this first; what was asked for last comes first."""
+    _last_acts.insert(0, act)
+
+
+def _leave() -> None:
+    for act in _last_acts:
+        act()
+    os._exit(STOPPED)
 
 
 def take_note() -> None:

@@ -31,7 +31,8 @@ from .logbook import Logbook, show_run
 from .mesh import ParallelMesh
 from .models.role import RoleModel
 from .plan.measure import device_of, peak_flops
-from .preflight import SUMMARY, Plan, load_function
+from .preflight import SUMMARY, Plan, load_function, lock
+from .provenance import data_digest, say_finished, write_config
 from .report import write_report
 from .schedule import Schedule
 from .signals import RunError, Stop
@@ -45,6 +46,18 @@ def run(plan: Plan) -> int:
     Returns:
         The process's exit code: 0, or `signals.STOPPED` when the run was asked to stop and has saved.
     """
+    if os.environ["RANK"] != "0":
+        return run_phases(plan)
+    held = lock(plan.config).acquire()
+    signals.before_leaving(held.release)
+    try:
+        return run_phases(plan)
+    finally:
+        held.release()
+
+
+def run_phases(plan: Plan) -> int:
+    """`run`, in a place that is held."""
     limit = plan.config.timeout.stage
     mesh = ParallelMesh(plan.mesh, plan.device, 2 * limit)  # the watchdog, which knows more, speaks first
     watchdog = Watchdog(limit, mesh.rank, mesh.world_size)
@@ -58,7 +71,7 @@ def run(plan: Plan) -> int:
     code = 0
     for phase in plan.config.phases:
         if phase in JOBS:
-            jobs.BODIES[phase](ctx, base_policy(ctx))
+            jobs.run(ctx, plan.made_with, lambda: base_policy(ctx))
         elif not train(ctx, ALGORITHMS[phase](plan.config)):
             code = signals.STOPPED
             break
@@ -89,7 +102,7 @@ def train(ctx: Context, algorithm: Algorithm) -> bool:
     if iterations_of_finished(ctx, algorithm.name) >= algorithm.iterations:
         if not config.rerun:
             if mesh.is_main:
-                print(f"{algorithm.name}: finished before, in {folder} (rerun=true runs it again)", flush=True)
+                say_finished(folder, config)
             return True
         if mesh.is_main:
             (folder / SUMMARY).unlink()
@@ -113,10 +126,13 @@ def train(ctx: Context, algorithm: Algorithm) -> bool:
             f"{algorithm.name}.iterations={algorithm.iterations}, and {found} has {ctx.state.iteration} behind it:"
             " use more iterations or another output_dir"
         )
-    is_within = ctx.state.experience is not None
+    is_within, data = ctx.state.experience is not None, data_digest(ctx.datasets[algorithm.name])
     logbook = Logbook(config, algorithm.name, algorithm.iterations, ctx.state.iteration, mesh.is_main, is_within)
     if mesh.is_main:
-        (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+        write_config(folder, config, found is not None)
+        if ctx.state.data not in (None, data):
+            print(f"{algorithm.name}: data.sources has other rows from here on", flush=True)
+    ctx.state.data = data
 
     signals.take_note()
     if not iterate(ctx, algorithm, schedule, checkpoints, logbook):

@@ -41,6 +41,22 @@ def pytest_make_parametrize_id(val) -> str | None:
     return "bytes" if isinstance(val, bytes) else None
 
 
+# Files that take longest, so that no worker begins one of them when the others are done.
+LONGEST = [
+    "test_launching",
+    "test_kernels_triton",
+    "test_hf_architectures",
+    "test_runs",
+    "test_verify",
+    "test_residency",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 @pytest.fixture(scope="session")
 def worlds():
     """`worlds(n)`: the session's world of n ranks."""

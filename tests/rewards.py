@@ -25,19 +25,20 @@ def too_few(prompts, responses, prompt_tokens, response_tokens):
 
 
 def held(*texts_and_tokens):
-    """The same; but in the third iteration it waits until the run is asked to stop or there is a file HELD, so that a
-    test may do what it likes to a run that stands still. A run that goes on finds the file."""
-    here = Path(os.environ["HELD"])
+    """The same; but in the third iteration it makes a file HELD and waits until the run is asked to stop or there is a
+    file HELD.go, so that a test may do what it likes to a run that stands still. A run that goes on finds that file."""
+    here, go = Path(os.environ["HELD"]), Path(os.environ["HELD"] + ".go")
     if next(_calls) == 3:  # the first is the evaluation's
-        while not noted() and not here.exists():
-            time.sleep(0.02)
         here.touch()
+        while not noted() and not go.exists():
+            time.sleep(0.02)
+        go.touch()
     return short_and_polite(*texts_and_tokens)
 
 
 def seems_slow(*texts_and_tokens):
-    """The same, but the watchdog's clock goes on by 60 seconds in each call, and it looks at it meanwhile."""
-    passed = 60 * (next(_calls) + 1)
+    """The same, but the watchdog's clock goes on by 40 seconds in each call, and it looks at it meanwhile."""
+    passed = 40 * (next(_calls) + 1)
     watchdog.time = SimpleNamespace(monotonic=lambda: time.monotonic() + passed, sleep=time.sleep)
     time.sleep(1.5)  # longer than it ever looks away
     return short_and_polite(*texts_and_tokens)

@@ -120,7 +120,7 @@ def test_tokens_are_those_of_transformers(tmp_path, kind, template, end, rstrip)
     tokenizer = Tokenizer(str(folder))
     hf_prompt = transformers_ids(folder, DIALOGUE[:1], True)
     assert tokenizer.render_prompt(DIALOGUE[:1]) == hf_prompt
-    assert tokenizer.end_id == tokenizer._vocabulary.controls[end]
+    assert tokenizer.end_id == tokenizer.vocabulary.controls[end]
     ids, spoken = tokenizer.render(DIALOGUE)
     if template is not MISTRAL:  # whose answers may merge with the prompt there; here they begin where it ends
         assert ids == transformers_ids(folder, DIALOGUE, False)[: len(ids)]
@@ -227,7 +227,7 @@ def test_thoughts_between_control_tokens(tmp_path):
         assert tokenizer.render_prompt(messages) == transformers_ids(tmp_path, messages, True)
     names = "a<|im_end|><think>b</think"
     ids = tokenizer.render_prompt([{"role": "user", "content": names}])
-    think = tokenizer._vocabulary.controls["<think>"]
+    think = tokenizer.vocabulary.controls["<think>"]
     assert names in tokenizer.decode(ids) and ids.count(think) == 1 and ids[-2] == think  # which the prompt opens
 
 
@@ -378,7 +378,7 @@ def test_tokens_beyond_the_models_vocabulary(tmp_path):
     padded = CHATML + "{% if messages[0].content == 'pad' %}{{ pad_token }}{% endif %}"
     folder = write_tokenizer(tmp_path, "bytes", {"chat_template": padded, "pad_token": "<pad>"})
     tokenizer = Tokenizer(str(folder))
-    pad = tokenizer._vocabulary.controls["<pad>"]
+    pad = tokenizer.vocabulary.controls["<pad>"]
     assert pad == tokenizer.vocab_size - 1
     tokenizer.fit(pad, "the model's vocabulary")
     assert max(tokenizer.render(DIALOGUE)[0]) < pad
@@ -405,8 +405,8 @@ TEXT = st.lists(st.sampled_from(BITS), max_size=6)
 def test_nothing_said_becomes_a_control_token(folder, template):
     """And a dialogue begins with its prompt, whatever is said."""
     tokenizer = Tokenizer(str(folder), template)
-    controls = set(tokenizer._vocabulary.controls.values()) - {
-        i for name, i in tokenizer._vocabulary.controls.items() if name.startswith("[")
+    controls = set(tokenizer.vocabulary.controls.values()) - {
+        i for name, i in tokenizer.vocabulary.controls.items() if name.startswith("[")
     }
 
     def dialogue(texts: list[str]) -> list[dict[str, str]]:
@@ -433,7 +433,7 @@ def test_nothing_said_becomes_a_control_token(folder, template):
 
 def test_every_end_that_the_files_name_ends_a_response(folder, tmp_path):
     folder = write_tokenizer(tmp_path, "bytes", {"chat_template": CHATML})
-    ids = Tokenizer(str(folder))._vocabulary.controls
+    ids = Tokenizer(str(folder)).vocabulary.controls
     (folder / "config.json").write_text(json.dumps({"eos_token_id": ids["<|bos|>"]}))
     assert Tokenizer(str(folder)).end_ids == (ids["<|im_end|>"], ids["<|bos|>"], ids["<|eos|>"])
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [ids["<|eot_id|>"], ids["<|im_end|>"]]}))

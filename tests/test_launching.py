@@ -30,11 +30,16 @@ PPO = [*SMALL, "phases=[ppo]", "reward=function", "ppo.iterations=6", "ppo.save_
 HELD = [*PPO, "reward.fn=rewards:held"]
 
 
+def find_reward_functions(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Of tests/rewards.py, in the processes that are started from now on; their files are in the folder."""
+    patch.chdir(ROOT)
+    patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]))
+    patch.setenv("HELD", str(folder / "held"))
+
+
 @pytest.fixture(autouse=True)
 def reward_functions_are_found(monkeypatch, tmp_path):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]))
-    monkeypatch.setenv("HELD", str(tmp_path / "held"))
+    find_reward_functions(monkeypatch, tmp_path)
 
 
 @contextlib.contextmanager
@@ -47,6 +52,10 @@ def started(command: list, folder: Path):
         yield process
     finally:
         clusters.end([process])
+
+
+def ranks_of(launcher: warm.Command) -> list[psutil.Process]:
+    return sorted(psutil.Process(launcher.pid).children(), key=psutil.Process.name)
 
 
 def num_iterations(folder: Path) -> int:
@@ -79,12 +88,12 @@ def test_stopped_and_started_again(plain, tmp_path, case):
     """The stage is finished and the state saved, the exit code says so, and the same command makes the run whole."""
     command = [*RUN, *HELD, f"output_dir={tmp_path}"]
     with started(command, tmp_path) as launcher:
-        wait_until(lambda: num_iterations(tmp_path) >= 2, "two iterations")
+        wait_until((tmp_path / "held").exists, "the third iteration")
         if case == "SIGTERM to the launcher":
             launcher.terminate()
         elif case == "SIGUSR1 to one rank":
-            os.kill(psutil.Process(launcher.pid).children()[1].pid, signal.SIGUSR1)
-            (tmp_path / "held").touch()  # no other rank was told
+            ranks_of(launcher)[1].send_signal(signal.SIGUSR1)
+            (tmp_path / "held.go").touch()  # no other rank was told
         else:
             os.killpg(launcher.pid, signal.SIGINT)  # as a terminal does
         assert launcher.wait(PATIENCE) == STOPPED, launcher.output()
@@ -131,10 +140,9 @@ def test_second_interrupt_ends_at_once(tmp_path):
     """In a stage that would never end, so that nothing is saved behind it."""
     with started([*RUN, *PPO, "reward.fn=rewards:hangs", f"output_dir={tmp_path}"], tmp_path) as launcher:
         wait_until((tmp_path / "held").exists, "the reward function")
-        ranks = psutil.Process(launcher.pid).children()
-        scoring = next(rank for rank in ranks if rank.environ()["RANK"] == "0")
+        ranks = ranks_of(launcher)
         launcher.send_signal(signal.SIGINT)
-        wait_until(lambda: not is_caught(signal.SIGINT, scoring.pid), "the note of the first")
+        wait_until(lambda: not is_caught(signal.SIGINT, ranks[0].pid), "the note of the first")
         launcher.send_signal(signal.SIGINT)
         assert launcher.wait(PATIENCE) == 128 + signal.SIGINT
         assert not any(rank.is_running() for rank in ranks)
@@ -204,7 +212,7 @@ TWO_NODES = ["--nodes=2", "--ntasks-per-node=1", "launch/slurm/train.sbatch"]
 def test_slurm_job_is_preempted_and_goes_on(slurm, plain, tmp_path):
     """On two nodes, which a job of higher priority takes for a while."""
     job = submit(slurm, tmp_path, *TWO_NODES, *HELD, f"output_dir={tmp_path}")
-    wait_until(lambda: num_iterations(tmp_path) >= 2, "two iterations")
+    wait_until((tmp_path / "held").exists, "the third iteration")
     slurm("sbatch", "--wait", "--partition=urgent", "--nodes=2", "--output=/dev/null", "--wrap=true")
     assert 2 <= num_iterations(tmp_path) < 6
     wait_until(lambda: state(slurm, job) == "COMPLETED", "the end of the job")
@@ -215,7 +223,7 @@ def test_slurm_job_is_preempted_and_goes_on(slurm, plain, tmp_path):
 
 def test_cancelled_slurm_job_stays_cancelled(slurm, tmp_path):
     job = submit(slurm, tmp_path, *TWO_NODES, *HELD, f"output_dir={tmp_path}")
-    wait_until(lambda: num_iterations(tmp_path) >= 1, "an iteration")
+    wait_until((tmp_path / "held").exists, "the third iteration")
     slurm("scancel", job)
     wait_until(lambda: state(slurm, job) == "CANCELLED", "the end of the job")
     assert "start the same again" in next(tmp_path.glob("output.*")).read_text()
@@ -251,22 +259,23 @@ def test_ray(plain, tmp_path):
     with clusters.ray() as (address, nodes):
         command = [*run, "--address", address, *HELD, f"output_dir={tmp_path}"]
         with started(command, tmp_path) as driver:
-            wait_until(lambda: num_iterations(tmp_path) >= 2, "two iterations")
+            wait_until((tmp_path / "held").exists, "the third iteration")
             driver.terminate()
             assert driver.wait(PATIENCE) == STOPPED, driver.output()
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0 and "ppo: resuming " in result.stdout, result.stdout + result.stderr
         assert figures(tmp_path / "ppo") == plain
 
-        (tmp_path / "held").unlink()
+        for name in ("held", "held.go"):
+            (tmp_path / name).unlink()
         again = tmp_path / "again"
         again.mkdir()
         settings = ["ppo.save_every=1", "max_restarts=1", f"output_dir={again}"]
         with started([*run, "--address", address, *HELD, *settings], again) as driver:
-            wait_until(lambda: num_iterations(again) == 2, "two iterations")
+            wait_until((tmp_path / "held").exists, "the third iteration")
             raylet = next(p for p in psutil.Process(nodes[1].pid).children(True) if p.name() == "raylet")
             raylet.kill()
-            (tmp_path / "held").touch()
+            (tmp_path / "held.go").touch()
             assert driver.wait(PATIENCE) == 0, driver.output()
             # which rank is on which node is Ray's choice
             assert re.search(r"error: the node of ranks ([01]) to \1: ", driver.output()), driver.output()

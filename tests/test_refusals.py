@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import gzip
 import json
+import shlex
 import subprocess
 import sys
 
 import pytest
 import worlds
 from conftest import ROOT, launch
+
+from rlhf_engine.compose import compose
+from rlhf_engine.config import ConfigError
 
 GOOD = {"chosen": "\n\nHuman: Hi?\n\nAssistant: Hello.", "rejected": "\n\nHuman: Hi?\n\nAssistant: No."}
 
@@ -44,6 +48,8 @@ def refused(run, capsys, monkeypatch):
         (["ppo.iterations=many"], ["ppo.iterations='many'", "whole number"]),
         (["ppo.kl_coef=true"], ["ppo.kl_coef", "number"]),
         (["ppo.kl_controller=adaptve"], ["ppo.kl_controller=adaptve", "adaptive"]),
+        (["model=0"], ["model=0", "llama_7b"]),
+        (["model=null"], ["model=None", "llama_7b"]),
         (["phases=[sft,rl]"], ["rl", "ppo"]),
         (["phases=[]"], ["phases"]),
         (["phases=sft"], ["phases", "phases=[sft]"]),
@@ -112,6 +118,61 @@ def refused(run, capsys, monkeypatch):
 def test_overrides(refused, overrides, words):
     message = refused(*overrides)
     assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["output_dir=/a/x=y"], ["output_dir=/a/x=y: ", "quotes: 'output_dir=\"/a/x=y\"'"]),
+        (["policy.path=~/m"], ["policy.path=~/m: ", "home folder", "policy.path=/home/me/m\n"]),
+        (["data.sources=[~/a,~/b]"], ["'data.sources=[/home/me/a,/home/me/b]'"]),
+        (["/a/x=y"], ["/a/x=y: '/a/x' is not a key"]),
+        (["~/m"], ["'~/m' is not key=value", "policy.path=/home/me/m"]),
+        (["seed=1,2"], ["seed=1,2 is several values", "'seed=[1,2]'", "'seed=\"1,2\"'", "several commands"]),
+        (["phases=sft,ppo"], ["'phases=[sft,ppo]'"]),
+        (["seed=range(1,3)"], ["seed=range(1,3) is several values"]),
+        (["-m"], ["-m is not an option", "several runs"]),
+        (["--multirun", "seed=1,2"], ["--multirun is not an option"]),
+        (["--config-name=x"], ["--config-name=x is not an option"]),
+        (["a b=c"], ["'a b=c'", "argument with a space"]),
+        (["mesh.tp=2 mesh.pp=2"], ["'mesh.tp=2 mesh.pp=2'", "one of its own"]),
+        (["=x"], ["=x: '' is not a key"]),
+        (["seed"], ["'seed' is not key=value"]),
+        ([""], ["'' is not key=value"]),
+        (["seed", "=", "1"], ["seed = 1: no spaces", ": seed=1\n"]),
+        (["seed", "=1"], ["seed =1: no spaces", ": seed=1\n"]),
+        (["seed=", "1"], ["seed= 1: no spaces", ": seed=1\n"]),
+        (["seed =1"], ["seed =1: no spaces", ": seed=1\n"]),
+        (["data.sources=[a.jsonl,", "b.jsonl]"], ["'data.sources=[a.jsonl, b.jsonl]'"]),
+        (["data.sources=[a.jsonl"], ["data.sources=[a.jsonl: ", "'data.sources=[a.jsonl]'"]),
+        (["data.sources=[a[system=x,reward=y],b]"], ["""'data.sources=["a[system=x,reward=y]","b"]'"""]),
+        (['rollout.stop=["Human:]'], ["""'rollout.stop=["Human:"]'"""]),
+        (["output_dir=it's"], ["output_dir=it's: ", """'output_dir="it'"'"'s"'"""]),
+        (["output_dir='a"], ["""'output_dir="a"'"""]),
+        (["output_dir=ä"], ["""'output_dir="ä"'"""]),
+        (["tokenizer.template={{ x }}"], ["""'tokenizer.template="{{ x }}"'"""]),
+        (["output_dir=${nothing}"], ["output_dir: ", "'nothing'"]),
+        (["exp=hh_rlhf"], ["exp=hh_rlhf: ", "+exp=hh_rlhf"]),
+    ],
+    ids=str,
+)
+def test_arguments_that_hydra_cannot_read(refused, monkeypatch, arguments, words):
+    """Name the argument, and a spelling that works in a shell."""
+    monkeypatch.setenv("HOME", "/home/me")
+    message = refused(*arguments)
+    assert all(word in message for word in words) and "hydra.cc" not in message, message
+    if "quotes: " in message:
+        (argument,) = shlex.split(message.partition("quotes: ")[2])
+        assert is_read(argument)
+
+
+def is_read(argument: str) -> bool:
+    """Whether Hydra reads it, whatever the engine makes of it."""
+    try:
+        compose([argument])
+    except ConfigError as error:
+        return "quotes: " not in str(error)
+    return True
 
 
 def test_a_hub_data_set_without_its_package(refused, monkeypatch):

@@ -298,7 +298,7 @@ def test_what_a_user_writes_never_becomes_a_control_token(shared, tmp_path):
     rows = [{"prompt": said, "chosen": said, "rejected": "No."}, {"prompt": "x", "chosen": "x", "rejected": "y"}]
     sources = read_sources([str(write(tmp_path, "a.jsonl", rows))], 0, 0, 1)
     hostile, plain = build_datasets(["reward"], sources, tokenizer, RunConfig())["reward"].parts[0].train
-    controls = set(tokenizer._vocabulary.controls.values())
+    controls = set(tokenizer.vocabulary.controls.values())
     for a, b in ((hostile.prompt, plain.prompt), (hostile.chosen, plain.chosen), (hostile.rejected, plain.rejected)):
         assert [i for i in a if i in controls] == [i for i in b if i in controls]
     assert said.replace("\ud800", "?") in tokenizer.decode(hostile.prompt)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import signal
 from collections.abc import Iterator
@@ -12,7 +11,8 @@ import psutil
 import pytest
 import warm
 from clusters import PATIENCE, wait_until
-from test_launching import PPO, RUN, num_iterations, reward_functions_are_found, started
+from test_launching import PPO, RUN, find_reward_functions, num_iterations, ranks_of, started
+from test_launching import reward_functions_are_found as reward_functions_are_found
 
 from rlhf_engine.watchdog import HUNG
 
@@ -24,16 +24,14 @@ ENDLESS = [*RUN, *PPO, "reward.fn=rewards:short_and_polite", f"timeout.stage={LI
 def runs(tmp_path_factory) -> Iterator[dict[int, tuple[warm.Command, list[psutil.Process]]]]:
     """For each rank, a run of which that rank was stopped, and its ranks. They are waited for together."""
     with contextlib.ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
-        reward_functions_are_found.__wrapped__(patch, tmp_path_factory.mktemp("held"))
+        find_reward_functions(patch, tmp_path_factory.mktemp("held"))
         found = {}
         for rank in (0, 1):
             folder = tmp_path_factory.mktemp("stopped")
             launcher = stack.enter_context(started([*ENDLESS, f"output_dir={folder}"], folder))
             wait_until(lambda folder=folder: num_iterations(folder) >= 2, "two iterations")
-            ranks = psutil.Process(launcher.pid).children()
-            stopped = next(process for process in ranks if process.environ()["RANK"] == str(rank))
-            os.kill(stopped.pid, signal.SIGSTOP)
-            found[rank] = launcher, ranks
+            found[rank] = launcher, ranks_of(launcher)
+            found[rank][1][rank].send_signal(signal.SIGSTOP)
         yield found
 
 
@@ -53,7 +51,7 @@ def test_a_stopped_rank(runs, rank):
 
 
 def test_a_run_that_is_slow_but_moves_is_left_alone(tmp_path):
-    """By the watchdog's clock each score takes 60 of the 100 seconds that a stage may take."""
+    """By the watchdog's clock each call of the reward function takes 40 of the 100 seconds that a stage may take."""
     command = [*RUN, *PPO, "reward.fn=rewards:seems_slow", "timeout.stage=100", f"output_dir={tmp_path}"]
     result = warm.run(command)
     assert result.returncode == 0 and "missing" not in result.stdout + result.stderr, result.stdout + result.stderr

@@ -167,6 +167,7 @@ class _Fork:
         if self.pid == 0:
             for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
                 signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
+            Path("/proc/self/comm").write_text(f"rank {env['RANK']}")  # its environment cannot be seen from outside
             if start_new_session:
                 os.setsid()
             for number, file in ((1, stdout), (2, stderr)):

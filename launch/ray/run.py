@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -25,6 +26,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf_engine.compose import compose
 from rlhf_engine.config import ConfigError, MeshConfig, RunConfig, check, resolve_mesh
+from rlhf_engine.places import ATTEMPT, LAUNCH
 from rlhf_engine.preflight import read_base
 from rlhf_engine.ranks import FINAL, Ranks, free_port
 from rlhf_engine.signals import SIGNALS, STOPPED, Stop
@@ -204,7 +206,9 @@ def run(argv: list[str]) -> int:
     received: list[int] = []
     for signum in SIGNALS:
         signal.signal(signum, lambda signum, frame: received.append(signum))
+    os.environ[LAUNCH] = secrets.token_hex(8)
     for left in range(config.max_restarts, -1, -1):
+        os.environ[ATTEMPT] = str(config.max_restarts - left)
         counts = ranks_per_node(free, config.mesh)
         num_nodes = len(free)
         nodes, group = start_nodes(argv, counts, kind, received)

@@ -306,7 +306,7 @@ def write_arrays(ctx: Context, _, x) -> None:
     arrays["tokens"] = arrays["tokens"].astype(np.int32)
     temporary = path.with_suffix(".npz.tmp")
     with temporary.open("wb") as file:
-        np.savez_compressed(file, **arrays)
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
     os.replace(temporary, path)
 
 
@@ -400,8 +400,8 @@ def stage_table(config: RunConfig) -> tuple[Stage, ...]:
     whitened = ("advantages", "advantage_moments")
     written = ("tokens", "lengths", "response_mask", "finished", "sampler_log_probs")
     recorded = ("prompts", "tokens", "lengths", "scores", "golds", "log_probs", "ref_log_probs")
-    arrays = ("tokens", "lengths", "response_mask", "finished", "sampler_log_probs", "log_probs", "ref_log_probs")
-    arrays += ("values", "scores", "rewards", "advantages", "returns")
+    aims = ("rewards", "advantages", "returns")
+    arrays = (*written, "log_probs", "ref_log_probs", "values", "scores", *aims)
     table = [
         Stage("rollout", "rollout", rollout, "policy", ("prompts", "sample_ids"), written),
         Stage("log_probs", "infer", log_probs, "policy", (*sequence, "sampler_log_probs"), ("log_probs",)),

@@ -99,8 +99,10 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, tokens: Special) -> None:
         tokens: of `special`.
     """
     vocabulary, template = tokenizer.vocabulary, tokenizer.template
-    save = _save_pieces if isinstance(vocabulary, PieceVocabulary) else _save_copy
-    config = save(vocabulary, folder)
+    if isinstance(vocabulary, PieceVocabulary):
+        config = _save_pieces(vocabulary, folder)
+    else:
+        config = _save_copy(vocabulary, folder)
     # what the template calls eos_token stays; otherwise it is what ends the assistant's turn
     eos = template.variables.get("eos_token") if "eos_token" in template.needs else None
     named = {
@@ -145,11 +147,13 @@ def _save_copy(vocabulary: HFVocabulary, folder: Path) -> dict[str, Any]:
 def _save_pieces(vocabulary: PieceVocabulary, folder: Path) -> dict[str, Any]:
     """Copies a sentencepiece model, and writes what makes transformers give its ids; the tokenizer_config.json."""
     shutil.copyfile(vocabulary.file, folder / "tokenizer.model")
-    begin = {vocabulary.name(i): i for i in vocabulary.begin}
+    begin = {str(vocabulary.name(i)): i for i in vocabulary.begin}
     fast = tokenizer_json(vocabulary.file, vocabulary.controls, begin)
     if fast is not None:
         _write(folder / FAST, fast)
-    kept = {key: vocabulary.config[key] for key in ("model_max_length", "padding_side") if key in vocabulary.config}
+    kept: dict[str, Any] = {
+        key: vocabulary.config[key] for key in ("model_max_length", "padding_side") if key in vocabulary.config
+    }
     return {
         **kept,
         "tokenizer_class": "PreTrainedTokenizerFast",

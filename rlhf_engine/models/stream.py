@@ -135,9 +135,10 @@ def infer(works: Sequence[Work], trace: Trace | None = None) -> list[Tensor]:
     filled = []
     for work in works:
         num_rows = len(work.batch["tokens"])
-        index = torch.arange(-(-num_rows // mesh.dp) * mesh.dp).clamp_max(num_rows - 1)
+        unit = mesh.dp * work.together
+        index = torch.arange(-(-num_rows // unit) * unit).clamp_max(num_rows - 1)
         batch = {name: field[index] for name, field in work.batch.items()}
-        filled.append(Work(work.role, batch, work.fn, work.micro_batch_size))
+        filled.append(replace(work, batch=batch))
     with contextlib.ExitStack() as stack:
         for work in works:
             stack.enter_context(work.role.on_device())

@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from ..config import RunConfig
+from ..environment import num_threads
 from .devices import GPUS, Device, data_sheet_flops, gpu_here
 
 
@@ -20,7 +21,7 @@ def cpu(ranks: int) -> Device:
     Messages go through gloo on the loopback, whose figures are constants: 1 GB/s, as for the files
     that roles leave to, and 1 ms a collective.
     """
-    threads = int(os.environ.get("OMP_NUM_THREADS", "1"))  # as launch/run.py gives a rank
+    threads = num_threads()  # as launch/run.py gives a rank
     torch.set_num_threads(threads)
     return Device(
         "cpu", psutil.virtual_memory().total / ranks, matmul_flops(), copy_bandwidth(), 1e9, 1e9, 1e9,

@@ -29,6 +29,7 @@ def rollout(
     decode: Callable[[Sequence[int]], str] | None = None,
     limits: Sequence[int] | None = None,
     report: Report | None = None,
+    shares: Sequence[Sequence[int]] | None = None,
 ) -> list[Response]:
     """Responses to all prompts, in their order and the same on every rank; each replica generates its share.
 
@@ -39,6 +40,7 @@ def rollout(
         decode: text of token ids; `config.stop` needs it.
         limits: most tokens of each response, where they differ; the model's context bounds them too.
         report: called with this replica's progress every few seconds, and at the end with that of all.
+        shares: the samples of each replica; None gives them equal work.
 
     Raises:
         ValueError: a prompt is empty or leaves no room in the model's context.
@@ -55,7 +57,7 @@ def rollout(
     longest = max(need, default=1)
     if config.kv_tokens is not None and longest > config.kv_tokens:
         raise ConfigError(f"rollout.kv_tokens={config.kv_tokens} has no room for a sequence of {longest} tokens")
-    mine = split(prompts, need, mesh.num_replicas)[mesh.replica]
+    mine = (split(prompts, need, mesh.num_replicas) if shares is None else shares)[mesh.replica]
     responses: list[Response] = []
     progress, error = Progress(), None
     with role.on_device():
