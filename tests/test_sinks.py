@@ -137,7 +137,7 @@ def test_a_server_that_refuses(tmp_path, monkeypatch, capfd):
 
 def test_a_phase_that_begins_again_is_another_run(tmp_path, monkeypatch):
     """As with `rerun=true`: its curves are not drawn over those of before."""
-    (tmp_path / "to_wandb.py").write_text("")
+    (tmp_path / "to_wandb.py").write_text("input()")
     monkeypatch.setattr(sinks, "__file__", str(tmp_path / "sinks.py"))
     numbers = []
     for goes_on in (False, True, True, False):
