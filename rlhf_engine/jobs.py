@@ -87,10 +87,11 @@ def _score(ctx: Context, policy: RoleModel, rows: Sequence[Sequence[int]]) -> li
     def fn(hidden: Tensor, batch: Batch) -> Tensor:
         return torch.stack(policy_log_probs(policy, hidden, batch, batch["mask"]), 1)
 
-    policy.micro_batch_tokens = 1  # each group of rows alone, so that none is of another shape on another mesh
+    # Each group of rows is forwarded alone and as wide as its part, so that none is of another shape on another mesh.
+    policy.micro_batch_tokens = 1
     padded, lengths = pad_rows(rows, ctx.mesh.tp)
     mask = spans(torch.ones_like(lengths), lengths, padded.shape[1])
-    batch = {"tokens": padded, "lengths": lengths, "mask": mask}
+    batch = {"tokens": padded, "mask": mask}
     (found,) = infer([Work(policy, batch, fn, micro_batch_size=1, together=_GROUP)])
     made = []
     for row, both in zip(rows, found, strict=True):

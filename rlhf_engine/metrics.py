@@ -18,7 +18,8 @@ class Metrics:
         self._whole: dict[str, float] = {}
 
     def add(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:
-        """This replica's share of a mean. Called on the last pipeline stage of each replica, or alike on every rank."""
+        """This replica's share of a mean. Called on the last pipeline stage of each replica; of what every rank knows,
+        by the main rank alone."""
         entry = self._partial.setdefault(name, [0.0, 0.0])
         entry[0] = entry[0] + total
         entry[1] = entry[1] + count
