@@ -1,0 +1,167 @@
+"""What a run exports, of every architecture and head: transformers gives the run's scores, stops and prompts, and so do
+we when we read it back."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import cases
+import pytest
+import torch
+from test_chat import CHATML, DIALOGUE, write_tokenizer
+from test_hf_architectures import EXPERTS, GPT2, SIZES, internlm2, make, reference, tensors, transformers
+from test_hf_folders import configure, role_of, write
+
+from rlhf_engine.algorithms.heads import last_scores, score_batch
+from rlhf_engine.data.tokenizer import Tokenizer, train_tokenizer
+from rlhf_engine.experience import pad_rows
+from rlhf_engine.hf.config import ARCHITECTURES
+from rlhf_engine.hf.convert import one_rank
+from rlhf_engine.hf.export import RunExport, export_role
+
+OPTIONS = {
+    "llama": dict(head_dim=10),
+    "mistral": dict(head_dim=10, sliding_window=5),
+    "qwen2": dict(tie_word_embeddings=True),
+    "qwen3": dict(head_dim=10),
+    "gpt2": {},
+    "mixtral": dict(head_dim=10, num_local_experts=5, num_experts_per_tok=2),
+    "qwen3_moe": EXPERTS,
+    "internlm2": dict(head_dim=10),
+}
+VOCABULARY = 448  # a few ids more than either tokenizer has
+PROMPTS = [DIALOGUE[:1], DIALOGUE[:3], [{"role": "user", "content": " <b>naïve</b> 漢  \n"}]]
+FOREIGN = dict(pad_token_id=None, bos_token_id=7, eos_token_id=9)  # special tokens of nobody's tokenizer
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """`made(architecture, kind)`: a folder with a model of the architecture's class of that kind, made once. It has a
+    tokenizer of transformers, whose own pad token ends responses."""
+
+    @functools.cache
+    def get(name: str, kind: str) -> Path:
+        if name == "internlm2":
+            folder = internlm2(get("llama", kind), tmp_path_factory.mktemp(name), score=kind == "scalar")
+        else:
+            options = {key: value for key, value in (GPT2 if name == "gpt2" else SIZES).items() if "layer" not in key}
+            options |= {"n_layer" if name == "gpt2" else "num_hidden_layers": 2}
+            options |= OPTIONS[name] | FOREIGN | dict(vocab_size=VOCABULARY, num_labels=1)
+            folder = make(tmp_path_factory.mktemp(name), getattr(ARCHITECTURES[name], kind), options)
+        write_tokenizer(folder, "bytes", {"chat_template": CHATML, "pad_token": "<|eos|>"})
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 11], "top_k": 5}))
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory) -> Tokenizer:
+    """A sentencepiece model, as a run trains it."""
+    file = tmp_path_factory.mktemp("pieces") / "tokenizer.model"
+    said = [speaker + turn["content"] for turn in DIALOGUE for speaker in ("\n\nHuman: ", "\n\nAssistant: ")]
+    train_tokenizer(said * 9, file, 300)
+    return Tokenizer(str(file))
+
+
+def rows_of(tokenizer: Tokenizer) -> list[list[int]]:
+    """Of several lengths; each token that ends a response ends some, and one stands within a row too."""
+    ids = torch.randint(20, 250, (4, 17), generator=torch.Generator().manual_seed(1)).tolist()
+    ends = tokenizer.end_ids
+    return [[*ids[i][: 5 + 4 * i], *ids[i][:2], ends[i % len(ends)]] for i in range(3)] + [[9, ends[0], *ids[3], ends[-1]]]
+
+
+def own_scores(role, rows: list[list[int]]) -> torch.Tensor:
+    return role.infer(score_batch(role, *pad_rows(rows, 1)), last_scores, 4)
+
+
+def their_scores(folder: Path, rows: list[list[int]]) -> torch.Tensor:
+    """Of one batch, padded on the right as its own tokenizer pads."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    batch = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
+    assert (batch["input_ids"] == tokenizer.pad_token_id).any()
+    with torch.no_grad():
+        return reference(folder, transformers.AutoModelForSequenceClassification)(**batch).logits.squeeze(1)
+
+
+def assert_same_tokens(folder: Path, tokenizer: Tokenizer) -> None:
+    """Ends, special tokens and prompts, for our reader and transformers'."""
+    config = json.loads((folder / "config.json").read_text())
+    ends, pad = config["eos_token_id"], config["pad_token_id"]
+    assert (ends if isinstance(ends, list) else [ends]) == list(tokenizer.end_ids)
+    hf, back = transformers.AutoTokenizer.from_pretrained(folder), Tokenizer(str(folder))
+    assert (hf.pad_token_id, hf.bos_token_id) == (pad, config["bos_token_id"])
+    assert back.end_ids == tokenizer.end_ids
+    for messages in PROMPTS:
+        wanted = tokenizer.render_prompt(messages)
+        assert back.render_prompt(messages) == wanted
+        assert hf.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == wanted
+
+
+CASES = [(name, "own") for name in OPTIONS] + [(name, "pieces") for name in ("llama", "gpt2", "internlm2")]
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_a_language_model(made, pieces, tmp_path, name, kind):
+    """Its logits, and what its `generate` stops at."""
+    source, out = made(name, "lm"), tmp_path / "hf"
+    tokenizer = pieces if kind == "pieces" else Tokenizer(str(source))
+    rows = rows_of(tokenizer)[3:]
+    with one_rank() as mesh:
+        role = role_of(source, mesh)
+        about = RunExport(role.model, "lm", source, tokenizer, PROMPTS)
+        export_role(role, out, about.config, about.write)
+        wanted = role.infer({"tokens": torch.tensor(rows)}, functools.partial(cases.whole_logits, role), 4)
+        back = role_of(out, mesh).infer({"tokens": torch.tensor(rows)}, functools.partial(cases.whole_logits, role), 4)
+    assert about.notes == [] and wanted.std() > 0.3 and torch.equal(back, wanted)
+    assert_same_tokens(out, tokenizer)
+    if name == "internlm2":
+        return
+    model = reference(out)
+    with torch.no_grad():
+        torch.testing.assert_close(model(torch.tensor(rows)).logits, wanted, atol=1e-4, rtol=0)
+    ends = list(tokenizer.end_ids)
+    prompt = torch.tensor(rows)[:, :6].repeat(len(ends), 1)
+    found = model.generate(prompt, max_new_tokens=9, do_sample=False, logits_processor=[ends_at(prompt, ends)])
+    for i, row in enumerate(found[:, 6:].tolist()):
+        assert row[i + 1 :] == [ends[i]] + [model.config.pad_token_id] * (len(ends) - 1 - i)
+
+
+def ends_at(prompt: torch.Tensor, ends: list[int]):
+    """A logits processor: row i says `ends[i]` as its token i + 1 and other tokens before."""
+
+    def process(tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores[:, ends] = -torch.inf
+        for i, end in enumerate(ends):
+            if tokens.shape[1] - prompt.shape[1] == i + 1:
+                scores[i, end] = torch.inf
+        return scores
+
+    return process
+
+
+@pytest.mark.parametrize("base", ["lm", "scalar"])
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_a_model_that_scores(made, pieces, tmp_path, name, kind, base):
+    """A reward model, or a critic, that began as one of its own class or as a language model."""
+    source, out = made(name, base), tmp_path / "hf"
+    tokenizer = pieces if kind == "pieces" else Tokenizer(str(source))
+    rows = rows_of(tokenizer)
+    with one_rank() as mesh:
+        role = role_of(source, mesh, "scalar")
+        head = role.chunks[-1].output_layer
+        head.weight.data.normal_(0.0, 1.0, generator=torch.Generator().manual_seed(2))
+        head.bias.data.fill_(-0.3125)
+        about = RunExport(role.model, "scalar", source, tokenizer, PROMPTS)
+        export_role(role, out, about.config, about.write)
+        wanted = own_scores(role, rows)
+        assert torch.equal(own_scores(role_of(out, mesh, "scalar"), rows), wanted)
+    assert wanted.std() > 0.3
+    assert_same_tokens(out, tokenizer)
+    assert about.notes == ["transformers leaves out score_bias of config.json: its scores are ours less -0.3125"]
+    config = json.loads((out / "config.json").read_text())
+    assert config["pad_token_id"] not in tokenizer.end_ids and 0 <= config["pad_token_id"] < VOCABULARY
+    if name != "internlm2":
+        torch.testing.assert_close(their_scores(out, rows), wanted + 0.3125, atol=1e-4, rtol=0)
