@@ -11,8 +11,8 @@ import cases
 import pytest
 import torch
 from test_chat import CHATML, DIALOGUE, write_tokenizer
-from test_hf_architectures import EXPERTS, GPT2, SIZES, internlm2, make, reference, tensors, transformers
-from test_hf_folders import configure, role_of, write
+from test_hf_architectures import EXPERTS, GPT2, SIZES, internlm2, make, reference, transformers
+from test_hf_folders import configure, copied, role_of
 
 from rlhf_engine.algorithms.heads import last_scores, score_batch
 from rlhf_engine.data.tokenizer import Tokenizer, train_tokenizer
@@ -70,7 +70,9 @@ def rows_of(tokenizer: Tokenizer) -> list[list[int]]:
     """Of several lengths; each token that ends a response ends some, and one stands within a row too."""
     ids = torch.randint(20, 250, (4, 17), generator=torch.Generator().manual_seed(1)).tolist()
     ends = tokenizer.end_ids
-    return [[*ids[i][: 5 + 4 * i], *ids[i][:2], ends[i % len(ends)]] for i in range(3)] + [[9, ends[0], *ids[3], ends[-1]]]
+    return [[*ids[i][: 5 + 4 * i], *ids[i][:2], ends[i % len(ends)]] for i in range(3)] + [
+        [9, ends[0], *ids[3], ends[-1]]
+    ]
 
 
 def own_scores(role, rows: list[list[int]]) -> torch.Tensor:
@@ -165,3 +167,71 @@ def test_a_model_that_scores(made, pieces, tmp_path, name, kind, base):
     assert config["pad_token_id"] not in tokenizer.end_ids and 0 <= config["pad_token_id"] < VOCABULARY
     if name != "internlm2":
         torch.testing.assert_close(their_scores(out, rows), wanted + 0.3125, atol=1e-4, rtol=0)
+
+
+OF_TEXT = (9, 11)
+
+
+@pytest.mark.parametrize("pad", [-1, VOCABULARY - 1, "<|eos|>", "[INST]", *OF_TEXT])
+def test_a_score_that_is_read_elsewhere(made, tmp_path, pad):
+    """By the pad token of the model that the run began from: of no row, of some within, of ends. One that is text stays
+    text, and transformers does not pad with it."""
+    source, out = copied(made("llama", "scalar"), tmp_path / "source"), tmp_path / "hf"
+    tokenizer = Tokenizer(str(source))
+    controls = tokenizer.vocabulary.controls
+    configure(source, pad_token_id=controls.get(pad, pad))
+    rows = [[30, 9, 41, controls["<|eos|>"]], [9, 21, 22, 23, 24, 9], [50, 11], [20, 30, controls["<|eos|>"]] * 3]
+    with one_rank() as mesh:
+        role = role_of(source, mesh, "scalar")
+        about = RunExport(role.model, "scalar", source, tokenizer, PROMPTS)
+        export_role(role, out, about.config, about.write)
+        wanted = own_scores(role, rows)
+        assert torch.equal(own_scores(role_of(out, mesh, "scalar"), rows), wanted)
+    model = reference(out, transformers.AutoModelForSequenceClassification)
+    with torch.no_grad():
+        each = torch.cat([model(torch.tensor([row])).logits[0] for row in rows])
+    torch.testing.assert_close(each, wanted, atol=1e-4, rtol=0)
+    found = json.loads((out / "config.json").read_text())["pad_token_id"]
+    if pad in OF_TEXT:
+        assert about.notes == ["no control token can be its pad token, so transformers scores one dialogue at a time"]
+        hf = transformers.AutoTokenizer.from_pretrained(out)
+        assert found == pad and hf.pad_token_id is None
+        assert [hf.encode(text) for text in ("*,", "Tell")] == [tokenizer.encode(text) for text in ("*,", "Tell")]
+    else:
+        assert about.notes == []
+        assert found == controls.get(pad, tokenizer.vocab_size)  # the first id that the tokenizer has no name for
+        assert_same_tokens(out, tokenizer)
+        torch.testing.assert_close(their_scores(out, rows), wanted, atol=1e-4, rtol=0)
+
+
+def test_a_broken_generation_config(made, tmp_path):
+    source = copied(made("llama", "lm"), tmp_path / "source")
+    tokenizer, broken = Tokenizer(str(source)), source / "generation_config.json"
+    broken.write_text("{")
+    out = tmp_path / "hf"
+    with one_rank() as mesh:
+        role = role_of(source, mesh)
+        about = RunExport(role.model, "lm", source, tokenizer, PROMPTS)
+        export_role(role, out, about.config, about.write)
+    assert len(about.notes) == 1 and about.notes[0].startswith(f"{broken} is not JSON"), about.notes
+    found = json.loads((out / "generation_config.json").read_text())
+    assert found["eos_token_id"] == list(tokenizer.end_ids) and "top_k" not in found
+
+
+@pytest.mark.parametrize("kind", ["own", "pieces"])
+def test_a_tokenizer_of_another_model(made, pieces, tmp_path, kind):
+    """transformers reads every Qwen2 folder as Qwen2's own, and how it reads this one is said; we read what was."""
+    source, out = made("qwen2", "lm"), tmp_path / "hf"
+    tokenizer = pieces if kind == "pieces" else Tokenizer(str(made("llama", "lm")))
+    with one_rank() as mesh:
+        role = role_of(source, mesh)
+        about = RunExport(role.model, "lm", source, tokenizer, PROMPTS)
+        export_role(role, out, about.config, about.write)
+    (line,) = about.notes
+    assert line.startswith("transformers: other tokens than the run's"), line
+    assert "AutoTokenizer takes Qwen2Tokenizer for such a model, PreTrainedTokenizerFast.from_pretrained reads" in line
+    hf = transformers.PreTrainedTokenizerFast.from_pretrained(out)
+    for messages in PROMPTS:
+        wanted = tokenizer.render_prompt(messages)
+        assert hf.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == wanted
+        assert Tokenizer(str(out)).render_prompt(messages) == wanted

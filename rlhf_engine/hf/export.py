@@ -70,10 +70,8 @@ class RunExport:
         self.tokens: Special = special(tokenizer, model.vocab_size, is_padded, model.score_pad)
         self.config = head_config(model, head, source) | self.tokens.ids
         self.notes: list[str] = []
-        if is_padded and self.tokens.pad is None:
-            self.notes.append(
-                "no token of the vocabulary can be its pad token, so transformers scores one dialogue at a time"
-            )
+        if is_padded and (self.tokens.pad is None or self.tokens.pad[0] is None):
+            self.notes.append("no control token can be its pad token, so transformers scores one dialogue at a time")
 
     def write(self, folder: Path) -> list[str]:
         """Everything but the weights, in a folder with its config.json; what `read_back` finds."""
@@ -81,8 +79,10 @@ class RunExport:
         if self.head == "lm":
             about: dict[str, Any] = {}
             if self.source is not None:
-                with contextlib.suppress(ConfigError):  # a broken file says nothing
+                try:
                     about = read_json_if_there(self.source / "generation_config.json")
+                except ConfigError as error:  # too late to refuse it: the model is trained
+                    self.notes.append(f"{error}: its settings are left out")
             found = {key: value for key, value in (about | self.tokens.ids).items() if value is not None}
             write_json(folder / "generation_config.json", found)
         elif bias := read_json(folder / "config.json").get("score_bias"):
