@@ -53,7 +53,7 @@ class Logbook:
         temporary.write_text("".join(kept))
         os.replace(temporary, path)
         self.file = path.open("a")
-        self.sinks = Sinks(config.log, self.folder, asdict(config), resumed_at)
+        self.sinks = Sinks(config.log, self.folder, asdict(config), resumed_at, bool(resumed_at or is_within))
         if resumed_at or is_within:
             place = f"{'within' if is_within else 'at'} iteration {resumed_at + is_within}"
             print(f"{phase}: resuming {place} of {total}", flush=True)

@@ -24,6 +24,7 @@ from .hf.index import check_adapter, index, unread_files
 from .parts import Parts, folder_digest, rows_digest
 from .places import Lock, try_folder
 from .sizes import settle
+from .to_wandb import has_wandb
 
 SUMMARY = "summary.json"  # of a finished phase
 _NO_DIFFERENCE = {"path", "kv_tokens", "cuda_graphs", "vocab_size"}  # to the rows of a job
@@ -142,6 +143,11 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
             check_output_dir(config)
     check_reward(config, reward)
     notes = [*folder_notes(config, policy, reward, tokenizer), *unusual_rates(config)]
+    if config.log.wandb.project is not None and not has_wandb():
+        notes.append(
+            f"log.wandb.project={config.log.wandb.project}: wandb is not installed (pip install -e '.[wandb]'):"
+            " the run goes on without it"
+        )
     if config.reward.kind == "function" and "ppo" in config.phases:
         load_function(config.reward.fn or "")
     bases = {"policy": policy, "reward": reward}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import math
 import queue
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .config import LogConfig
+from .to_wandb import has_wandb
 
 Figures = Mapping[str, float]
 Dialogues = Sequence[Mapping[str, object]]
@@ -56,19 +56,20 @@ class TensorBoard:
 
 class WandB:
     """A run of Weights & Biases for each phase, the phases of an output folder a group. A process writes it, which is
-    fed without waiting for it. A phase that goes on does so in the same run.
+    fed without waiting for it. A phase that goes on does so in the same run, one that begins again in a new one.
 
     Args:
         folder: the phase's; the run's number is kept there.
         about: what `wandb.init` is told beside.
+        goes_on: the phase has begun before.
 
     Raises:
         OSError: the process has ended, or does not end.
     """
 
-    def __init__(self, folder: Path, about: Mapping[str, Any]):
+    def __init__(self, folder: Path, about: Mapping[str, Any], goes_on: bool):
         number = folder / "wandb_id"
-        if not number.is_file():
+        if not (goes_on and number.is_file()):
             number.write_text(uuid.uuid4().hex[:8])
         self.folder = folder
         # -P: modules of this folder are not to be taken for those of the standard library
@@ -112,21 +113,18 @@ class WandB:
 class Sinks:
     """All of them that are asked for. One that fails is told of once and left."""
 
-    def __init__(self, config: LogConfig, folder: Path, run: Mapping[str, Any], resumed_at: int):
+    def __init__(self, config: LogConfig, folder: Path, run: Mapping[str, Any], resumed_at: int, goes_on: bool):
         """Args: run: the whole configuration, as plain values."""
         self._sinks: dict[str, Sink] = {}
         if config.tensorboard:
             self._open("tensorboard", lambda: TensorBoard(folder, resumed_at))
-        if (wandb := config.wandb).project is not None:
-            if importlib.util.find_spec("wandb") is None:
-                print("wandb: not installed (pip install -e '.[wandb]'): the run goes on without it", flush=True)
-                return
+        if (wandb := config.wandb).project is not None and has_wandb():
             about = {
                 "project": wandb.project, "entity": wandb.entity, "tags": wandb.tags, "mode": wandb.mode,
                 "group": wandb.group or folder.parent.name, "name": wandb.name or f"{folder.parent.name}/{folder.name}",
                 "config": run,
             }  # fmt: skip
-            self._open("wandb", lambda: WandB(folder, about))
+            self._open("wandb", lambda: WandB(folder, about, goes_on))
 
     def write(self, iteration: int, figures: Figures) -> None:
         self._each(lambda sink: sink.write(iteration, figures))

@@ -7,12 +7,20 @@ are a step's and `{"dialogues": [{...}, ...]}` a table. The end of the input end
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import signal
 import sys
 from typing import Any, NoReturn
 
-_SECONDS_TO_START = 60
+_SECONDS_TO_START = 10
+_SECONDS_TO_FINISH = 50  # less than the run waits; nor does a run that was killed leave this process behind
+
+
+def has_wandb() -> bool:
+    """Whether the package is here; a folder `wandb`, which it leaves where it was used, is none."""
+    spec = importlib.util.find_spec("wandb")
+    return spec is not None and spec.origin is not None
 
 
 def main() -> int:
@@ -26,7 +34,8 @@ def main() -> int:
     try:
         run = wandb.init(**about, resume="allow", settings=silent)
     except Exception as error:  # no login, no network, no such project
-        say(f"{' '.join(str(error).split())}: its files are kept in {about['dir']} for `wandb sync`")
+        say(f"{' '.join(str(error).split())[:200]}: its files are kept in {about['dir']} for `wandb sync`")
+        wandb.teardown()  # its service still holds the run that did not begin
         run = wandb.init(**about | {"mode": "offline"}, resume="allow", settings=silent)
     run.define_metric("*", step_metric="iteration")  # of a run that goes on from an earlier iteration too
     for line in lines:
@@ -35,6 +44,7 @@ def main() -> int:
         if dialogues := line.get("dialogues"):
             columns = list(dialogues[0])
             run.log({"dialogues": wandb.Table(columns, [[row.get(name) for name in columns] for row in dialogues])})
+    signal.alarm(_SECONDS_TO_FINISH)
     run.finish()
     return 0
 

@@ -236,6 +236,20 @@ def check_arrays(x: dict, row: dict, written: list[dict]) -> None:
     assert (x["tokens"] * (np.arange(mask.shape[1]) >= x["lengths"][:, None]) == 0).all()
 
 
+def test_losses_from_what_was_written(phases, tmp_path):
+    """Of an iteration's first update, before which nothing has moved: docs/data.md."""
+    folder = tmp_path / "run"
+    shutil.copytree(phases, folder)
+    once = ["ppo.iterations=1", "ppo.epochs=1", "ppo.num_minibatches=1", "ppo.whiten_advantages=false"]
+    launch(*SMALL, f"output_dir={folder}", "mesh.dp=1", "ppo.write_arrays=true", *once)
+    (row,) = figures(folder / "ppo")
+    x = np.load(folder / "ppo" / "rollouts" / "0.npz")
+    mask = x["response_mask"]
+    assert row["policy/loss"] == pytest.approx(-x["advantages"][mask].mean(), rel=1e-4)
+    assert row["critic/loss"] == pytest.approx(0.5 * ((x["values"] - x["returns"])[mask] ** 2).mean(), rel=1e-4)
+    assert row["policy/grad_norm"] == row["policy/grad_norm_max"] > 0
+
+
 def test_old_log_probs_of_the_sampler(phases, tmp_path):
     """The forward is skipped where the last measured gap allows it, and is not where it does not."""
     found = {}

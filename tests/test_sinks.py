@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import struct
 import sys
+import threading
 import tomllib
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, SMALL, launch
 
 from rlhf_engine import sinks
+from rlhf_engine.compose import compose
 from rlhf_engine.config import LogConfig, WandBConfig
+from rlhf_engine.preflight import plan
 from rlhf_engine.sinks import Sinks
 
 
@@ -84,7 +89,7 @@ def test_weights_and_biases(tmp_path, monkeypatch):
 
 
 def make(folder: Path, **settings) -> Sinks:
-    return Sinks(LogConfig(tensorboard=False, wandb=WandBConfig(project="p", **settings)), folder, {}, 0)
+    return Sinks(LogConfig(tensorboard=False, wandb=WandBConfig(project="p", **settings)), folder, {}, 0, False)
 
 
 def use(found: Sinks, tmp_path: Path) -> None:
@@ -104,15 +109,66 @@ def test_no_login(tmp_path, monkeypatch, capfd):
     assert "`wandb sync`" in capfd.readouterr().err
 
 
-def test_no_package(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "wandb", None)
+class Refuses(BaseHTTPRequestHandler):
+    """A server that wants nothing."""
+
+    def do_POST(self):
+        self.send_error(400)
+
+    do_GET = do_POST
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_server_that_refuses(tmp_path, monkeypatch, capfd):
+    """The package has begun the run by then, and does not begin it twice by itself."""
+    pytest.importorskip("wandb")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refuses) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for name, value in {"HOME": str(tmp_path), "WANDB_API_KEY": "a" * 40}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+        use(make(tmp_path, mode="online"), tmp_path)
+        server.shutdown()
+    assert {"iteration": 0, "loss": 1.0} in history(tmp_path)
+    assert capfd.readouterr().err.count("`wandb sync`") == 1
+
+
+def test_a_phase_that_begins_again_is_another_run(tmp_path, monkeypatch):
+    """As with `rerun=true`: its curves are not drawn over those of before."""
+    (tmp_path / "to_wandb.py").write_text("input()")
+    monkeypatch.setattr(sinks, "__file__", str(tmp_path / "sinks.py"))
+    numbers = []
+    for goes_on in (False, True, True, False):
+        sinks.WandB(tmp_path, {}, goes_on).close()
+        numbers.append((tmp_path / "wandb_id").read_text())
+    assert numbers[0] == numbers[1] == numbers[2] != numbers[3]
+
+
+@pytest.mark.parametrize("is_folder", [False, True], ids=["nothing", "a folder that it left"])
+def test_no_package(tmp_path, monkeypatch, capsys, is_folder):
+    """It is said before the run starts, once, and no phase says it again."""
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *(p for p in sys.path if not Path(p, "wandb").is_dir())])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    importlib.invalidate_caches()
+    if is_folder:
+        (tmp_path / "wandb").mkdir()
+    asked = compose([*SMALL, "log.wandb.project=p", f"output_dir={tmp_path}/run"])
+    said = [note for note in plan(asked, 1).notes if "wandb" in note]
+    assert said == [
+        "log.wandb.project=p: wandb is not installed (pip install -e '.[wandb]'): the run goes on without it"
+    ]
     use(make(tmp_path), tmp_path)
-    assert capsys.readouterr().out == "wandb: not installed (pip install -e '.[wandb]'): the run goes on without it\n"
+    assert capsys.readouterr().out == "" and not (tmp_path / "wandb_id").exists()
 
 
 @pytest.mark.parametrize(
     ("program", "words"),
-    [("raise SystemExit(1)", "its process has ended"), ("import time; time.sleep(600)", "not done after 0.1 s")],
+    [
+        ("import sys; sys.exit(input() and 1)", "its process has ended"),
+        ("import time; time.sleep(600)", "not done after 0.1 s"),
+    ],
     ids=["ends", "hangs"],
 )
 def test_a_package_that(tmp_path, monkeypatch, capsys, program, words):
@@ -122,7 +178,7 @@ def test_a_package_that(tmp_path, monkeypatch, capsys, program, words):
     monkeypatch.setattr(sinks, "__file__", str(tmp_path / "sinks.py"))
     monkeypatch.setattr(sinks, "_SECONDS_TO_FINISH", 0.1)
     found = make(tmp_path)
-    if "Exit" in program:
+    if "exit" in program:
         found._sinks["wandb"].process.wait()
     for i in range(3):
         found.write(i, {f"figure/{j}": 0.5 for j in range(10_000)})  # far more than a pipe holds
@@ -132,7 +188,7 @@ def test_a_package_that(tmp_path, monkeypatch, capsys, program, words):
 
 
 def test_a_sink_that_fails_is_left(tmp_path, capsys):
-    found = Sinks(LogConfig(), tmp_path, {}, 0)
+    found = Sinks(LogConfig(), tmp_path, {}, 0, False)
     found._sinks["tensorboard"].writer.close()
     found._sinks["tensorboard"].writer = None
     for i in range(2):

@@ -74,7 +74,7 @@ class Work:
         lengths = self.batch["lengths"] if "lengths" in self.batch else torch.full((len(self.batch["tokens"]),), whole)
         longest = lengths.view(-1, self.together).amax(1)
         order = longest.argsort(descending=True, stable=True).view(-1, mesh.dp)  # a line goes to all replicas
-        widths = [-(-length // mesh.tp) * mesh.tp for length in longest[order[:, 0]].tolist()]
+        widths = [min(whole, -(-length // mesh.tp) * mesh.tp) for length in longest[order[:, 0]].tolist()]
         budget = self.role.micro_batch_tokens or self.micro_batch_size * whole
         found, start = [], 0
         for end in pack(widths, budget // self.together, _COST // self.together):
