@@ -42,7 +42,8 @@ def head_config(model: ModelConfig, head: Head, source: Path | None) -> dict[str
     where = source / "config.json" if source is not None else None
     config = understood(read_json(where), str(where)) if where is not None else write_model_config(model)
     architecture = ARCHITECTURES[model.architecture]
-    config.pop("score_bias", None)
+    for key in ("score_bias", "id2label", "label2id", "num_labels"):  # of a head, which may be another one
+        config.pop(key, None)
     if head == "scalar":
         config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     return config | {"architectures": [architecture.lm if head == "lm" else architecture.scalar]}
