@@ -5,20 +5,23 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import cases
 import pytest
 import torch
+import yaml
 from test_chat import CHATML, DIALOGUE, write_tokenizer
 from test_hf_architectures import EXPERTS, GPT2, SIZES, internlm2, make, reference, transformers
 from test_hf_folders import configure, copied, role_of
 
 from rlhf_engine.algorithms.heads import last_scores, score_batch
+from rlhf_engine.config import ConfigError, RunConfig
 from rlhf_engine.data.tokenizer import Tokenizer, train_tokenizer
 from rlhf_engine.experience import pad_rows
 from rlhf_engine.hf.config import ARCHITECTURES
-from rlhf_engine.hf.convert import one_rank
+from rlhf_engine.hf.convert import Checkpoint, export_folder, import_folder, one_rank
 from rlhf_engine.hf.export import RunExport, export_role
 
 OPTIONS = {
@@ -235,3 +238,28 @@ def test_a_tokenizer_of_another_model(made, pieces, tmp_path, kind):
         wanted = tokenizer.render_prompt(messages)
         assert hf.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == wanted
         assert Tokenizer(str(out)).render_prompt(messages) == wanted
+
+
+def test_a_checkpoint_described_by_a_folder_with_its_score_elsewhere(made, tmp_path):
+    """By the policy's, which knows nothing of where the reward model has it; and a tokenizer that is gone."""
+    base, policy = copied(made("llama", "scalar"), tmp_path / "reward"), made("llama", "lm")
+    eos = Tokenizer(str(base)).vocabulary.controls["<|eos|>"]
+    configure(base, pad_token_id=eos)
+    folder = tmp_path / "run" / "ppo" / "checkpoints" / "iteration_1"
+    folder.parent.mkdir(parents=True)
+    import_folder(base, folder, 1, 1, None, progress)
+    config = RunConfig()
+    config.policy.path, config.reward.path = str(policy), str(base)
+    (folder.parent.parent / "config.yaml").write_text(yaml.safe_dump(asdict(config)))
+    with pytest.raises(ConfigError, match=f"has the score at another token than the run had it: --hf {base}"):
+        export_folder(Checkpoint(folder, policy), tmp_path / "hf", 10**9, progress)
+    assert export_folder(Checkpoint(folder, base), tmp_path / "hf", 10**9, progress) == []
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["pad_token_id"] == eos
+    config.tokenizer.path = str(tmp_path / "gone")
+    (folder.parent.parent / "config.yaml").write_text(yaml.safe_dump(asdict(config)))
+    with pytest.raises(ConfigError, match=r"gone, the tokenizer of the run in .*run, is not there"):
+        export_folder(Checkpoint(folder, base), tmp_path / "other", 10**9, progress)
+
+
+def progress(total: int):
+    return lambda num_bytes: None
