@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from .role import RoleModel
 
 Batch = Mapping[str, Tensor]  # field name to (rows, ...)
-InferFn = Callable[[Tensor, Batch], Tensor]  # model output, micro-batch -> (rows,) or (rows, ..., T)
+InferFn = Callable[[Tensor, Batch], Tensor]  # model output, micro-batch -> (rows, ...), which may end with T
 # model output, micro-batch -> sum of losses, count that the sum over the minibatch is divided by, statistics
 LossFn = Callable[[Tensor, Batch], tuple[Tensor, Tensor, Mapping[str, Tensor]]]
 
@@ -147,7 +147,7 @@ def infer(works: Sequence[Work], trace: Trace | None = None) -> list[Tensor]:
     for work, whole, part in zip(works, filled, parts, strict=True):
         length = whole.batch["tokens"].shape[1]
         wide = [
-            F.pad(found, (0, length - width)) if found.dim() > 1 else found
+            F.pad(found, (0, length - width)) if found.dim() > 1 and found.shape[-1] == width else found
             for found, (_, width) in zip(part, whole.parts, strict=False)
         ]  # none on other stages than the last
         found = mesh.gather(torch.cat(wide) if mesh.is_last_stage else None)
