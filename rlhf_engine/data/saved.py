@@ -187,31 +187,47 @@ def _write(path: Path, value: dict[str, Any]) -> None:
 # -- read back -------------------------------------------------------------------------------------------------
 
 
-def read_back(tokenizer: Tokenizer, folder: Path, prompts: Sequence[Messages]) -> list[str]:
-    """How an export's tokenizer differs from that of the run: nothing, or a line for each of its readers.
+@dataclass(frozen=True)
+class Difference:
+    """
+    Args:
+        has_way: the files are right, and `what` says who reads them so.
+    """
+
+    reader: str
+    what: str
+    has_way: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.reader}: {self.what}"
+
+
+def read_back(tokenizer: Tokenizer, folder: Path, prompts: Sequence[Messages]) -> list[Difference]:
+    """How an export's tokenizer differs from that of the run, at most once for each of its readers.
 
     Args:
         folder: with its config.json.
         prompts: dialogues that the template takes.
     """
-    lines = []
+    found = []
     for reader, read in (("read back", _ours), ("transformers", _theirs)):
         try:
-            if line := read(tokenizer, folder, prompts):
-                lines.append(f"{reader}: {line}")
+            if (what := read(tokenizer, folder, prompts)) is not None:
+                found.append(Difference(reader, *what))
         except Exception as error:  # of whatever kind transformers, tokenizers and jinja2 raise
-            lines.append(f"{reader}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
-    return lines
+            found.append(Difference(reader, str(error).splitlines()[0] if str(error) else type(error).__name__))
+    return found
 
 
-def _ours(tokenizer: Tokenizer, folder: Path, prompts: Sequence[Messages]) -> str | None:
+def _ours(tokenizer: Tokenizer, folder: Path, prompts: Sequence[Messages]) -> tuple[str] | None:
     back = Tokenizer(str(folder), date=tokenizer.date)
     if not set(tokenizer.end_ids) <= set(back.end_ids):
-        return f"responses end with {list(back.end_ids)}, the run's with {list(tokenizer.end_ids)}"
-    return _apart(tokenizer, prompts, back.render_prompt, back.encode)
+        return (f"responses end with {list(back.end_ids)}, the run's with {list(tokenizer.end_ids)}",)
+    line = _apart(tokenizer, prompts, back.render_prompt, back.encode)
+    return (line,) if line else None
 
 
-def _theirs(tokenizer: Tokenizer, folder: Path, prompts: Sequence[Messages]) -> str | None:
+def _theirs(tokenizer: Tokenizer, folder: Path, prompts: Sequence[Messages]) -> tuple[str, bool] | None:
     """Nothing where transformers is not installed. Its users' words may be control tokens, and its date is today's:
     such prompts differ for a reason."""
     try:
@@ -237,11 +253,12 @@ def _theirs(tokenizer: Tokenizer, folder: Path, prompts: Sequence[Messages]) -> 
         return type(hf).__name__, _apart(tokenizer, plain, prompt, hf.encode)
 
     name, line = read(AutoTokenizer)
-    if line and not read(PreTrainedTokenizerFast)[1]:
-        line += (
-            f"; AutoTokenizer takes {name} for such a model, PreTrainedTokenizerFast.from_pretrained reads the run's"
-        )
-    return line
+    if line is None:
+        return None
+    if read(PreTrainedTokenizerFast)[1] is not None:
+        return line, False
+    way = f"AutoTokenizer takes {name} for such a model, PreTrainedTokenizerFast.from_pretrained reads the run's"
+    return f"{line}; {way}", True
 
 
 def _apart(

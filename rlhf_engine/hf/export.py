@@ -75,7 +75,7 @@ class RunExport:
             self.notes.append("no control token can be its pad token, so transformers scores one dialogue at a time")
 
     def write(self, folder: Path) -> list[str]:
-        """Everything but the weights, in a folder with its config.json; what `read_back` finds."""
+        """Everything but the weights, in a folder with its config.json; what `read_back` finds wrong with it."""
         save_tokenizer(self.tokenizer, folder, self.tokens)
         if self.head == "lm":
             about: dict[str, Any] = {}
@@ -88,6 +88,6 @@ class RunExport:
             write_json(folder / "generation_config.json", found)
         elif bias := read_json(folder / "config.json").get("score_bias"):
             self.notes.append(f"transformers leaves out score_bias of config.json: its scores are ours less {bias:.4g}")
-        wrong = read_back(self.tokenizer, folder, self.prompts)
-        self.notes += wrong
-        return wrong
+        differences = read_back(self.tokenizer, folder, self.prompts)
+        self.notes += map(str, differences)
+        return [str(difference) for difference in differences if not difference.has_way]
