@@ -483,7 +483,7 @@ def test_refusals_on_the_command_line(refused, folder, tmp_path, monkeypatch):  
     assert "vocabulary 300" in refused("model.vocab_size=300")
     assert "neither tokenizer.json nor tokenizer.model" in refused(f"tokenizer.path={tmp_path}")
     monkeypatch.setitem(sys.modules, "transformers", None)
-    assert "pip install rlhf-engine[hf]" in refused(f"tokenizer.path={folder}")
+    assert "pip install -e '.[hf]'" in refused(f"tokenizer.path={folder}")
 
 
 def test_a_tokenizer_with_code_of_its_own_is_not_run(folder, tmp_path, refused):  # noqa: F811

@@ -16,7 +16,13 @@ import torch
 import warm
 from conftest import ROOT, SMALL, launch
 from safetensors.torch import load_file, save_file
+from test_exports import own_scores
 from test_hf_architectures import GPT2, LAYOUTS, SIZES, assert_same_weights, expected, make, rows, transformers
+from test_hf_folders import role_of
+
+from rlhf_engine.data.tokenizer import Tokenizer
+from rlhf_engine.hf.convert import one_rank
+from rlhf_engine.preflight import plan
 
 TOOL = ROOT / "tools" / "convert_hf" / "convert.py"
 
@@ -258,13 +264,60 @@ def test_a_run_from_random_weights_exports_llama(convert, small_run, capsys):
     assert not any(info.values())
     assert json.loads((reward / "config.json").read_text())["score_bias"] != 0
     for phase, role in (("sft", "policy"), ("reward", "reward")):
-        checkpoints = small_run / phase / "checkpoints"
-        trained = checkpoints / (checkpoints / "latest").read_text()
-        words = ("verify", "--hf", small_run / phase / "hf", "--megatron", trained, "--role", role)
+        words = ("verify", "--hf", small_run / phase / "hf", "--megatron", trained(small_run / phase), "--role", role)
         assert convert(*words) == 0, capsys.readouterr().out
 
 
-def test_ppo_from_an_exported_policy(small_run, tmp_path):
+def trained(phase):
+    """The last checkpoint of a phase's folder."""
+    return phase / "checkpoints" / (phase / "checkpoints" / "latest").read_text()
+
+
+def contents(folder) -> dict:
+    """Of its files, the order of keys left out."""
+    return {p.name: json.loads(p.read_text()) if p.suffix == ".json" else p.read_bytes() for p in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("phase", "role", "described"),
+    [
+        ("sft", "policy", "sft"),
+        ("reward", "reward", "reward"),
+        ("reward", "reward", "sft"),
+        ("sft", "policy", "reward"),
+    ],
+)
+def test_an_export_of_a_checkpoint_is_that_of_its_run(convert, small_run, tmp_path, capsys, phase, role, described):
+    """Whichever head the model has that the folder with its config.json is of."""
+    wanted = small_run / phase / "hf"
+    words = ("--megatron", trained(small_run / phase), "--role", role, "--hf", small_run / described / "hf")
+    assert convert("export", *words, "--out", tmp_path / "hf") == 0
+    assert contents(tmp_path / "hf") == contents(wanted)
+    bias = json.loads((wanted / "config.json").read_text()).get("score_bias")
+    said = f"transformers leaves out score_bias of config.json: its scores are ours less {bias or 0:.4g}"
+    assert (said in capsys.readouterr().out) == (bias is not None) == (phase == "reward")
+
+
+def test_a_run_that_begins_with_what_another_exported(small_run, tmp_path):
+    """It has its prompts, its ends and its scores."""
+    paths = {"policy": small_run / "sft" / "hf", "reward": small_run / "reward" / "hf"}
+    settings = [*SMALL, "phases=[ppo]", f"output_dir={tmp_path}", *(f"{k}.path={v}" for k, v in paths.items())]
+    run = plan(cases.compose(settings), 1)
+    own = Tokenizer(str(small_run / "tokenizer" / "tokenizer.model"))
+    prompts = [row.prompt for source in run.sources for row in source.train]
+    assert len(prompts) > 50
+    assert [run.tokenizer.render_prompt(p) for p in prompts] == [own.render_prompt(p) for p in prompts]
+    assert run.tokenizer.end_ids == own.end_ids and not [note for note in run.notes if "pad_token_id" in note]
+    rows = [[5 + i, 9, 11, 40 + i, own.end_id] for i in range(4)]
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(paths["reward"])
+    with torch.no_grad():
+        wanted = model(torch.tensor(rows)).logits.squeeze(1) + model.config.score_bias
+    with one_rank() as mesh:
+        found = own_scores(role_of(paths["reward"], mesh, "scalar"), rows)
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+
+
+def test_ppo_from_an_exported_policy(convert, small_run, tmp_path):
     """A folder that one run exported is where the next starts from, critic and all."""
     path = small_run / "sft" / "hf"
     settings = [*SMALL, f"policy.path={path}", "phases=[sft,reward,ppo]", "mesh.tp=2", f"output_dir={tmp_path}"]
@@ -272,6 +325,10 @@ def test_ppo_from_an_exported_policy(small_run, tmp_path):
     for name, cls in (("hf", "LlamaForCausalLM"), ("hf_critic", "LlamaForSequenceClassification")):
         _, info = getattr(transformers, cls).from_pretrained(tmp_path / "ppo" / name, output_loading_info=True)
         assert not any(info.values()) and (tmp_path / "ppo" / name / "tokenizer.model").is_file()
+        role = "critic" if name == "hf_critic" else "policy"
+        words = ("--megatron", trained(tmp_path / "ppo"), "--role", role, "--hf", path)
+        assert convert("export", *words, "--out", tmp_path / name) == 0
+        assert contents(tmp_path / name) == contents(tmp_path / "ppo" / name)
 
 
 # -- what is refused -------------------------------------------------------------------------------------------

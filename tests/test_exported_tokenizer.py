@@ -96,8 +96,8 @@ def test_other_tokens_are_told(tmp_path):
     exported(tokenizer, tmp_path / "out", tokenizer.vocab_size)
     (tmp_path / "out" / "chat_template.jinja").write_text(CHATML.replace("Be kind", "Be rude"))
     lines = read_back(tokenizer, tmp_path / "out", PROMPTS)
-    assert [line.split(":")[0] for line in lines] == ["read back", "transformers"]
-    assert all("other tokens than the run's for 3 of 3 prompts" in line for line in lines)
+    assert [line.reader for line in lines] == ["read back", "transformers"]
+    assert all("other tokens than the run's for 3 of 3 prompts" in line.what for line in lines)
 
 
 def verified(settings: list[str], folder: Path, is_faulty: bool) -> tuple[float, str]:

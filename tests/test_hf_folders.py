@@ -621,6 +621,8 @@ def explained(tokenizer, capsys, monkeypatch):
     def get(*settings: str) -> tuple[int, str]:
         sizes = ["data.max_seq_len=64", "data.max_prompt_len=40", "rollout.max_new_tokens=24", "data.num_rows=64"]
         sizes += ["data.num_eval_rows=8", f"tokenizer.path={tokenizer}", "device=cpu", "schedule=explain"]
+        sizes += ["sft.optimizer.lr=1e-5", "reward.optimizer.lr=1e-5", "ppo.optimizer.lr=1e-6"]
+        sizes += ["ppo.critic_optimizer.lr=1e-6"]  # as for a pretrained model, or that would be noted
         code = worlds.launcher.main(["+exp=hh_rlhf", *sizes, *settings])
         found = capsys.readouterr()
         return code, found.out + found.err

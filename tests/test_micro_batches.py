@@ -9,11 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_engine.config import DataConfig, RunConfig
+from rlhf_engine.config import DataConfig, ModelConfig, RunConfig
 from rlhf_engine.data.dataset import build_datasets
 from rlhf_engine.data.sources import read_sources
 from rlhf_engine.data.tokenizer import Tokenizer
 from rlhf_engine.experience import pad_rows
+from rlhf_engine.hf.convert import one_rank
+from rlhf_engine.models.role import RoleModel
 from rlhf_engine.models.stream import Work, pack
 
 
@@ -64,6 +66,20 @@ def test_packing(data):
     for dp_rank in range(dp):
         mine = [work(lengths, budget, dp, dp_rank, tp, together=together).cut(*part) for part in split]
         assert sum(int(batch["tokens"].sum()) for batch in mine) == sum(int(batch["lengths"].sum()) for batch in mine)
+
+
+def test_rows_of_every_shape_come_back_whole():
+    """From micro-batches of several widths: figures of a row as they are, and those of tokens padded."""
+    tokens, lengths = pad_rows([[5, 6], [7] * 90, [8] * 5, [9] * 90], 1)
+    sizes = dict(num_layers=1, hidden_size=16, intermediate_size=16, num_attention_heads=2, num_key_value_heads=2)
+    with one_rank() as mesh:
+        role = RoleModel("policy", ModelConfig(**sizes, vocab_size=32), mesh, "scalar", torch.float32)
+        batch = {"tokens": tokens, "lengths": lengths}
+        figures = role.infer(batch, lambda output, batch: torch.stack([batch["lengths"], -batch["lengths"]], 1), 2)
+        of_tokens = role.infer(batch, lambda output, batch: batch["tokens"].unsqueeze(1).repeat(1, 2, 1), 2)
+        assert len(Work(role, batch, None, 2).parts) > 1
+    assert figures.tolist() == [[2, -2], [90, -90], [5, -5], [90, -90]]
+    assert torch.equal(of_tokens, tokens.unsqueeze(1).repeat(1, 2, 1))
 
 
 @pytest.mark.parametrize(("phase", "limit"), [("sft", 0.1), ("reward", 0.15)])

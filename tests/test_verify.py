@@ -67,11 +67,11 @@ def test_real_weights_on_every_mesh_of_four_ranks(worlds, shared, tmp_path):
 def biased(tmp_path_factory) -> list[str]:
     """Settings of a model in HF format whose biases are not 0, and whose vocabulary is padded."""
     transformers = pytest.importorskip("transformers")
-    config = transformers.Qwen2Config(
+    config = transformers.LlamaConfig(
         vocab_size=700, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
+        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, attention_bias=True,
     )  # fmt: skip
-    model = transformers.Qwen2ForCausalLM(config)
+    model = transformers.LlamaForCausalLM(config)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -134,7 +134,7 @@ def _pyarrow(path: Path) -> Any:
     try:
         import pyarrow.parquet
     except ImportError:
-        raise ConfigError(f"{path} needs pyarrow to be read: pip install rlhf-engine[data]") from None
+        raise ConfigError(f"{path} needs pyarrow to be read: pip install -e '.[data]'") from None
     return pyarrow
 
 
@@ -159,7 +159,7 @@ def _hub_rows(name: str, key: str) -> Iterator[tuple[str, Any]]:
     except ImportError:
         raise ConfigError(
             f"{key}: {name} is neither a file nor a folder here; to read it from the Hugging Face hub,"
-            " pip install rlhf-engine[data]"
+            " pip install -e '.[data]'"
         ) from None
     owner, repository, *folder = name.split("/")
     try:

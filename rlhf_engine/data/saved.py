@@ -30,12 +30,12 @@ class Special:
     """Names and ids of the tokens that config.json, generation_config.json and the tokenizer speak of.
 
     Args:
-        pad: None: no token of the vocabulary can be one.
+        pad: None: no token of the vocabulary can be one. Without a name: it is text, which tokenizers do not pad with.
     """
 
     bos: tuple[str, int] | None
     ends: tuple[int, ...]
-    pad: tuple[str, int] | None
+    pad: tuple[str | None, int] | None
 
     @property
     def ids(self) -> dict[str, Any]:
@@ -51,13 +51,14 @@ def special(tokenizer: Tokenizer, num_ids: int, is_score: bool, score_pad: int |
     Args:
         num_ids: of the model.
         is_score: transformers reads its score at the last token that is not the pad token.
-        score_pad: the pad token that the run itself read scores by.
+        score_pad: the pad token that the run itself read scores by; one that no row has is like none.
     """
     names = tokenizer.vocabulary.controls
     bos = tokenizer.vocabulary.variables.get("bos_token") or ""
-    if score_pad is not None:
-        pad = next(((name, i) for name, i in _candidates(tokenizer, num_ids) if i == score_pad), None)
-        pad = pad or (tokenizer.vocabulary.name(score_pad) or _PAD, score_pad)
+    pad: tuple[str | None, int] | None
+    if score_pad is not None and 0 <= score_pad < tokenizer.vocab_size:
+        known = {i: name for name, i in (*names.items(), *_candidates(tokenizer, num_ids))}
+        pad = (known.get(score_pad), score_pad)
     else:
         own = tokenizer.vocabulary.variables.get("pad_token") or ""
         is_kept = not is_score and names.get(own, num_ids) < num_ids
@@ -110,8 +111,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, tokens: Special) -> None:
         "eos_token": eos or vocabulary.name(tokenizer.end_id),
         "pad_token": tokens.pad and tokens.pad[0],
     }
-    if tokens.pad:
-        _add(folder, config, *tokens.pad, is_new=tokens.pad[1] >= vocabulary.size)
+    if tokens.pad and tokens.pad[0]:
+        _add(folder, config, tokens.pad[0], tokens.pad[1], is_new=tokens.pad[1] >= vocabulary.size)
     for file in (config, mapping := read_json(folder / "special_tokens_map.json")):
         for key, name in named.items():
             held = file.get(key)
@@ -132,14 +133,19 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, tokens: Special) -> None:
 
 
 def _save_copy(vocabulary: HFVocabulary, folder: Path) -> dict[str, Any]:
-    """Copies what transformers reads; the tokenizer_config.json."""
+    """Copies what transformers reads; the tokenizer_config.json. Of another kind of model than the export's, it is
+    written as it was here: transformers takes some classes by the model, and they rebuild what they read."""
     for name in FILES:
         if (vocabulary.folder / name).is_file():
             shutil.copyfile(vocabulary.folder / name, folder / name)
-    if not (folder / FAST).is_file():
-        vocabulary.loaded().backend_tokenizer.save(str(folder / FAST))
     config = read_json(vocabulary.folder / CONFIG)
     config.pop("auto_map", None)  # names code, which is not copied
+    here, there = (read_json(place / "config.json").get("model_type") for place in (vocabulary.folder, folder))
+    if here != there:
+        fast: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", MADE_FROM: FAST}
+        config = {**vocabulary.variables, **config, **fast}
+    if here != there or not (folder / FAST).is_file():
+        vocabulary.loaded().backend_tokenizer.save(str(folder / FAST))
     bos = vocabulary.controls.get(vocabulary.variables.get("bos_token") or "")
     return {"add_bos_token": bos in vocabulary.begin, **config}  # transformers 4 takes its classes' word otherwise
 
@@ -181,52 +187,78 @@ def _write(path: Path, value: dict[str, Any]) -> None:
 # -- read back -------------------------------------------------------------------------------------------------
 
 
-def read_back(tokenizer: Tokenizer, folder: Path, prompts: Sequence[Messages]) -> list[str]:
-    """How an export's tokenizer differs from that of the run: nothing, or a line for each of its readers.
+@dataclass(frozen=True)
+class Difference:
+    """
+    Args:
+        has_way: the files are right, and `what` says who reads them so.
+    """
+
+    reader: str
+    what: str
+    has_way: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.reader}: {self.what}"
+
+
+def read_back(tokenizer: Tokenizer, folder: Path, prompts: Sequence[Messages]) -> list[Difference]:
+    """How an export's tokenizer differs from that of the run, at most once for each of its readers.
 
     Args:
         folder: with its config.json.
         prompts: dialogues that the template takes.
     """
-    lines = []
+    found = []
     for reader, read in (("read back", _ours), ("transformers", _theirs)):
         try:
-            if line := read(tokenizer, folder, prompts):
-                lines.append(f"{reader}: {line}")
+            if (what := read(tokenizer, folder, prompts)) is not None:
+                found.append(Difference(reader, *what))
         except Exception as error:  # of whatever kind transformers, tokenizers and jinja2 raise
-            lines.append(f"{reader}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
-    return lines
+            found.append(Difference(reader, str(error).splitlines()[0] if str(error) else type(error).__name__))
+    return found
 
 
-def _ours(tokenizer: Tokenizer, folder: Path, prompts: Sequence[Messages]) -> str | None:
+def _ours(tokenizer: Tokenizer, folder: Path, prompts: Sequence[Messages]) -> tuple[str] | None:
     back = Tokenizer(str(folder), date=tokenizer.date)
     if not set(tokenizer.end_ids) <= set(back.end_ids):
-        return f"responses end with {list(back.end_ids)}, the run's with {list(tokenizer.end_ids)}"
-    return _apart(tokenizer, prompts, back.render_prompt, back.encode)
+        return (f"responses end with {list(back.end_ids)}, the run's with {list(tokenizer.end_ids)}",)
+    line = _apart(tokenizer, prompts, back.render_prompt, back.encode)
+    return (line,) if line else None
 
 
-def _theirs(tokenizer: Tokenizer, folder: Path, prompts: Sequence[Messages]) -> str | None:
+def _theirs(tokenizer: Tokenizer, folder: Path, prompts: Sequence[Messages]) -> tuple[str, bool] | None:
     """Nothing where transformers is not installed. Its users' words may be control tokens, and its date is today's:
     such prompts differ for a reason."""
     try:
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
     except ImportError:
         return None
-    hf = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    config = read_json(folder / "config.json")
-    for key, mine in (("pad_token_id", hf.pad_token_id), ("bos_token_id", hf.bos_token_id)):
-        if config.get(key, mine) != mine:
-            return f"the tokenizer's {key} is {mine}, that of config.json {config[key]}"
     names = tokenizer.vocabulary.pattern
     plain = [messages for messages in prompts if not any(names.search(m["content"]) for m in messages)]
     if tokenizer.template.is_dated and tokenizer.date != str(datetime.date.today()):
         plain = []
 
-    def prompt(messages: Messages) -> list[int]:
-        text = hf.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return hf.encode(text, add_special_tokens=False)
+    def read(reader: Any) -> tuple[str, str | None]:
+        hf = reader.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        config = read_json(folder / "config.json")
+        for key, mine in (("pad_token_id", hf.pad_token_id), ("bos_token_id", hf.bos_token_id)):
+            if mine is not None and config.get(key, mine) != mine:
+                return type(hf).__name__, f"the tokenizer's {key} is {mine}, that of config.json {config[key]}"
 
-    return _apart(tokenizer, plain, prompt, hf.encode)
+        def prompt(messages: Messages) -> list[int]:
+            text = hf.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            return hf.encode(text, add_special_tokens=False)
+
+        return type(hf).__name__, _apart(tokenizer, plain, prompt, hf.encode)
+
+    name, line = read(AutoTokenizer)
+    if line is None:
+        return None
+    if read(PreTrainedTokenizerFast)[1] is not None:
+        return line, False
+    way = f"AutoTokenizer takes {name} for such a model, PreTrainedTokenizerFast.from_pretrained reads the run's"
+    return f"{line}; {way}", True
 
 
 def _apart(

@@ -23,7 +23,7 @@ _ALIASES = {"<|im_start|>": "[UNUSED_TOKEN_146]", "<|im_end|>": "[UNUSED_TOKEN_1
 _FAST, _BPE, _PIECES = "tokenizer.json", ("vocab.json", "merges.txt"), "tokenizer.model"
 # what transformers leaves beside a tokenizer.model that it saves
 _OF_TRANSFORMERS = ("added_tokens.json", "special_tokens_map.json")
-MADE_FROM = "made_from"  # of a tokenizer_config.json that we wrote for the sentencepiece model beside it
+MADE_FROM = "made_from"  # the file that a tokenizer_config.json of ours stands beside, to be read as it is
 _FOREIGN = ("tekken.json", "*.tiktoken", "tiktoken.model", "tokenizer.model.*", "vocab.txt", "spiece.model")
 
 
@@ -192,7 +192,7 @@ class HFVocabulary:
         try:
             import transformers  # noqa: F401
         except ImportError:
-            raise ConfigError(f"{folder} needs transformers to be read: pip install rlhf-engine[hf]") from None
+            raise ConfigError(f"{folder} needs transformers to be read: pip install -e '.[hf]'") from None
         try:
             hf = self.loaded()
             model = hf.backend_tokenizer
@@ -222,9 +222,11 @@ class HFVocabulary:
 
     def loaded(self) -> Any:
         """As transformers has it."""
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-        return AutoTokenizer.from_pretrained(str(self.folder), local_files_only=True, trust_remote_code=False)
+        is_ours = read_json(self.folder / "tokenizer_config.json").get(MADE_FROM) == _FAST
+        reader: Any = PreTrainedTokenizerFast if is_ours else AutoTokenizer
+        return reader.from_pretrained(str(self.folder), local_files_only=True, trust_remote_code=False)
 
     def name(self, i: int) -> str | None:
         return self.model.id_to_token(i)

@@ -373,19 +373,41 @@ class Checkpoint:
             raise ConfigError(f"{self.folder} holds {', '.join(roles)}: --role names one of them")
         return model, "scalar" if f"{role}.output_layer.bias" in held else "lm", role
 
+    def run(self) -> dict[str, Any] | None:
+        """Configuration of the run that the checkpoint is of; None where it was converted and not trained."""
+        checkpoints = self.folder.resolve().parent
+        file = checkpoints.parent / "config.yaml"
+        if checkpoints.name != "checkpoints" or not file.is_file():
+            return None
+        return yaml.safe_load(file.read_text())
+
     def tokenizer(self) -> Tokenizer | None:
-        """Of the run that the checkpoint is of; None where it was converted and not trained.
+        """Of the run.
 
         Raises:
-            ConfigError: the run's tokenizer is no longer where it was.
+            ConfigError: it is no longer where it was.
         """
-        file = self.folder.resolve().parent.parent / "config.yaml"
-        if not file.is_file():
+        if (run := self.run()) is None:
             return None
-        run = yaml.safe_load(file.read_text())
-        settings = run["tokenizer"]
-        path = settings["path"] or run["policy"]["path"] or file.parent.parent / "tokenizer" / "tokenizer.model"
+        settings, phase = run["tokenizer"], self.folder.resolve().parent.parent
+        path = settings["path"] or run["policy"]["path"] or phase.parent / "tokenizer" / "tokenizer.model"
+        if not Path(path).exists():
+            raise ConfigError(f"{path}, the tokenizer of the run in {phase.parent}, is not there")
         return Tokenizer(str(path), settings["template"], settings["end_id"], settings.get("date"))
+
+    def check_score(self) -> None:
+        """Raises:
+        ConfigError: the folder that describes a model with a score puts it elsewhere than the run did.
+        """
+        model, head, _ = self.model()
+        if head == "lm" or (run := self.run()) is None:
+            return
+        base = run["reward"] if run["reward"]["path"] else run["policy"]
+        if base["path"] is None or not (where := Path(path := base["path"]) / "config.json").is_file():
+            return
+        began = parse(read_json(where), str(where), base.get("ignore_keys", ()))
+        if began.score_token != model.score_token or began.score_pad not in (None, model.score_pad):
+            raise ConfigError(f"{self.described} has the score at another token than the run had it: --hf {path}")
 
 
 class _Place(DefaultLoadPlanner):
@@ -404,6 +426,7 @@ class _Place(DefaultLoadPlanner):
 def export_folder(checkpoint: Checkpoint, out: Path, max_bytes: int, start: Callable[[int], Progress]) -> list[str]:
     """Writes the HF folder `out` from a megatron checkpoint; what one should know of it."""
     model, head, _ = checkpoint.model()
+    checkpoint.check_score()
     tokenizer = checkpoint.tokenizer()
     run = RunExport(model, head, checkpoint.described, tokenizer, _PROMPTS) if tokenizer is not None else None
     with one_rank() as mesh, whole_folder(out) as folder:

@@ -42,7 +42,8 @@ def head_config(model: ModelConfig, head: Head, source: Path | None) -> dict[str
     where = source / "config.json" if source is not None else None
     config = understood(read_json(where), str(where)) if where is not None else write_model_config(model)
     architecture = ARCHITECTURES[model.architecture]
-    config.pop("score_bias", None)
+    for key in ("score_bias", "id2label", "label2id", "num_labels"):  # of a head, which may be another one
+        config.pop(key, None)
     if head == "scalar":
         config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     return config | {"architectures": [architecture.lm if head == "lm" else architecture.scalar]}
@@ -70,23 +71,23 @@ class RunExport:
         self.tokens: Special = special(tokenizer, model.vocab_size, is_padded, model.score_pad)
         self.config = head_config(model, head, source) | self.tokens.ids
         self.notes: list[str] = []
-        if is_padded and self.tokens.pad is None:
-            self.notes.append(
-                "no token of the vocabulary can be its pad token, so transformers scores one dialogue at a time"
-            )
+        if is_padded and (self.tokens.pad is None or self.tokens.pad[0] is None):
+            self.notes.append("no control token can be its pad token, so transformers scores one dialogue at a time")
 
     def write(self, folder: Path) -> list[str]:
-        """Everything but the weights, in a folder with its config.json; what `read_back` finds."""
+        """Everything but the weights, in a folder with its config.json; what `read_back` finds wrong with it."""
         save_tokenizer(self.tokenizer, folder, self.tokens)
         if self.head == "lm":
             about: dict[str, Any] = {}
             if self.source is not None:
-                with contextlib.suppress(ConfigError):  # a broken file says nothing
+                try:
                     about = read_json_if_there(self.source / "generation_config.json")
+                except ConfigError as error:  # too late to refuse it: the model is trained
+                    self.notes.append(f"{error}: its settings are left out")
             found = {key: value for key, value in (about | self.tokens.ids).items() if value is not None}
             write_json(folder / "generation_config.json", found)
         elif bias := read_json(folder / "config.json").get("score_bias"):
             self.notes.append(f"transformers leaves out score_bias of config.json: its scores are ours less {bias:.4g}")
-        wrong = read_back(self.tokenizer, folder, self.prompts)
-        self.notes += wrong
-        return wrong
+        differences = read_back(self.tokenizer, folder, self.prompts)
+        self.notes += map(str, differences)
+        return [str(difference) for difference in differences if not difference.has_way]

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from .role import RoleModel
 
 Batch = Mapping[str, Tensor]  # field name to (rows, ...)
-InferFn = Callable[[Tensor, Batch], Tensor]  # model output, micro-batch -> (rows, ...), of its tokens (rows, ..., T)
+InferFn = Callable[[Tensor, Batch], Tensor]  # model output, micro-batch -> (rows, ...), which may end with T
 # model output, micro-batch -> sum of losses, count that the sum over the minibatch is divided by, statistics
 LossFn = Callable[[Tensor, Batch], tuple[Tensor, Tensor, Mapping[str, Tensor]]]
 

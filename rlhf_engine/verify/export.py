@@ -17,6 +17,7 @@ def tokenizer(ctx: Context, phase: str, folder: Path) -> Finding:
     of some of a phase's prompts."""
     prompts = dialogues(ctx.datasets[phase], ctx.tokenizer)
     lines: list[str] = []
+    notes: list[str] = []
     heads: dict[str, Head] = {"policy": "lm", "reward": "scalar"}
     for name, head in heads.items() if ctx.mesh.is_main else ():
         base = ctx.bases[name]
@@ -24,4 +25,5 @@ def tokenizer(ctx: Context, phase: str, folder: Path) -> Finding:
         (target := folder / f"{name}_files").mkdir(parents=True)
         write_json(target / "config.json", about.config)
         lines += about.write(target)
-    return Finding(len(lines), 0, lines[0] if lines else f"{len(prompts)} prompts")
+        notes += about.notes
+    return Finding(len(lines), 0, [*lines, *notes, f"{len(prompts)} prompts"][0])
