@@ -192,7 +192,7 @@ def test_files_that_cannot_be_read(tmp_path, case):
 def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ConfigError, match=r"pip install rlhf-engine\[data\]"):
+    with pytest.raises(ConfigError, match=r"pip install -e '.\[data\]'"):
         list(read_rows(str(tmp_path / "a.parquet")))
 
 
