@@ -23,7 +23,7 @@ from rlhf_engine.places import ATTEMPT, LAUNCH
 from rlhf_engine.preflight import Plan, lock, plan
 from rlhf_engine.ranks import FINAL, PARENT, Ranks, end_with_parent, free_port
 from rlhf_engine.reference import text
-from rlhf_engine.signals import SIGNALS, RunError, leave_at_once
+from rlhf_engine.signals import SIGNALS, RunError, leave_at_once, say_errors_once
 from rlhf_engine.xtuner import from_command_line
 
 _SECONDS_OF_SILENCE = 5.0  # of a rank that has only an echo of another one's failure to report
@@ -68,6 +68,7 @@ def run_rank(checked: Plan, job: Callable[[Plan], int] = train) -> int:
     import logging
     import warnings
 
+    say_errors_once()
     warnings.simplefilter("ignore")  # megatron's, about packages that are optional here
     logging.getLogger("megatron").setLevel(logging.ERROR)
     import torch

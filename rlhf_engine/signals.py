@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable
 
 STOPPED = os.EX_TEMPFAIL  # 75, of sysexits.h: nothing that was saved is lost, start the same command again
@@ -16,6 +17,17 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 _noted = False
 _last_acts: list[Callable[[], None]] = []
+
+
+def say_errors_once() -> None:
+    """Keeps Python 3.13 from telling of a file that a failed write has closed once more, when its object goes."""
+    usual = sys.unraisablehook
+
+    def hook(what: sys.UnraisableHookArgs) -> None:
+        if not (isinstance(what.exc_value, ValueError) and "closed file" in str(what.exc_value)):
+            usual(what)
+
+    sys.unraisablehook = hook
 
 
 class Stop(Exception):

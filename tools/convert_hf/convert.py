@@ -24,6 +24,7 @@ from pathlib import Path
 from rlhf_engine.config import ConfigError
 from rlhf_engine.hf.config import family, parse, read_json
 from rlhf_engine.hf.index import index, unread_files
+from rlhf_engine.signals import say_errors_once
 
 
 @contextlib.contextmanager
@@ -164,6 +165,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
+    say_errors_once()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     try:
