@@ -93,7 +93,7 @@ def run_rank(checked: Plan, job: Callable[[Plan], int] = train) -> int:
 
 
 def say_notes(checked: Plan) -> None:
-    for note in checked.notes if int(os.environ.get("RANK", "0")) == 0 else ():
+    for note in checked.notes:
         print(f"note: {note}", flush=True)
 
 
@@ -120,8 +120,8 @@ def main(
         if checked.config.starts_nothing:
             from rlhf_engine.plan.show import show
 
-            say_notes(checked)
             if is_main:
+                say_notes(checked)
                 show(checked)
             return 0
         if job is not train and set(checked.config.phases) & JOBS:
@@ -140,9 +140,10 @@ def main(
         print(f"error: {error}", file=sys.stderr)
         return 2
     theirs, _ = from_command_line(argv)
-    if theirs is not None and is_main:
-        print(theirs.table(), flush=True)
-    say_notes(checked)
+    if is_main:
+        if theirs is not None:
+            print(theirs.table(), flush=True)
+        say_notes(checked)
     return run_rank(checked, job)
 
 

@@ -76,8 +76,7 @@ class WandB:
         command = [sys.executable, "-P", "-W", "ignore", str(Path(__file__).with_name("to_wandb.py"))]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
         self._messages: queue.SimpleQueue[Mapping[str, Any] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._feed, daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._feed, daemon=True).start()
         self._send({"id": number.read_text(), "dir": str(folder.resolve()), **about})
 
     def write(self, iteration: int, figures: Figures) -> None:

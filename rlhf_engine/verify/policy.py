@@ -108,8 +108,7 @@ def log_prob_gradient(subject: Subject) -> Finding:
 
     def fn(hidden: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         with torch.enable_grad():
-            found = torch.tensor(gaps(hidden.detach().requires_grad_(), batch))
-        return found[:, None].expand(len(hidden), -1, batch["tokens"].shape[1])  # as an infer's results are
+            return torch.tensor(gaps(hidden.detach().requires_grad_(), batch)).repeat(len(hidden), 1)
 
     def total(both: Sequence[Tensor], batch: Mapping[str, Tensor]) -> Tensor:
         return (both[0] * batch["a"]).sum() + (both[1] * batch["b"]).sum()
@@ -134,7 +133,7 @@ def log_prob_gradient(subject: Subject) -> Finding:
         found += [x - y for x, y in zip(narrow, wanted, strict=True)]
         return [float(x.norm() / y.norm().clamp_min(1e-30)) for x, y in zip(found, wanted * 2, strict=True)]
 
-    *found, of_hidden, of_weight = subject.infer(fn, a=a, b=b).amax((0, 2)).tolist()
+    *found, of_hidden, of_weight = subject.infer(fn, a=a, b=b).amax(0).tolist()
     limits = bound(of_hidden, 1.0), bound(of_weight, 1.0)
     return worst(Finding(*both, "share of its norm") for both in zip(found, limits, strict=True))
 
