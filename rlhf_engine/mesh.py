@@ -93,7 +93,8 @@ class ParallelMesh:
         """Ends the mesh's groups, whose threads megatron would leave running; the world stays."""
         gc.collect()  # models that are done with hold the groups in circles of references, and so their threads
         dist.barrier()  # a rank that is still in a collective must not see its peers hang up
-        for group in {*(parallel_state._global_process_group_list or ()), *self._alone, *self._back}:
+        # in the order in which they were made, which is the same on every rank: NCCL's destroy waits for the others
+        for group in dict.fromkeys([*(parallel_state._global_process_group_list or ()), *self._alone, *self._back]):
             if isinstance(group, dist.ProcessGroup):
                 dist.destroy_process_group(group)
         parallel_state.destroy_model_parallel()

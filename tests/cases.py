@@ -279,6 +279,25 @@ def verify(overrides: list[str], fault: str | None = None) -> int:
         return run(plan(compose(overrides), int(os.environ["WORLD_SIZE"])))
 
 
+def groups_closed(layout: tuple) -> list[tuple[str, int]]:
+    """Closes a mesh of that layout. Gives name and size of its groups in the order of their end."""
+    from torch import distributed as dist
+
+    worlds.mesh(*layout)
+    closed = []
+
+    def destroy(group) -> None:
+        closed.append((group.group_name, group.size()))
+        end(group)
+
+    end, dist.destroy_process_group = dist.destroy_process_group, destroy
+    try:
+        worlds.close_mesh()
+    finally:
+        dist.destroy_process_group = end
+    return closed
+
+
 def num_models() -> int:
     """Models that this process still holds."""
     import gc

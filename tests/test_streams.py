@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from dataclasses import replace
@@ -67,6 +68,16 @@ def test_overlap_changes_nothing(worlds, settings, layout, options, distributed)
     plain = world.run(cases.first_iteration, settings, layout, "ppo")
     overlapped = world.run(cases.first_iteration, [*settings, *(f"{key}.overlap=true" for key in both)], layout, "ppo")
     assert overlapped == plain
+
+
+@pytest.mark.parametrize("layout", [(2, 2, 1, True), (1, 2, 2, False, 1, 2)], ids=str)
+def test_groups_end_in_one_order(worlds, layout):
+    """On every rank: NCCL's destroy waits for the other members."""
+    closed = worlds(4).run(cases.groups_closed, layout)
+    for mine, theirs in itertools.combinations(closed, 2):
+        common = {*mine} & {*theirs}
+        assert [group for group in mine if group in common] == [group for group in theirs if group in common]
+    assert all(sum(size > 1 for _, size in mine) > 3 for mine in closed)
 
 
 ROLES = ("policy", "reference", "reward", "critic")
