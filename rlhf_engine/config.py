@@ -286,6 +286,20 @@ class PlanConfig:
 
 
 @dataclass
+class RehearseConfig:
+    """A run on devices that are not there, of the kind `plan.device` (docs/rehearse.md)."""
+
+    # those of the world that are rehearsed; null: all of a small run (8 ranks of a small model), of a larger one a rank
+    # of each pipeline stage, of the first two and the last two of them
+    ranks: list[int] | None = None
+    # of each role in a pass; null: all of a small run, of a larger one a few more than it has pipeline stages
+    micro_batches: int | None = None
+    iterations: int = 2  # of each phase
+    # as long as the configuration allows, so that no iteration needs more memory, or as they come
+    rows: Literal["longest", "data"] = "longest"
+
+
+@dataclass
 class CheckpointConfig:
     keep_last: int = 2  # the newest so many
     keep_every: int | None = None  # and those of iterations that are a multiple of it; null: none
@@ -350,6 +364,7 @@ class RunConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+    rehearse: RehearseConfig = field(default_factory=RehearseConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)

@@ -54,6 +54,7 @@ LAYERS = {
     "rlhf_engine.sinks": 0,
     "rlhf_engine.to_wandb": 0,
     "rlhf_engine.provenance": 4,
+    "rlhf_engine.rehearse": 4,
     "rlhf_engine.logbook": 4,
     "rlhf_engine.jobs": 4,
     "rlhf_engine.trainer": 4,

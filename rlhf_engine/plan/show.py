@@ -69,7 +69,7 @@ def refusal(
         key=lambda entry: entry[2],
     )
     where = f" of pipeline stage {rank}" if mesh.pp > 1 else ""
-    text = f"{phase.phase} needs {_si(bytes_)}B in {stage.name} on a rank{where}, and {_holds(device)}"
+    text = f"{phase.phase} needs {si(bytes_)}B in {stage.name} on a rank{where}, and {_holds(device)}"
     changes = remedy(config, mesh, models, device)
     return f"{text}: {'it fits with ' + changes if changes else 'no mesh and no device known here has room'}"
 
@@ -87,12 +87,12 @@ def show_phase(console: Console, phase: PhaseForecast, config: RunConfig, mesh: 
     console.print(_role_table(phase))
     console.print(_stage_table(phase))
     if mesh.pp > 1:
-        console.print(f"peak of a rank, by pipeline stage: {'  '.join(map(_si, phase.peaks))}", soft_wrap=True)
+        console.print(f"peak of a rank, by pipeline stage: {'  '.join(map(si, phase.peaks))}", soft_wrap=True)
     iterations = ALGORITHMS[phase.phase](config).iterations
     rate = sum(stage.flops for stage in phase.stages) / phase.world / phase.seconds
     console.print(
-        f"{phase.phase} {'fits' if phase.fits else 'does not fit'}: {_si(peak)}B at most, and {_holds(device)}."
-        f" {iterations} iterations take {_duration(iterations * phase.seconds)}, {_si(rate)}FLOP/s a device\n"
+        f"{phase.phase} {'fits' if phase.fits else 'does not fit'}: {si(peak)}B at most, and {_holds(device)}."
+        f" {iterations} iterations take {_duration(iterations * phase.seconds)}, {si(rate)}FLOP/s a device\n"
     )
 
 
@@ -101,7 +101,7 @@ def _role_table(phase: PhaseForecast) -> Table:
     for role in phase.roles:
         memory = role.memory
         values = role.parameters, role.held.total, memory.weights, memory.gradients, memory.optimizer
-        table.add_row(role.name, *map(_si, values))
+        table.add_row(role.name, *map(si, values))
     return table
 
 
@@ -119,12 +119,12 @@ def _stage_table(phase: PhaseForecast) -> Table:
         held = [getattr(fullest, kind) for kind in kinds]
         shares = f"{mfu:.0%}", f"{stage.idle:.0%}"
         name = stage.name.replace("+", " + ")
-        table.add_row(name, _si(stage.seconds), _si(stage.flops), *shares, *map(_si, [*sent, *held, fullest.total]))
+        table.add_row(name, si(stage.seconds), si(stage.flops), *shares, *map(si, [*sent, *held, fullest.total]))
     flops = sum(stage.flops for stage in stages)
     sent = [sum(stage.sent.get(group, 0.0) for stage in stages) for group in groups]
     most = [max(getattr(memory, kind) for stage in stages for memory in stage.memory) for kind in kinds]
-    totals = map(_si, [*sent, *most, max(phase.peaks)])
-    table.add_row("iteration", _si(phase.seconds), _si(flops), "", "", *totals, style="bold")
+    totals = map(si, [*sent, *most, max(phase.peaks)])
+    table.add_row("iteration", si(phase.seconds), si(flops), "", "", *totals, style="bold")
     return table
 
 
@@ -147,7 +147,7 @@ def show_choices(console: Console, choices: list[Choice], world: int, device: De
     console.print(f"fastest meshes of {world} x {device.name}: seconds of an iteration, fullest rank, overrides")
     for choice in choices:
         console.print(
-            f"{choice.seconds:8.4g}  {_si(choice.peak):>6}B  {choice.overrides}", soft_wrap=True, highlight=False
+            f"{choice.seconds:8.4g}  {si(choice.peak):>6}B  {choice.overrides}", soft_wrap=True, highlight=False
         )
 
 
@@ -176,7 +176,7 @@ def explain(console: Console, phase: str, config: RunConfig, mesh: MeshConfig) -
 # -- units ---------------------------------------------------------------------------------------------------
 
 
-def _si(value: float) -> str:
+def si(value: float) -> str:
     """Three digits and a unit of 1,000s: 70.6G."""
     for size, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size * 0.9995:
@@ -185,7 +185,7 @@ def _si(value: float) -> str:
 
 
 def _holds(device: Device) -> str:
-    return f"{'a rank here' if device.name == 'cpu' else device.name} has {_si(device.memory)}B"
+    return f"{'a rank here' if device.name == 'cpu' else device.name} has {si(device.memory)}B"
 
 
 def _duration(seconds: float) -> str:

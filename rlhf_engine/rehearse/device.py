@@ -1,0 +1,434 @@
+"""A CUDA device without numbers: tensors on it have shapes, types, strides and bytes; integers and booleans have values
+as well, because they decide what happens next.
+
+Host tensors are what they are. Where a float decides (an `isfinite`, a token drawn), the answer is assumed, and what
+was assumed is noted with its place. Fake tensors are torch's (`torch._subclasses.fake_tensor`); what is added here is
+memory, the values of integers, and the waits of the host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, UntypedStorage
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from ..signals import RunError
+
+aten = torch.ops.aten
+CUDA = torch.device("cuda", 0)
+VALUED = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+_MOST_VALUES = 1 << 26  # of one tensor; larger ones have none
+_LARGE = 1 << 20  # bytes from which a host copy is memory that nobody has touched
+_HUGE = 1 << 28  # and from which host memory has no numbers where nothing is written
+_MOST_PLACES = 12
+_KINDS = ("weights", "gradients", "optimizer", "activations", "kv_cache", "graphs")
+# that launch nothing
+_VIEWS = {
+    "view", "transpose", "permute", "slice", "expand", "unsqueeze", "squeeze", "as_strided", "detach", "alias", "t",
+    "select", "split", "split_with_sizes", "unbind", "unfold", "_unsafe_view", "_reshape_alias", "set_", "lift_fresh",
+    "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "record_stream", "_local_scalar_dense",
+}  # fmt: skip
+_TRUE = {"eq", "ne", "isfinite"}  # of floats: with themselves, and with infinity, which is how finite ones are known
+_BACKGROUND = ("site-packages/torch/", "/rehearse/", "lib/python3", "contextlib", "typing_extensions", "<")
+
+
+def put(owner: Any, **names: Any) -> None:
+    """Stand-ins for attributes of a module or a class."""
+    for name, value in names.items():
+        setattr(owner, name, value)
+
+
+class Refused(RunError):
+    """What a GPU would not have done."""
+
+
+class _Shapes(FakeTensorMode):
+    avoid_device_init = True  # there is nothing to start
+
+
+@dataclass
+class Stage:
+    """What a stretch of the run did on the device.
+
+    Attributes:
+        peak: bytes by kind, at the moment when there were most.
+        places: where most of them were asked for.
+        waits: of the host for the device, by place.
+    """
+
+    name: str
+    phase: str = ""
+    seconds: float = 0.0
+    peak: dict[str, int] = field(default_factory=dict)
+    places: dict[str, int] = field(default_factory=dict)
+    after: int = 0
+    host: int = 0
+    kernels: int = 0
+    launches: Counter[str] = field(default_factory=Counter)
+    waits: Counter[str] = field(default_factory=Counter)
+    collectives: Counter[str] = field(default_factory=Counter)
+    sent: Counter[str] = field(default_factory=Counter)
+    captures: int = 0
+    replays: int = 0
+
+
+def place(background: Iterable[str] = _BACKGROUND) -> str:
+    """`file:line` of the code that asked, below what torch and the rehearsal have put on top of it."""
+    frame = sys._getframe(1)
+    while frame is not None and any(part in frame.f_code.co_filename for part in background):
+        if "site-packages/megatron" in frame.f_code.co_filename:
+            break
+        frame = frame.f_back  # type: ignore[assignment]
+    if frame is None:
+        return "?"
+    name = frame.f_code.co_filename.split("site-packages/")[-1]
+    return f"{'/'.join(name.split('/')[-3:])}:{frame.f_lineno}"
+
+
+class FakeGPU(TorchDispatchMode):
+    """The mode under which a rank runs.
+
+    Args:
+        memory: bytes that the device has.
+        name: of it, for the refusal of a run that needs more.
+        writes: whether copies of floats to the host are real memory there, which can be written to files.
+    """
+
+    def __init__(self, memory: float, name: str, rank: int = 0, writes: bool = True):
+        super().__init__()
+        self.memory, self.name, self.rank, self.writes = memory, name, rank, writes
+        self.shapes = _Shapes(allow_non_fake_inputs=True)
+        self.values: weakref.WeakKeyDictionary[UntypedStorage, Tensor] = weakref.WeakKeyDictionary()
+        self.held: dict[int, list] = {}  # storage -> bytes, kind, where it was made
+        self.live = Counter(dict.fromkeys(_KINDS, 0))
+        self.total = self.reserved = self.host = 0
+        self.integer = 0  # what an integer is taken for that floats decide
+        self.places: Counter[str] = Counter()  # bytes by where they were asked for
+        self.assumed: Counter[str] = Counter()
+        self.stages: list[Stage] = []
+        self.stage = Stage("start")
+        self.phase = ""
+
+    # -- stages --------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def at(self, name: str) -> Iterator[None]:
+        """A stretch of the run that gets figures of its own."""
+        before, started = self.stage, time.perf_counter()
+        self.stage = Stage(name, self.phase, peak=dict(self.live), host=self.host)
+        self._most, self._noted = self.total, 0
+        try:
+            yield
+        finally:
+            self.stage.seconds, self.stage.after = time.perf_counter() - started, self.total
+            self.stages.append(self.stage)
+            self.stage, self._most = before, self.total
+
+    _most = _noted = 0
+
+    def wait(self, what: str) -> None:
+        self.stage.waits[f"{what} {place()}"] += 1
+
+    # -- memory --------------------------------------------------------------------------------------------------
+
+    def note(self, tensor: Tensor) -> None:
+        """Counts a tensor's memory, from now until it is gone."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.held:
+            return
+        self.held[key] = [0, "activations", place()]
+        self._resize(key, storage.nbytes())
+        weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        self._resize(key, 0)
+        self.held.pop(key, None)
+
+    def _resize(self, key: int, size: int) -> None:
+        entry = self.held[key]
+        size = (size + 511) // 512 * 512
+        grown, entry[0] = size - entry[0], size
+        self.live[entry[1]] += grown
+        self.total += grown
+        self.places[entry[2]] += grown
+        if self.total > self._most:
+            self._most = self.total
+            self.stage.peak = dict(self.live)
+            if self.total > 1.01 * self._noted:
+                self._noted, self.stage.places = self.total, dict(self.places.most_common(_MOST_PLACES))
+            self.reserved = max(self.reserved, self.total)
+            if self.total > self.memory:
+                held = ", ".join(f"{kind} {size / 1e9:.3g} GB" for kind, size in self.live.items() if size)
+                raise Refused(
+                    f"rank {self.rank} needs more than the {self.memory / 1e9:.3g} GB of {self.name} in"
+                    f" {self.stage.name}, at {place()}: {held}"
+                )
+
+    def resized(self, storage: UntypedStorage, size: int) -> None:
+        if storage._cdata in self.held:
+            self._resize(storage._cdata, size)
+
+    def keep(self, kind: str, size: int) -> None:
+        """Memory that is no tensor's."""
+        key = -hash(kind)
+        self.held.setdefault(key, [0, kind, kind])
+        self._resize(key, self.held[key][0] + size)
+
+    def mark(self, tensors: Iterable[Tensor], kind: str) -> None:
+        """Says what the memory of these tensors is for."""
+        for tensor in tensors:
+            entry = self.held.get(tensor.untyped_storage()._cdata)
+            if entry is not None and entry[1] != kind:
+                self.live[entry[1]] -= entry[0]
+                self.live[kind] += entry[0]
+                entry[1] = kind
+                if self.total == self._most:
+                    self.stage.peak = dict(self.live)
+
+    def on_host(self, shape: Iterable[int], dtype: torch.dtype) -> Tensor:
+        """Host memory that a copy of floats would have filled."""
+        shape = tuple(shape)
+        if (size := int(np.prod(shape, dtype=np.int64)) * dtype.itemsize) < _LARGE:
+            return torch.zeros(shape, dtype=dtype)
+        if self.writes:  # pages that are not touched until then
+            found = torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(shape)
+        else:
+            with self.shapes:
+                found = torch.empty(shape, dtype=dtype)
+        self._note_on_host(found)
+        return found
+
+    def _note_on_host(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        size = storage.nbytes()
+        self.host += size
+        self.stage.host = max(self.stage.host, self.host)
+        weakref.finalize(storage, self._leave_host, size)
+
+    def _leave_host(self, size: int) -> None:
+        self.host -= size
+
+    # -- values of integers ------------------------------------------------------------------------------------------
+
+    def value(self, tensor: Tensor) -> Tensor | None:
+        """A host tensor with the numbers of a tensor of integers or booleans, which changes with it; None of others."""
+        if tensor.dtype not in VALUED:
+            return None
+        if not isinstance(tensor, FakeTensor):
+            return tensor
+        base = self.values.get(storage := tensor.untyped_storage())
+        if base is None or base.dtype != tensor.dtype:
+            return None
+        if base.nbytes < storage.nbytes():  # it has grown
+            self.values[storage] = base = torch.cat(
+                [base, base.new_zeros(storage.nbytes() // base.itemsize - len(base))]
+            )
+        return torch.as_strided(base, tensor.size(), tensor.stride(), tensor.storage_offset())
+
+    def give(self, tensor: Tensor, value: Tensor | None, otherwise: int | bool = 0) -> None:
+        if tensor.dtype not in VALUED or (storage := tensor.untyped_storage()).nbytes() > _MOST_VALUES:
+            return
+        base = self.values.get(storage)
+        if base is None or base.dtype != tensor.dtype or base.nbytes != storage.nbytes():
+            base = torch.zeros(storage.nbytes() // tensor.element_size(), dtype=tensor.dtype)
+            self.values[storage] = base
+        held = torch.as_strided(base, tensor.size(), tensor.stride(), tensor.storage_offset())
+        held.copy_(value) if value is not None else held.fill_(otherwise)
+
+    def numbers(self, tensor: Tensor) -> Tensor:
+        """What a copy to the host has."""
+        found = self.value(tensor)
+        return found.clone() if found is not None else self.on_host(tensor.shape, tensor.dtype)
+
+    def raised(self, host: Tensor) -> Tensor:
+        """A device tensor with the values of a host tensor."""
+        with self.shapes:
+            tensor = torch.empty(host.shape, dtype=host.dtype, device=CUDA)
+        self.note(tensor)
+        self.give(tensor, host)
+        return tensor
+
+    # -- operations --------------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensors = list(_tensors((*args, *kwargs.values())))
+        fakes = [tensor for tensor in tensors if isinstance(tensor, FakeTensor)]
+        device = kwargs.get("device")
+        if not fakes and (device is None or torch.device(device).type != "cuda"):
+            if not self.writes and func.overloadpacket.__name__ in ("empty", "zeros") and _size(args, kwargs) >= _HUGE:
+                with self.shapes:
+                    found = func(*args, **kwargs)
+                self._note_on_host(found)
+                return found
+            return func(*args, **kwargs)
+        name = func.overloadpacket.__name__
+        if special := _SPECIAL.get(name):
+            found = special(self, func, args, kwargs)
+            if found is not NotImplemented:
+                return found
+        elif torch.Tag.dynamic_output_shape in func.tags or torch.Tag.data_dependent_output in func.tags:
+            return self._decided(func, args, kwargs)
+        if name not in _VIEWS:
+            self.stage.kernels += 1
+        try:
+            with self.shapes:
+                out = func(*args, **kwargs)
+        except RuntimeError as error:
+            if len({tensor.device for tensor in tensors}) > 1:
+                raise self._refusal(func, tensors) from error
+            raise
+        if name == "resize_":
+            self.resized(args[0].untyped_storage(), args[0].untyped_storage().nbytes())
+        known = {tensor.untyped_storage()._cdata for tensor in fakes}
+        fresh: list[Tensor] = []
+        for tensor in _tensors(out if isinstance(out, tuple | list) else (out,)):
+            if isinstance(tensor, FakeTensor) and tensor.untyped_storage()._cdata not in known:
+                if tensor.device.type == "cuda":
+                    self.note(tensor)
+                elif tensor.untyped_storage().nbytes() >= _LARGE:
+                    self._note_on_host(tensor)
+                if tensor.dtype in VALUED:
+                    fresh.append(tensor)
+        if fresh or (func._schema.is_mutable and any(tensor.dtype in VALUED for tensor in fakes)):
+            self._evaluate(func, args, kwargs, tensors, fresh)
+        return out
+
+    def _evaluate(self, func, args, kwargs, tensors: list[Tensor], fresh: list[Tensor]) -> None:
+        """Gives integers their values: `func` of those of its arguments, or what is assumed where floats decide."""
+        if all(tensor.dtype in VALUED for tensor in tensors):
+            found = self._on_values(func, args, kwargs)
+            if found is not None or not fresh:
+                if fresh:
+                    results = [x for x in _tensors(found if isinstance(found, tuple | list) else (found,))]
+                    for tensor, result in zip(fresh, (r for r in results if r.dtype in VALUED), strict=False):
+                        self.give(tensor, result)
+                return
+        name = func.overloadpacket.__name__
+        for tensor in fresh:
+            answer: int | bool = name in _TRUE if tensor.dtype is torch.bool else self.integer
+            self.give(tensor, None, answer)
+            self.assumed[f"{name} gives {answer} at {place()}"] += 1
+
+    def _on_values(self, func, args, kwargs) -> Any:
+        missing = False
+
+        def lower(x):
+            nonlocal missing
+            if isinstance(x, Tensor):
+                found = self.value(x)
+                missing = missing or found is None
+                return found
+            return torch.device("cpu") if isinstance(x, torch.device) else x
+
+        args, kwargs = tree_map(lower, (tuple(args), dict(kwargs)))
+        return None if missing else func(*args, **kwargs)
+
+    def _decided(self, func, args, kwargs) -> Any:
+        """An operation whose result's shape, or whose result on the host, hangs on numbers: the host waits for it."""
+        self.wait(func.overloadpacket.__name__)
+        self.stage.kernels += 1
+        found = self._on_values(func, args, kwargs)
+        if found is None:
+            raise Refused(f"rank {self.rank}, {self.stage.name}, {place()}: what {func} gives hangs on floats")
+        return tree_map(lambda x: self.raised(x) if isinstance(x, Tensor) else x, found)
+
+    def _refusal(self, func, tensors: list[Tensor]) -> Refused:
+        devices = ", ".join(f"{tuple(tensor.shape)} on {tensor.device}" for tensor in tensors)
+        return Refused(
+            f"rank {self.rank}, {self.stage.name}, {place()}: {func.overloadpacket.__name__} of tensors on two devices:"
+            f" {devices}"
+        )
+
+
+def _size(args, kwargs) -> int:
+    """Bytes of a tensor that is asked for."""
+    return int(np.prod(args[0], dtype=np.int64)) * (kwargs.get("dtype") or torch.float32).itemsize
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+# -- operations that are not what shapes make of them -----------------------------------------------------------------
+
+
+def _to_copy(gpu: FakeGPU, func, args, kwargs):
+    device = kwargs.get("device")
+    if args[0].device.type == "cpu" or device is None or torch.device(device).type != "cpu":
+        return NotImplemented
+    gpu.wait("copy to the host")
+    found = gpu.numbers(args[0])
+    return found.to(kwargs.get("dtype") or found.dtype)
+
+
+def _copy(gpu: FakeGPU, func, args, kwargs):
+    target, source = args[0], args[1]
+    if target.device.type == "cuda" or source.device.type == "cpu":
+        return NotImplemented
+    if not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False)):
+        gpu.wait("copy to the host")
+    if (found := gpu.value(source)) is not None:
+        target.copy_(found)
+    return target
+
+
+def _item(gpu: FakeGPU, func, args, kwargs):
+    gpu.wait("item")
+    found = gpu.value(args[0])
+    if found is not None:
+        return found.item()
+    gpu.assumed[f"item gives 1.0 at {place()}"] += 1
+    return 1.0 if args[0].dtype.is_floating_point else 0
+
+
+def _index(gpu: FakeGPU, func, args, kwargs):
+    """By booleans, which are made indices first."""
+    if not any(isinstance(i, Tensor) and i.dtype is torch.bool for i in args[1]):
+        return NotImplemented
+    gpu.wait("nonzero of a mask")
+    places: list[Any] = []
+    for i in args[1]:
+        if isinstance(i, Tensor) and i.dtype is torch.bool:
+            value = gpu.value(i)
+            assert value is not None
+            places += [gpu.raised(part) for part in value.nonzero().unbind(1)]
+        else:
+            places.append(i)
+    with gpu:
+        return func(args[0], places, *args[2:], **kwargs)
+
+
+def _masked_select(gpu: FakeGPU, func, args, kwargs):
+    with gpu:
+        x, mask = torch.broadcast_tensors(*args)
+        return aten.index.Tensor(x, [mask])
+
+
+def _equal(gpu: FakeGPU, func, args, kwargs):
+    gpu.wait("equal")
+    one, other = (gpu.value(x) for x in args)
+    return one is None or other is None or torch.equal(one, other)
+
+
+_SPECIAL: dict[str, Callable] = {
+    "_to_copy": _to_copy, "copy_": _copy, "_local_scalar_dense": _item, "index": _index, "index_put_": _index,
+    "index_put": _index, "_index_put_impl_": _index, "masked_select": _masked_select, "equal": _equal,
+}  # fmt: skip

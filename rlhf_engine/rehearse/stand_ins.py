@@ -1,0 +1,223 @@
+"""What a rehearsal has in place of the machine: rows as long as allowed, weights without numbers, a disk that is not
+filled, a request to stop; and where the engine's memory is marked with what it is for."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from megatron.core.dist_checkpointing import state_dict_utils
+from torch import Tensor
+from torch.distributed.checkpoint import default_planner
+
+from .. import checkpoint, mesh, trainer, watchdog
+from ..algorithms import ppo
+from ..config import RunConfig
+from ..data.dataset import Dataset, Example
+from ..hf import files
+from ..hf.rows import Window
+from ..models import role, stream
+from ..models.optim import gradient_tensors, optimizer_tensors
+from ..preflight import Plan
+from ..rollout import cache, decoder, fold, graphs, sampling
+from .device import FakeGPU, put
+
+_STEPS = 8  # of a number of rows: those before a graph is captured, its capture, and some that replay it
+
+if TYPE_CHECKING:
+    from .rank import Part
+
+
+def stand_in(gpu: FakeGPU, part: Part, plan: Plan) -> None:
+    """Changes the engine in this process."""
+    _mark_memory(gpu)
+    _name_stages(gpu)
+    _weights(gpu)
+    if plan.config.rehearse.rows == "longest":
+        _longest_rows(plan.config)
+    ends = set(plan.tokenizer.end_ids) if plan.tokenizer is not None else {1, 2}
+    gpu.integer = next(i for i in range(len(ends) + 1) if i not in ends)
+    if part.micro_batches is not None:
+        _few_micro_batches(part.micro_batches)
+        _few_steps()
+    if part.stops_in is not None:
+        _stop(part)
+    if not part.writes:
+        _without_disk()
+
+
+def _mark_memory(gpu: FakeGPU) -> None:
+    start, folded, new = role.RoleModel.start, fold._fold, cache.KVCache.__init__
+
+    def started(self: role.RoleModel) -> None:
+        start(self)
+        weights = [*self.chunks.parameters(), *self.chunks.buffers()]
+        gpu.mark(weights, "weights")
+        if self.is_trained:
+            gpu.mark(gradient_tensors(self.modules), "gradients")
+            gpu.mark(optimizer_tensors(self.optimizer, weights), "optimizer")
+
+    def fold_marked(*args):
+        gpt = folded(*args)
+        gpu.mark(gpt.parameters(), "weights")
+        return gpt
+
+    def new_cache(self, *args, **kwargs) -> None:
+        new(self, *args, **kwargs)
+        gpu.mark([self.flat], "kv_cache")
+
+    put(role.RoleModel, start=started)
+    put(fold, _fold=fold_marked)
+    put(cache.KVCache, __init__=new_cache)
+
+
+def _name_stages(gpu: FakeGPU) -> None:
+    watch, train = watchdog.Watchdog.stage, trainer.train
+
+    def train_phase(ctx, algorithm) -> bool:
+        gpu.phase = algorithm.name
+        return train(ctx, algorithm)
+
+    @contextlib.contextmanager
+    def stage(self, name: str):
+        with watch(self, name), gpu.at(name):
+            yield
+
+    put(mesh, meeting_place=lambda timeout: {})
+    put(trainer, train=train_phase)
+    put(watchdog.Watchdog, stage=stage)
+    put(watchdog.Watchdog, _exchange=lambda self: None)
+
+
+class _Untouched:
+    """Weights that are not read: host memory of their sizes."""
+
+    def __init__(self, gpu: FakeGPU):
+        self.gpu = gpu
+
+    def __contains__(self, name: str) -> bool:
+        return True
+
+    def read(self, window: Window) -> Tensor:
+        shape = list(window.shape)
+        shape[window.dim] = window.stop - window.start
+        return self.gpu.on_host(shape, torch.bfloat16)
+
+
+def _weights(gpu: FakeGPU) -> None:
+    load = trainer.load_weights
+
+    def load_untouched(chunks, model, head, mesh, source) -> None:
+        load(chunks, model, head, mesh, _Untouched(gpu))
+
+    put(trainer, load_weights=load_untouched)
+
+
+def _longest_rows(config: RunConfig) -> None:
+    build = trainer.build_datasets
+    data = config.data
+
+    def stretched(tokens: list[int], length: int) -> list[int]:
+        """From its beginning on once more, with the last token where it was."""
+        return [tokens[i % max(1, len(tokens) - 1)] for i in range(length - 1)] + tokens[-1:]
+
+    def stretch(example: Example) -> Example:
+        whole, prompt = data.max_seq_len, min(data.max_prompt_len, data.max_seq_len - 1)
+        before = stretched(example.before, prompt) if example.before else []
+        answer = whole - len(before)
+        return replace(
+            example,
+            prompt=stretched(example.prompt, prompt) if example.prompt else [],
+            before=before,
+            before_spoken=[False] * len(before),
+            chosen=stretched(example.chosen, answer) if example.chosen else example.chosen,
+            rejected=stretched(example.rejected, answer) if example.rejected else example.rejected,
+            reward_prompt=stretched(example.reward_prompt, prompt) if example.reward_prompt else [],
+            reward_before=stretched(example.reward_before, prompt) if example.reward_before else [],
+        )
+
+    def build_longest(*args) -> dict[str, Dataset]:
+        found = build(*args)
+        for dataset in found.values():
+            for each in dataset.parts:
+                each.train[:] = map(stretch, each.train)
+                each.held_out[:] = map(stretch, each.held_out[:8])
+            dataset.held_out[:] = [example for each in dataset.parts for example in each.held_out]
+        return found
+
+    put(trainer, build_datasets=build_longest)
+
+
+def _few_micro_batches(count: int) -> None:
+    """Rows are all as long as may be, so that micro-batches are alike, and the results of some stand for all."""
+    infer, train_step = stream.infer, stream.train_step
+
+    def cut(work: stream.Work) -> stream.Work:
+        rows = sum(rows.numel() for rows, _ in work.parts[:count])
+        return replace(work, batch={name: field[:rows] for name, field in work.batch.items()})
+
+    def infer_some(works, *args):
+        found = infer([cut(work) for work in works], *args)
+        rows = (torch.arange(len(work.batch["tokens"])) for work in works)
+        return [part[index % len(part)] for part, index in zip(found, rows, strict=True)]
+
+    for module in (stream, ppo, role):
+        put(module, infer=infer_some)
+    put(stream, train_step=lambda works, *args: train_step([cut(work) for work in works], *args))
+
+
+def _few_steps() -> None:
+    """Of the decode steps of so many rows the first few; the others give what the last of them gave."""
+
+    def few(call):
+        last: dict[tuple[int, int], list] = {}  # of an engine's part, by rows: how many calls there were, their result
+
+        def once_more(self, tokens, *args):
+            entry = last.setdefault((id(self), len(tokens)), [0, None])
+            entry[0] += 1
+            if entry[0] <= _STEPS:
+                entry[1] = call(self, tokens, *args)
+            return entry[1]
+
+        return once_more
+
+    put(graphs.DecodeGraphs, __call__=few(graphs.DecodeGraphs.__call__))
+    put(decoder.Decoder, decode=few(decoder.Decoder.decode))
+    put(sampling.Sampler, __call__=few(sampling.Sampler.__call__))
+
+
+def _stop(part: Part) -> None:
+    """The main rank is asked to stop in the first iteration of a phase, as a scheduler would."""
+    iterate = trainer.iterate
+
+    def iterate_and_ask(ctx, algorithm, *args) -> bool:
+        if part.rank == 0 and algorithm.name == part.stops_in:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return iterate(ctx, algorithm, *args)
+
+    put(trainer, iterate=iterate_and_ask)
+
+
+def _without_disk() -> None:
+    """Saves and exports as far as the disk: planned, gathered, copied, and not written.
+
+    Of ranks that are not rehearsed their twins' shards are known, which are others: so nothing is checked of all shards
+    together.
+    """
+
+    def not_written(self, buckets: list) -> None:
+        self._results, self._written = [], {}
+
+    def named(self, writing, reports) -> str:
+        return f"iteration_{writing.iteration}"
+
+    put(checkpoint._Writing, _write=not_written)
+    put(checkpoint.Checkpoints, _complete=named)
+    put(state_dict_utils, validate_sharding_integrity=lambda *args, **kwargs: None)
+    put(default_planner, _validate_global_plan=lambda *args: [])
+    put(files, save_file=lambda tensors, path, about: Path(path).touch())
