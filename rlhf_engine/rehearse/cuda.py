@@ -65,6 +65,18 @@ def install(gpu: FakeGPU, device: Device) -> None:
             total_memory=int(device.memory),
         )  # fmt: skip
 
+    locked: dict[int, int] = {}  # page-locked host memory by its address
+
+    def register(address: int, size: int, flags: int) -> int:
+        locked[address] = size
+        gpu.lock_host(size)
+        return 0
+
+    def unregister(address: int) -> int:
+        gpu.lock_host(-locked.pop(address))
+        return 0
+
+    runtime = types.SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=unregister)
     answers = dict(
         current_device=lambda: 0, device_count=lambda: 1, set_device=lambda chosen: None, is_available=lambda: True,
         is_initialized=lambda: True, _lazy_init=lambda: None, synchronize=synchronize, empty_cache=empty_cache,
@@ -77,7 +89,8 @@ def install(gpu: FakeGPU, device: Device) -> None:
         max_memory_allocated=lambda *args: gpu.reserved, reset_peak_memory_stats=lambda *args: None,
         is_current_stream_capturing=lambda: False, get_device_name=lambda *args: name,
         get_device_capability=lambda *args: capability, get_device_properties=properties,
-        default_generators=(torch.Generator(),),
+        default_generators=(torch.Generator(),), cudart=lambda: runtime, check_error=lambda code: None,
+        memory_stats=lambda *args: {"reserved_bytes.all.current": gpu.reserved, "active_bytes.all.current": gpu.total},
     )  # fmt: skip
     put(torch.cuda, **answers)
     put(

@@ -214,9 +214,13 @@ class FakeGPU(TorchDispatchMode):
     def _note_on_host(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         size = storage.nbytes()
+        self.lock_host(size)
+        weakref.finalize(storage, self._leave_host, size)
+
+    def lock_host(self, size: int) -> None:
+        """Notes page-locked host memory; less where `size` is negative."""
         self.host += size
         self.stage.host = max(self.stage.host, self.host)
-        weakref.finalize(storage, self._leave_host, size)
 
     def _leave_host(self, size: int) -> None:
         self.host -= size
@@ -355,7 +359,9 @@ class FakeGPU(TorchDispatchMode):
 
 
 def _size(args, kwargs) -> int:
-    """Bytes of a tensor that is asked for."""
+    """Bytes of numbers that are asked for; plain bytes are a place that copies go to, and are not touched by them."""
+    if kwargs.get("dtype") is torch.uint8:
+        return 0
     return int(np.prod(args[0], dtype=np.int64)) * (kwargs.get("dtype") or torch.float32).itemsize
 
 

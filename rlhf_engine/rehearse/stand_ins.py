@@ -21,11 +21,11 @@ from ..config import RunConfig
 from ..data.dataset import Dataset, Example
 from ..hf import files
 from ..hf.rows import Window
-from ..models import role, stream
+from ..models import residency, role, stream
 from ..models.optim import gradient_tensors, optimizer_tensors
 from ..preflight import Plan
 from ..rollout import cache, decoder, fold, graphs, sampling
-from .device import FakeGPU, put
+from .device import CUDA, FakeGPU, Refused, put
 
 _STEPS = 8  # of a number of rows: those before a graph is captured, its capture, and some that replay it
 
@@ -55,6 +55,9 @@ def _mark_memory(gpu: FakeGPU) -> None:
     start, folded, new = role.RoleModel.start, fold._fold, cache.KVCache.__init__
 
     def started(self: role.RoleModel) -> None:
+        for name, parameter in self.chunks.named_parameters():
+            if parameter.device.type != "cuda":
+                raise Refused(f"rank {gpu.rank}, {gpu.stage.name}: {name} of {self.name} is left on the host")
         start(self)
         weights = [*self.chunks.parameters(), *self.chunks.buffers()]
         gpu.mark(weights, "weights")
@@ -71,7 +74,12 @@ def _mark_memory(gpu: FakeGPU) -> None:
         new(self, *args, **kwargs)
         gpu.mark([self.flat], "kv_cache")
 
+    def as_bytes(storage: torch.UntypedStorage) -> Tensor:
+        with gpu.shapes:
+            return torch.empty(storage.nbytes(), dtype=torch.uint8, device=CUDA)
+
     put(role.RoleModel, start=started)
+    put(residency, _bytes=as_bytes)
     put(fold, _fold=fold_marked)
     put(cache.KVCache, __init__=new_cache)
 
