@@ -103,12 +103,11 @@ class Checkpoints:
             self.finish()
 
     def _memory_for(self, role: str, size: int) -> Tensor:
-        """Host memory for a role's copy: from a GPU the same at every save, as page-locking it takes longer than the
-        copy."""
+        """Host memory for a role's copy, the same at every save: it takes longer to get than to fill."""
         memory = self._memory.get(role)
         if memory is None or memory.nbytes != size:
             memory = host_memory(size, self.mesh.device)
-            if self.mesh.device.type == "cuda":
+            if self.config.async_save:
                 self._memory[role] = memory
         return memory
 

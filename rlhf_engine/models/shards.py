@@ -7,7 +7,6 @@ mesh reads what any other has written. Megatron's own description gathers the wh
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -25,9 +24,6 @@ from .optim import optimizer_parts
 
 if TYPE_CHECKING:
     from .role import RoleModel
-
-# each optimizer tensor takes the shape of its parameter, so that any mesh can cut it anew
-_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 def weights(role: RoleModel, name: str) -> dict[str, Any]:
@@ -48,51 +44,48 @@ def _weights(role: RoleModel, name: str) -> dict[str, Any]:
 
 def to_save(role: RoleModel, name: str) -> dict[str, Any]:
     """Weights and optimizer of a trained role, each element on one replica."""
-    found = _of(role, name, is_loading=False)
-    if any(isinstance(part, DistributedOptimizer) for part in optimizer_parts(role.optimizer)):
-        # they are among the shares of the optimizer
-        found["model"] = {key: x for key, x in found["model"].items() if not isinstance(x.data, Parameter)}
+    model = _weights(role, name)
+    found = {"model": model, "optimizer": _optimizer(role, model, is_loading=False)}
+    if _distributed(role):
+        others = {key: x for key, x in model.items() if not isinstance(x.data, Parameter)}
+        found["model"] = others | _shares(role, model, with_weights=True)
     apply_factories(found)
     return found
 
 
 def to_load(role: RoleModel, name: str) -> dict[str, Any]:
-    """What a trained role needs: weights and, but for `load_optimizer`, its optimizer's tensors are loaded in place."""
-    found = _of(role, name, is_loading=True)
+    """What a trained role needs; all but what `load_optimizer` takes is loaded in place."""
+    model = _weights(role, name)
+    found = {"model": model | _shares(role, model), "optimizer": _optimizer(role, model, is_loading=True)}
     apply_factories(found["model"])
     return found
 
 
-def _of(role: RoleModel, name: str, is_loading: bool) -> dict[str, Any]:
-    model = _weights(role, name)
-    for part in optimizer_parts(role.optimizer):
-        if isinstance(part, DistributedOptimizer):
-            part.sharded_param_state_fully_reshardable = functools.partial(_shares, part)
-            part.load_parameter_state_from_fully_reshardable = _in_place
+def _optimizer(role: RoleModel, model: Mapping[str, Any], is_loading: bool) -> Any:
+    """What is not in `_shares`: numbers alone, or all that an optimizer has which is not distributed."""
+    if _distributed(role):
+        return role.optimizer.state_dict()
     with cuda_calls_stay(role.mesh.device):
-        optimizer = role.optimizer.sharded_state_dict(model, is_loading, metadata=_FORMAT)
-    return {"model": model, "optimizer": optimizer}
+        return role.optimizer.sharded_state_dict(model, is_loading, metadata={"chained_optim_avoid_prefix": True})
 
 
-def _in_place(state: Mapping[int, Tensor]) -> None:
-    """What megatron would copy from `state` to the optimizer: its own tensors, which are loaded."""
+def _distributed(role: RoleModel) -> list[DistributedOptimizer]:
+    return [part for part in optimizer_parts(role.optimizer) if isinstance(part, DistributedOptimizer)]
 
 
-def _shares(
-    optimizer: DistributedOptimizer, model: Mapping[str, Any], is_loading: bool, metadata: Any
-) -> dict[int, ShardedTensor]:
-    """What this replica keeps of each parameter: the optimizer's tensors and, to be saved, the weights themselves."""
-    described = {id(shard.data): shard for shard in nested_values(model)}
+def _shares(role: RoleModel, model: Mapping[str, Any], with_weights: bool = False) -> dict[str, ShardedTensor]:
+    """What this replica keeps of each tensor of a distributed optimizer, and as much of the weights."""
+    described = {id(shard.data): shard for shard in model.values()}
     found: list[ShardedTensor] = []
-    for parameter, held in _held(optimizer):
-        shard = described[id(parameter)]
-        kept = optimizer._get_main_param_and_optimizer_states(parameter)
-        for key, tensor in kept.items():
-            if isinstance(tensor, Tensor) and tensor.dim():  # a step counter is a number
-                found += _rectangles(shard, f"optimizer.state.{key}.{shard.key}", tensor, held.start)
-        if not is_loading:
-            found += _rectangles(shard, shard.key, parameter.detach().view(-1)[held.start : held.end], held.start)
-    return dict(enumerate(found))
+    for optimizer in _distributed(role):
+        for parameter, held in _held(optimizer):
+            shard = described[id(parameter)]
+            for key, tensor in optimizer._get_main_param_and_optimizer_states(parameter).items():
+                if isinstance(tensor, Tensor) and tensor.dim():  # a step counter is a number
+                    found += _rectangles(shard, f"optimizer.state.{key}.{shard.key}", tensor, held.start)
+            if with_weights:
+                found += _rectangles(shard, shard.key, parameter.view(-1)[held.start : held.end], held.start)
+    return {f"share_{i}": shard for i, shard in enumerate(found)}
 
 
 def _held(optimizer: DistributedOptimizer) -> Iterator[tuple[Parameter, Any]]:
@@ -108,7 +101,7 @@ def _rectangles(
     shard: ShardedTensor | ShardedTensorFactory, key: str, held: Tensor, start: int
 ) -> Iterator[ShardedTensor]:
     """`held`, the elements from `start` on of the parameter that `shard` describes, as parts of the tensor `key`."""
-    whole = torch.empty(shard.data.shape, dtype=held.dtype, device="meta")
+    held, whole = held.detach(), torch.empty(shard.data.shape, dtype=held.dtype, device="meta")
     if isinstance(shard, ShardedTensorFactory):  # a parameter that is several tensors one behind the other
         pieces: Iterable[ShardedTensor] = nested_values(shard.build_fn(key, whole, shard.replica_id, None))
     else:
