@@ -81,15 +81,27 @@ def build_optimizer(
 
 
 def load_optimizer(optimizer: MegatronOptimizer, state: dict) -> None:
-    """Megatron's load_state_dict, which leaves torch's Adam with one step counter between all parameters: each gets its
-    own, or a step would advance it once for each."""
+    """Megatron's load_state_dict, with two corrections for torch's Adam and its step counter: one that is 0 is missing;
+    and all parameters are left with one counter between them, which Adam would then advance once for each."""
     rates = [(group.get("max_lr"), group.get("min_lr")) for group in optimizer.param_groups]
+    adams = torch_optimizers(optimizer)
+    for inner in _of_adams(state) if adams else ():
+        inner["state"].setdefault("common_step", torch.tensor(0.0))
     optimizer.load_state_dict(state)
     for group, (max_lr, min_lr) in zip(optimizer.param_groups, rates, strict=True):
         group["max_lr"], group["min_lr"] = max_lr, min_lr  # the configuration's, as for the schedule
-    for adam in torch_optimizers(optimizer):
+    for adam in adams:
         for entry in adam.state.values():
             entry["step"] = entry["step"].clone()
+
+
+def _of_adams(state: dict) -> Iterator[dict]:
+    """The state dicts of torch's optimizers within megatron's."""
+    if {"state", "param_groups"} <= state.keys():
+        yield state
+    else:
+        for part in state.values():
+            yield from _of_adams(part) if isinstance(part, dict) else ()
 
 
 def gradient_tensors(modules: Iterable[DistributedDataParallel]) -> list[Tensor]:

@@ -64,7 +64,8 @@ def to_load(role: RoleModel, name: str) -> dict[str, Any]:
 def _optimizer(role: RoleModel, model: Mapping[str, Any], is_loading: bool) -> Any:
     """What is not in `_shares`: numbers alone, or all that an optimizer has which is not distributed."""
     if _distributed(role):
-        return role.optimizer.state_dict()
+        state = role.optimizer.state_dict()
+        return dict(enumerate(state)) if isinstance(state, list) else state
     with cuda_calls_stay(role.mesh.device):
         return role.optimizer.sharded_state_dict(model, is_loading, metadata={"chained_optim_avoid_prefix": True})
 
