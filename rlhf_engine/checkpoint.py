@@ -229,7 +229,7 @@ class _Writing:
                     with role.on_device(Presence.STATE):
                         tree[name] = _on_host(shards.to_save(role, name), functools.partial(memory, name))
                         if role.mesh.device.type == "cuda":
-                            torch.cuda.synchronize()
+                            torch.cuda.current_stream().synchronize()
                     tree[name]["scheduler"] = role.scheduler.state_dict()
             with _without_common_errors() as errors:
                 dist_checkpointing.save(tree, str(target), self.plan, async_sharded_save=True, **_STRATEGY)
