@@ -8,6 +8,7 @@ killed at any moment finds a whole checkpoint, and one that was damaged since is
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import logging
 import os
@@ -16,24 +17,27 @@ import re
 import shutil
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.strategies import common, filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch import Tensor
 
 from . import manifest
 from .config import CheckpointConfig, ConfigError
-from .cpu import cuda_calls_stay
 from .mesh import ParallelMesh
-from .models.optim import load_optimizer, optimizer_tensors
-from .models.residency import Presence
+from .models import shards
+from .models.optim import load_optimizer
+from .models.residency import Presence, host_memory
 from .models.role import RoleModel
 
 # Megatron passes the results of a write through a server process, for writers in other processes. Ours is in this one;
@@ -44,8 +48,7 @@ _HAS_STRATEGIES = "async_strategy" in inspect.signature(dist_checkpointing.save)
 _STRATEGY = {"async_strategy": "mcore"} if _HAS_STRATEGIES else {}
 
 IMPORTED = "model"  # prefix of the keys of a converted HF folder, where a trained checkpoint has its roles
-# each optimizer tensor takes the shape of its parameter, so that any mesh can cut it anew
-_OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+_ALIGNED = 64  # bytes that a tensor's copy begins at a multiple of
 
 
 class Checkpoints:
@@ -60,6 +63,7 @@ class Checkpoints:
         self._line: list[str] = []  # those that this run builds on, oldest first; whatever else there is will go
         self._writing: _Writing | None = None
         self._is_saved = True
+        self._memory: dict[str, Tensor] = {}
 
     def newest(self, is_finished: bool = False) -> Path | None:
         """The newest whole checkpoint: what `latest` names, or the nearest before it. None where there was never one.
@@ -94,9 +98,18 @@ class Checkpoints:
     def save(self, iteration: int, roles: Mapping[str, RoleModel], state: Mapping[str, Any]) -> None:
         """Copies the trained roles and `state` and has them written, once an earlier save is finished."""
         self.finish()
-        self._writing = _Writing(self.folder / "saving", iteration, roles, state, self.mesh)
+        self._writing = _Writing(self.folder / "saving", iteration, roles, state, self.mesh, self._memory_for)
         if not self.config.async_save:
             self.finish()
+
+    def _memory_for(self, role: str, size: int) -> Tensor:
+        """Host memory for a role's copy, the same at every save: it takes longer to get than to fill."""
+        memory = self._memory.get(role)
+        if memory is None or memory.nbytes != size:
+            memory = host_memory(size, self.mesh.device)
+            if self.config.async_save:
+                self._memory[role] = memory
+        return memory
 
     def finish(self) -> bool:
         """Waits for the save under way, if any, and makes it the latest. Every rank calls it at the same point.
@@ -198,8 +211,9 @@ class _Writing:
     """A save on this rank: planned and copied when it exists, and written by a thread."""
 
     def __init__(
-        self, target: Path, iteration: int, roles: Mapping[str, RoleModel], state: Mapping[str, Any], mesh: ParallelMesh
-    ):
+        self, target: Path, iteration: int, roles: Mapping[str, RoleModel], state: Mapping[str, Any],
+        mesh: ParallelMesh, memory: Callable[[str, int], Tensor],
+    ):  # fmt: skip
         self.target, self.iteration = target, iteration
         self._results: list = []
         self._written: dict[str, manifest.Entry] = {}
@@ -208,18 +222,18 @@ class _Writing:
             target.mkdir(parents=True)
         mesh.barrier()
         self.plan = _Plan("torch_dist", 1, thread_count=1)
-        with _present(roles), _quiet():
-            tree = {"state": dict(state), **_sharded(roles, is_loading=False)}
+        tree: dict[str, Any] = {"state": dict(state)}
+        with _quiet():
             for name, role in roles.items():
                 if role.is_trained:
+                    with role.on_device(Presence.STATE):
+                        tree[name] = _on_host(shards.to_save(role, name), functools.partial(memory, name))
+                        if role.mesh.device.type == "cuda":
+                            torch.cuda.current_stream().synchronize()
                     tree[name]["scheduler"] = role.scheduler.state_dict()
             with _without_common_errors() as errors:
                 dist_checkpointing.save(tree, str(target), self.plan, async_sharded_save=True, **_STRATEGY)
-            live = _storages(roles)
-            buckets = [
-                (path, file, (data, [(item, _copied(part, live)) for item, part in tensors]))
-                for path, file, (data, tensors) in self.plan.writer.write_buckets
-            ]
+        buckets = self.plan.writer.write_buckets
         self.plan.writer.write_buckets = None
         self._error = next(iter(errors), None)
         self.thread = threading.Thread(target=self._write, args=(buckets,), daemon=True)
@@ -248,30 +262,31 @@ class _Writing:
             self._error = self._error or str(error).splitlines()[0]
 
 
-def _storages(roles: Mapping[str, RoleModel]) -> set[int]:
-    """Where the memory is that the next step changes."""
-    held: list[torch.Tensor] = []
-    for role in roles.values():
-        if role.is_trained:
-            held += [*role.chunks.parameters(), *role.chunks.buffers(), *optimizer_tensors(role.optimizer, ())]
-    return {tensor.untyped_storage().data_ptr() for tensor in held}
+def _on_host(tree: dict[str, Any], memory: Callable[[int], Tensor]) -> dict[str, Any]:
+    """`tree`, and of its tensors those that this rank writes as they are now, in host memory.
 
-
-def _copied(tensor: torch.Tensor, live: set[int]) -> torch.Tensor:
-    """A tensor in host memory that nobody changes. Megatron has copied most of them when it planned."""
-    return tensor.clone() if tensor.is_cpu and tensor.untyped_storage().data_ptr() in live else tensor.cpu()
+    Args:
+        memory: so many bytes.
+    """
+    written = [x for x in nested_values(tree) if isinstance(x, ShardedTensor) and is_main_replica(x.replica_id)]
+    sizes = [-(-x.data.nbytes // _ALIGNED) * _ALIGNED for x in written]
+    for shard, place in zip(written, memory(sum(sizes)).split(sizes), strict=True):
+        # a tensor with a storage of its own size: megatron copies what is a view of more
+        own = torch.frombuffer(place.numpy(), dtype=shard.dtype, count=shard.data.numel()).view(shard.data.shape)
+        shard.data = own.copy_(shard.data, non_blocking=True)
+    return tree
 
 
 def load(checkpoint: Path, roles: Mapping[str, RoleModel]) -> dict[str, Any]:
-    """Fills the trained roles, their optimizers and schedules; returns the `state` that was saved with them."""
-    with _present(roles):
-        with _quiet():
-            loaded = dist_checkpointing.load(_sharded(roles, is_loading=True), str(checkpoint))
-        for name, role in roles.items():
-            if role.is_trained:
-                role.chunks.load_state_dict(loaded[name]["model"], strict=False)
+    """Fills the trained roles, their optimizers and schedules, one role after the other; returns the `state` that was
+    saved with them."""
+    loaded: dict[str, Any] = {}
+    for name, role in roles.items():
+        if role.is_trained:
+            with role.on_device(Presence.STATE, changes=True), _quiet():
+                loaded = dist_checkpointing.load({name: shards.to_load(role, name)}, str(checkpoint))
                 load_optimizer(role.optimizer, loaded[name]["optimizer"])
-                role.scheduler.load_state_dict(loaded[name]["scheduler"])
+            role.scheduler.load_state_dict(loaded[name]["scheduler"])
     return loaded["state"]
 
 
@@ -299,48 +314,15 @@ def _without_common_errors() -> Iterator[list[str]]:
         strategy.save_common = original
 
 
-@contextlib.contextmanager
-def _present(roles: Mapping[str, RoleModel]) -> Iterator[None]:
-    """All trained roles on the device, whole."""
-    with contextlib.ExitStack() as stack:
-        for role in roles.values():
-            if role.is_trained:
-                stack.enter_context(role.on_device(Presence.TRAINING))
-        yield
-
-
-def _sharded(roles: Mapping[str, RoleModel], is_loading: bool) -> dict[str, Any]:
-    """Weights and optimizers of the trained roles, as megatron describes this rank's shards of them."""
-    tree: dict[str, Any] = {}
-    for name, role in roles.items():
-        if role.is_trained:
-            model = _shards(role, name)
-            with cuda_calls_stay(role.mesh.device):
-                optimizer = role.optimizer.sharded_state_dict(model, is_loading, metadata=_OPTIMIZER_FORMAT)
-            tree[name] = {"model": model, "optimizer": optimizer}
-    return tree
-
-
-def _shards(role: RoleModel, name: str) -> dict[str, Any]:
-    """This rank's shards of the weights, by their names in `role.chunks`. In a checkpoint `name` stands before them,
-    and layers count from the model's first."""
-    return {
-        f"{i}.{key.removeprefix(f'{name}.')}": shard
-        for i, chunk in enumerate(role.chunks)
-        for key, shard in chunk.sharded_state_dict(prefix=f"{name}.").items()
-    }
-
-
 def load_weights(checkpoint: Path, name: str, role: RoleModel) -> None:
     """Fills `role` with the weights that the checkpoint holds under `name`, a head of another kind left out."""
-    model = {key: shard for key, shard in _shards(role, name).items() if "_extra_state" not in key}
+    model = {key: shard for key, shard in shards.weights(role, name).items() if "_extra_state" not in key}
     held = load_sharded_metadata(str(checkpoint))
     if f"{name}.output_layer.bias" in held or role.head == "scalar":
         same_head = (f"{name}.output_layer.bias" in held) == (role.head == "scalar")
         model = {key: part for key, part in model.items() if same_head or ".output_layer." not in key}
     with _quiet():
-        loaded = dist_checkpointing.load({"model": model}, str(checkpoint))
-    role.chunks.load_state_dict(loaded["model"], strict=False)
+        dist_checkpointing.load({"model": model}, str(checkpoint))
 
 
 @contextlib.contextmanager

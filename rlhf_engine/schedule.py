@@ -116,12 +116,25 @@ class Schedule:
 
         Raises:
             Stop: the run was asked to stop; `experience` says how far it has come.
+            NotFinite: a stage gave what would ruin every update.
         """
         offloaded = [name for name, role in ctx.roles.items() if role.is_offloaded]
+        first = self.groups(ctx.config.schedule, ctx.mesh.pp, offloaded)[0]
         groups = self.groups(ctx.config.schedule, ctx.mesh.pp, offloaded, experience.stages)
+        try:
+            self._run(ctx, experience, groups, first)
+        except (Stop, NotFinite):
+            _leave(ctx, first)  # so that a save finds the room that it has behind every iteration
+            raise
+        return experience
+
+    def _run(
+        self, ctx: Context, experience: Experience, groups: Sequence[Sequence[Stage]], first: Sequence[Stage]
+    ) -> None:
+        offloaded = any(role.is_offloaded for role in ctx.roles.values())
         for i, group in enumerate(groups):
             # the next that works with roles, the next iteration's first behind the last of this one
-            following = next((other for other in groups[i + 1 :] if needs(other)), groups[0])
+            following = next((other for other in groups[i + 1 :] if needs(other)), first)
             if offloaded:
                 _arrive(ctx, group, following)
             started = time.perf_counter()
@@ -148,7 +161,6 @@ class Schedule:
             if offloaded:
                 _leave(ctx, following)
             ctx.stop_if_asked()
-        return experience
 
     def _run_group(self, ctx: Context, group: Sequence[Stage], experience: Experience) -> list[Fields]:
         """What the bodies of stages that run together give, which is not yet looked at."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import itertools
 import os
 from pathlib import Path
 
@@ -48,11 +47,9 @@ def first_iteration(overrides: list[str], layout: tuple, phase: str) -> dict:
     for role in ctx.roles.values():
         if role.head == "scalar" and ctx.mesh.is_last_stage and ctx.bases["reward"].path is None:
             # from a head near 0 next to no gradient would reach the layers below
-            with role.on_device():
+            with role.on_device(changes=True):
                 weight = role.chunks[-1].output_layer.weight
                 weight.data.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
-                for parcel in itertools.chain(*role._parcels.values()):
-                    parcel._is_copied = False  # weights of a frozen role are otherwise copied off once
     experience = Schedule(algorithm.stages, algorithm.provided, specs).run(ctx, algorithm.batch(ctx))
     figures, _ = ctx.metrics.reduce(ctx.mesh)
     rows = [row[:n] for row, n in zip(experience.tokens.tolist(), experience.lengths.tolist(), strict=True)]
@@ -342,11 +339,11 @@ def chunk_order(layout: tuple, micro_batches: int, group: int) -> tuple[int, int
 
 def training_bytes(model: dict, layout: tuple) -> tuple[int, int, int]:
     """Bytes of this rank's weights, gradient buffers and optimizer state."""
-    from rlhf_engine.models.optim import _torch_optimizers, gradient_tensors
+    from rlhf_engine.models.optim import gradient_tensors, torch_optimizers
 
     role = build_role(model, "lm", layout, optimizer=True)
     buffers = gradient_tensors(role.modules)
-    states = [state for adam in _torch_optimizers(role.optimizer) for state in adam.state.values()]
+    states = [state for adam in torch_optimizers(role.optimizer) for state in adam.state.values()]
     moments = sum(state[name].nbytes for state in states for name in ("exp_avg", "exp_avg_sq"))
     return sum(p.nbytes for p in role.chunks.parameters()), sum(b.nbytes for b in buffers), moments
 

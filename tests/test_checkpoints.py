@@ -32,9 +32,9 @@ def policy(overrides: list[str], layout: tuple):
 @torch.no_grad()
 def fill(role, value: float) -> None:
     """Every weight, and every moment of Adam, which has made a step, is `value`."""
-    from rlhf_engine.models.optim import _torch_optimizers, optimizer_tensors
+    from rlhf_engine.models.optim import optimizer_tensors, torch_optimizers
 
-    for entry in (entry for adam in _torch_optimizers(role.optimizer) for entry in adam.state.values()):
+    for entry in (entry for adam in torch_optimizers(role.optimizer) for entry in adam.state.values()):
         entry["step"] = torch.tensor(1.0)
 
     for tensor in (*role.chunks.parameters(), *optimizer_tensors(role.optimizer, ())):

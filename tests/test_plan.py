@@ -190,6 +190,23 @@ def test_a_plan(planned):
     assert "train_critic + train_policy" in out and "peak of a rank, by pipeline stage" in out
 
 
+def test_a_save(planned):
+    """Beside the policy's weights, there behind an iteration, the critic's and an eighth of its optimizer."""
+    _, out, _ = planned(
+        "model=llama_7b", "mesh.dp=8", "plan=true", "schedule.residency=offload", "ppo.micro_batch_size=1"
+    )
+    row = re.findall(r"^save or load +[\d.]+ +- +- +- +- +(.*)$", out, re.M)[-1].split()
+    gradients, activations, cache = row[1], *row[3:5]
+    assert gradients == activations == cache == "-"
+    policy, critic = 6.738e9, 6.607e9
+    assert [row[0], row[2], row[5]] == [f"{x / 1e9:.3g}G" for x in (
+        2 * (policy + critic), 12 * critic / 8, 2 * (policy + critic) + 12 * critic / 8
+    )]  # fmt: skip
+    # weights, float32 ones and two moments of both, an eighth for each rank
+    copied = 14 * (policy + critic) / 8 / 1e9
+    assert f"fills {copied:.3g}GB of host memory for a rank, {8 * copied:.3g}GB for the 8 of a node" in out
+
+
 def test_what_does_not_fit_is_refused_with_what_would(planned):
     command = ["model=llama_7b", "mesh.tp=4", "mesh.dp=2", "phases=[ppo]", "reward.path=null", "reward=function"]
     command += ["reward.fn=math:fsum", "plan=true", "plan.memory=50", "ppo.micro_batch_size=32"]

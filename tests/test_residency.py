@@ -22,28 +22,28 @@ from test_hf_architectures import make
 
 from rlhf_engine.models.residency import Parcel, Presence
 
-KINDS = ("constant", "changing", "scratch")
-
 
 def test_a_parcel_comes_back_as_it_left(tmp_path):
     flat = torch.arange(12.0)
     views = [flat[:5], flat[5:].view(1, 7)]
-    parcels = {kind: Parcel(lambda: views, kind, torch.device("cpu"), tmp_path / kind) for kind in KINDS}
-    for kind in ("constant", "changing"):
-        parcels[kind].leave()
-        assert flat.untyped_storage().nbytes() == 0
-        parcels[kind].arrive()
-        assert torch.cat([views[0], views[1][0]]).tolist() == list(range(12))
-    flat += 1
-    parcels["changing"].leave()
-    parcels["changing"].arrive()
-    assert views[1][0, -1] == 12
-    parcels["constant"].leave()  # was copied off before it changed
-    parcels["constant"].arrive()
-    assert views[1][0, -1] == 11
-    parcels["scratch"].leave()
+    kept = Parcel(lambda: views, torch.device("cpu"), tmp_path / "kept")
+    scratch = Parcel(lambda: views, torch.device("cpu"), tmp_path / "scratch", is_kept=False)
+    kept.leave()
     assert flat.untyped_storage().nbytes() == 0
-    parcels["scratch"].arrive()
+    kept.arrive()
+    assert torch.cat([views[0], views[1][0]]).tolist() == list(range(12))
+    flat += 1
+    kept.leave()  # nobody has said that they changed
+    kept.arrive()
+    assert views[1][0, -1] == 11
+    flat += 1
+    kept.is_copied = False
+    kept.leave()
+    kept.arrive()
+    assert views[1][0, -1] == 12
+    scratch.leave()
+    assert flat.untyped_storage().nbytes() == 0
+    scratch.arrive()
     assert flat.untyped_storage().nbytes() == 48 and not (tmp_path / "scratch.0").exists()
 
 

@@ -100,7 +100,7 @@ class Reward:
         )
         batch = score_batch(reward, tokens, lengths)
         offset = float(reward.infer(batch, last_scores, 2 * self.config.micro_batch_size).mean())
-        with reward.on_device(), torch.no_grad():
+        with reward.on_device(changes=True), torch.no_grad():
             if ctx.mesh.is_last_stage:
                 cast(ScalarHead, reward.chunks[-1].output_layer).bias.sub_(offset)
         return offset

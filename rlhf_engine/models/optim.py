@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -11,7 +10,6 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
@@ -57,11 +55,12 @@ def build_optimizer(
     on_cpu = not params[0].is_cuda
     with cuda_type_names(params) if on_cpu else contextlib.nullcontext():
         optimizer = get_megatron_optimizer(settings, list(modules), use_gloo_process_groups=not on_cpu)
-    for inner in _torch_optimizers(optimizer):
-        # torch makes Adam's state in the first step, and megatron can neither save nor load what is not there
-        for param in (p for group in inner.param_groups for p in group["params"]):
-            moments = {name: torch.zeros_like(param, dtype=torch.float32) for name in ("exp_avg", "exp_avg_sq")}
-            inner.state[param] = {"step": torch.tensor(0.0), **moments}
+    for part in optimizer_parts(optimizer):
+        # Adam makes its state in the first step, and megatron can neither save nor load what is not there
+        part.init_state_fn(part.optimizer, part.config)
+    for adam in torch_optimizers(optimizer):
+        for entry in adam.state.values():
+            entry["step"] = torch.tensor(0.0)
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=config.lr / (config.warmup_steps + 1),
@@ -82,20 +81,27 @@ def build_optimizer(
 
 
 def load_optimizer(optimizer: MegatronOptimizer, state: dict) -> None:
-    """Megatron's load_state_dict, with two corrections for torch's Adam and its step counter: the distributed
-    optimizer expects it among the tensors of the checkpoint, where it is not; and all parameters are left with one
-    counter between them, which Adam would then advance once for each."""
-    adams = _torch_optimizers(optimizer)
-    for part in _parts(optimizer):
-        if part.optimizer in adams and isinstance(part, DistributedOptimizer):
-            part._set_main_param_and_optimizer_states = functools.partial(_set_with_step, part)
+    """Megatron's load_state_dict, with two corrections for torch's Adam and its step counter: one that is 0 is missing;
+    and all parameters are left with one counter between them, which Adam would then advance once for each."""
     rates = [(group.get("max_lr"), group.get("min_lr")) for group in optimizer.param_groups]
+    adams = torch_optimizers(optimizer)
+    for inner in _of_adams(state) if adams else ():
+        inner["state"].setdefault("common_step", torch.tensor(0.0))
     optimizer.load_state_dict(state)
     for group, (max_lr, min_lr) in zip(optimizer.param_groups, rates, strict=True):
         group["max_lr"], group["min_lr"] = max_lr, min_lr  # the configuration's, as for the schedule
     for adam in adams:
         for entry in adam.state.values():
             entry["step"] = entry["step"].clone()
+
+
+def _of_adams(state: dict) -> Iterator[dict]:
+    """The state dicts of torch's optimizers within megatron's."""
+    if {"state", "param_groups"} <= state.keys():
+        yield state
+    else:
+        for part in state.values():
+            yield from _of_adams(part) if isinstance(part, dict) else ()
 
 
 def gradient_tensors(modules: Iterable[DistributedDataParallel]) -> list[Tensor]:
@@ -106,7 +112,7 @@ def gradient_tensors(modules: Iterable[DistributedDataParallel]) -> list[Tensor]
 def optimizer_tensors(optimizer: MegatronOptimizer, weights: Iterable[Tensor]) -> Iterator[Tensor]:
     """Moments and the weights that the optimizer keeps for itself: not those that are views of the model's."""
     of_model = {weight.untyped_storage()._cdata for weight in weights}
-    for part in _parts(optimizer):
+    for part in optimizer_parts(optimizer):
         held = [p for group in part.optimizer.param_groups for p in group["params"]]
         held += [
             value for entry in part.optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)
@@ -117,18 +123,13 @@ def optimizer_tensors(optimizer: MegatronOptimizer, weights: Iterable[Tensor]) -
                 yield tensor
 
 
-def _set_with_step(optimizer: DistributedOptimizer, param: torch.nn.Parameter, tensors: dict) -> None:
-    step = optimizer._get_main_param_and_optimizer_states(param)["step"]
-    DistributedOptimizer._set_main_param_and_optimizer_states(optimizer, param, {"step": step, **tensors})
-
-
-def _torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
+def torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
     """The torch optimizers inside megatron's; none where apex or transformer-engine bring theirs."""
-    inner = (part.optimizer for part in _parts(optimizer))
+    inner = (part.optimizer for part in optimizer_parts(optimizer))
     return [adam for adam in inner if isinstance(adam, torch.optim.Adam | torch.optim.AdamW)]
 
 
-def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+def optimizer_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     """The optimizers that megatron's is a chain of, without those that have no parameters on this rank."""
     chained = getattr(optimizer, "chained_optimizers", [optimizer])
     return [part for part in chained if part.optimizer is not None]

@@ -1,17 +1,19 @@
 """Tensors that leave the device while nobody needs them, and come back to where every view of them still looks.
 
 A storage is emptied and later filled again. So parameters, megatron's flat buffers with their views, and the shards
-that the optimizer keeps of them all stay the objects that they are. From a GPU they go to pinned memory, through a
-stream of their own beside the computation; from a CPU, whose memory there is no other to relieve, to files.
+that the optimizer keeps of them all stay the objects that they are. From a GPU they go to page-locked memory, through
+streams of their own beside the computation; from a CPU, whose memory there is no other to relieve, to files.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
+import weakref
 from collections.abc import Callable, Iterable
 from enum import IntEnum
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage
@@ -22,7 +24,8 @@ class Presence(IntEnum):
 
     AWAY = 0
     WEIGHTS = 1
-    TRAINING = 2  # gradients and optimizer state too
+    STATE = 2  # the optimizer's too: what a checkpoint holds
+    TRAINING = 3  # gradients too
 
 
 class Parcel:
@@ -30,22 +33,21 @@ class Parcel:
 
     Args:
         find: lists them, before each departure: an optimizer may have been given new ones.
-        contents: "constant" is copied off once, "changing" at each departure, "scratch" never and comes back undefined.
         path: of the files, to which a number is added; only read where the device is a CPU.
+        is_kept: whether anything is copied; else they come back undefined.
+
+    Attributes:
+        is_copied: whether what was copied off last is what they hold. Whoever changes them says that it is not.
     """
 
     def __init__(
-        self,
-        find: Callable[[], Iterable[Tensor]],
-        contents: Literal["constant", "changing", "scratch"],
-        device: torch.device,
-        path: Path,
-    ):
-        self.find, self.contents, self.device, self.path = find, contents, device, path
+        self, find: Callable[[], Iterable[Tensor]], device: torch.device, path: Path, is_kept: bool = True
+    ):  # fmt: skip
+        self.find, self.device, self.path, self.is_kept = find, device, path, is_kept
+        self.is_copied = False
         self._away: list[tuple[UntypedStorage, int]] = []  # storages and their bytes
-        self._pinned: list[Tensor] = []
-        self._is_copied = False
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._host: list[Tensor] = []
+        self._left: torch.cuda.Event | None = None
         self._arrived: torch.cuda.Event | None = None
 
     def leave(self) -> None:
@@ -53,29 +55,34 @@ class Parcel:
         self.wait()
         found = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in self.find()}
         self._away = [(storage, storage.nbytes()) for storage in found.values()]
-        if self.contents == "changing" or (self.contents == "constant" and not self._is_copied):
+        if self.is_kept and not self.is_copied:
             self._copy_off()
-            self._is_copied = True
+            self.is_copied = True
         for storage, _ in self._away:
             storage.resize_(0)
 
     def arrive(self) -> None:
         """Brings everything back. On a GPU the copies may still be under way: `wait` before they are used."""
+        if self.device.type == "cuda":
+            _wait_for_room(self.device, sum(size for _, size in self._away))
         for storage, size in self._away:
             storage.resize_(size)
-        if self.contents == "scratch":
+        if not self.is_kept:
             return
-        if self._stream is None:
+        if self.device.type != "cuda":
             for i, (storage, _) in enumerate(self._away):
                 with self._file(i).open("rb") as file:
                     file.readinto(_memory(storage))
             return
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))  # which had this memory before
-        with torch.cuda.stream(self._stream):
-            for (storage, _), pinned in zip(self._away, self._pinned, strict=True):
-                _bytes(storage).copy_(pinned, non_blocking=True)
-                _bytes(storage).record_stream(self._stream)
-            self._arrived = self._stream.record_event()
+        _, back = _streams(self.device)
+        back.wait_stream(torch.cuda.current_stream(self.device))  # which had this memory before
+        assert self._left is not None
+        back.wait_event(self._left)
+        with torch.cuda.stream(back):
+            for (storage, _), host in zip(self._away, self._host, strict=True):
+                _bytes(storage).copy_(host, non_blocking=True)
+                _bytes(storage).record_stream(back)
+            self._arrived = back.record_event()
 
     def wait(self) -> None:
         """Lets the current stream go on only behind the last arrival."""
@@ -84,21 +91,50 @@ class Parcel:
             self._arrived = None
 
     def _copy_off(self) -> None:
-        if self._stream is None:
+        if self.device.type != "cuda":
             self.path.parent.mkdir(parents=True, exist_ok=True)
             for i, (storage, _) in enumerate(self._away):
                 self._file(i).write_bytes(_memory(storage))
             return
-        if [pinned.nbytes for pinned in self._pinned] != [size for _, size in self._away]:
-            self._pinned = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _, size in self._away]
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))  # whose results are to be copied
-        with torch.cuda.stream(self._stream):
-            for (storage, _), pinned in zip(self._away, self._pinned, strict=True):
-                pinned.copy_(_bytes(storage), non_blocking=True)
-                _bytes(storage).record_stream(self._stream)  # the allocator keeps the memory until then
+        sizes = [size for _, size in self._away]
+        if [host.nbytes for host in self._host] != sizes:
+            self._host = list(host_memory(sum(sizes), self.device).split(sizes))
+        off, _ = _streams(self.device)
+        off.wait_stream(torch.cuda.current_stream(self.device))  # whose results are to be copied
+        with torch.cuda.stream(off):
+            for (storage, _), host in zip(self._away, self._host, strict=True):
+                host.copy_(_bytes(storage), non_blocking=True)
+                _bytes(storage).record_stream(off)  # the allocator keeps the memory until then
+            self._left = off.record_event()
 
     def _file(self, i: int) -> Path:
         return self.path.with_name(f"{self.path.name}.{i}")
+
+
+def host_memory(size: int, device: torch.device) -> Tensor:
+    """So many bytes, page-locked where they are copied to and from a GPU. torch's own page-locked memory would be
+    rounded up to a power of two, and stay with the process."""
+    memory = torch.empty(size, dtype=torch.uint8)
+    if device.type == "cuda" and size:
+        runtime: Any = torch.cuda.cudart()
+        torch.cuda.check_error(int(runtime.cudaHostRegister(memory.data_ptr(), size, 0)))
+        weakref.finalize(memory.untyped_storage(), runtime.cudaHostUnregister, memory.data_ptr()).atexit = False
+    return memory
+
+
+@functools.cache
+def _streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    """For what leaves, and for what comes back: a GPU copies both ways at once."""
+    return torch.cuda.Stream(device), torch.cuda.Stream(device)
+
+
+def _wait_for_room(device: torch.device, size: int) -> None:
+    """Waits for what is leaving, if without its memory there are not so many bytes: the allocator would give back all
+    that it holds and ask the driver anew."""
+    stats = torch.cuda.memory_stats(device)
+    unused = stats.get("reserved_bytes.all.current", 0) - stats.get("active_bytes.all.current", 0)
+    if torch.cuda.mem_get_info(device)[0] + unused < size:
+        _streams(device)[0].synchronize()
 
 
 def _memory(storage: UntypedStorage) -> ctypes.Array:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ class RoleModel:
         self.is_trained = optimizer is not None
         self.presence = Presence.TRAINING
         self._offload = offload
-        self._parcels: dict[Presence, list[Parcel]] = {}
+        self._parcels: dict[Presence, Parcel] = {}
         self.micro_batch_tokens = micro_batch_tokens
         self.modules: list[Any] = list(self.chunks)
         self._optimizer_config, self._total_steps = optimizer, total_steps
@@ -112,35 +112,38 @@ class RoleModel:
         def weights() -> Iterable[Tensor]:
             return itertools.chain(self.chunks.parameters(), self.chunks.buffers())
 
-        def parcel(name: str, find, contents) -> Parcel:
+        def pack(part: Presence, name: str, find: Callable[[], Iterable[Tensor]], is_kept: bool = True) -> None:
             path = folder / f"rank_{self.mesh.rank}" / f"{self.name}_{name}"
-            return Parcel(find, contents, self.mesh.device, path)
+            self._parcels[part] = Parcel(find, self.mesh.device, path, is_kept)
 
-        self._parcels[Presence.WEIGHTS] = [parcel("weights", weights, "changing" if self.is_trained else "constant")]
+        pack(Presence.WEIGHTS, "weights", weights)
         if self.is_trained:
-            self._parcels[Presence.TRAINING] = [
-                parcel("gradients", lambda: gradient_tensors(self.modules), "scratch"),
-                parcel("optimizer", lambda: optimizer_tensors(self.optimizer, weights()), "changing"),
-            ]
+            pack(Presence.STATE, "optimizer", lambda: optimizer_tensors(self.optimizer, weights()))
+            pack(Presence.TRAINING, "gradients", lambda: gradient_tensors(self.modules), is_kept=False)
 
     def move(self, presence: Presence) -> None:
         """Brings on the device, or off it, what is missing or too much; nothing of a role that stays."""
-        for part, parcels in self._parcels.items():
-            for parcel in parcels:
-                if self.presence < part <= presence:
-                    parcel.arrive()
-                elif presence < part <= self.presence:
-                    parcel.leave()
+        for part, parcel in self._parcels.items():
+            if self.presence < part <= presence:
+                parcel.arrive()
+            elif presence < part <= self.presence:
+                parcel.leave()
         if self._parcels:
             self.presence = presence
 
     @contextlib.contextmanager
-    def on_device(self, presence: Presence = Presence.WEIGHTS) -> Iterator[None]:
-        """Within it so much of the role is on the device at least; afterwards what was there before."""
+    def on_device(self, presence: Presence = Presence.WEIGHTS, changes: bool = False) -> Iterator[None]:
+        """Within it so much of the role is on the device at least; afterwards what was there before.
+
+        Args:
+            changes: weights or optimizer are changed within, as under `Presence.TRAINING` they always are. What nobody
+                changes is copied off the device once.
+        """
         before = self.presence
         self.move(max(before, presence))
-        for parcel in itertools.chain(*self._parcels.values()):
+        for parcel in self._parcels.values():
             parcel.wait()
+            parcel.is_copied &= not (changes or presence is Presence.TRAINING)
         try:
             yield
         finally:

@@ -8,7 +8,7 @@ rollout, are those of the rows that are expected (`plan.prompt_tokens`, `plan.re
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..algorithms import ALGORITHMS
 from ..algorithms.context import Algorithm, RoleSpec
@@ -27,6 +27,7 @@ from .memory import (
     kv_bytes_per_token,
     kv_positions,
     resident,
+    saved,
     stage_activations,
     workspace,
 )
@@ -70,6 +71,8 @@ class PhaseForecast:
     device: Device
     world: int
     roles: list[RoleForecast]
+    save: StageForecast  # or a load, which needs no more; it is no part of an iteration
+    copied: float  # bytes of host memory that a save fills on the rank that writes most
     stages: list[StageForecast] = field(default_factory=list)
 
     @property
@@ -77,9 +80,14 @@ class PhaseForecast:
         return sum(stage.seconds for stage in self.stages)
 
     @property
+    def moments(self) -> list[StageForecast]:
+        """What needs memory."""
+        return [*self.stages, self.save]
+
+    @property
     def peaks(self) -> list[float]:
         """Bytes of a rank of each pipeline stage, at the fullest moment."""
-        return [max(m.total for m in column) for column in zip(*(s.memory for s in self.stages), strict=True)]
+        return [max(m.total for m in column) for column in zip(*(s.memory for s in self.moments), strict=True)]
 
     @property
     def fits(self) -> bool:
@@ -113,14 +121,17 @@ class Forecaster:
 
     def run(self) -> PhaseForecast:
         roles = [self._role(name) for name in self.specs]
-        found = PhaseForecast(self.phase, self.rows, self.device, self.mesh.tp * self.mesh.pp * self.dp, roles)
+        world = self.mesh.tp * self.mesh.pp * self.dp
+        copied = max(self._copied(p) for p in range(self.mesh.pp))
+        found = PhaseForecast(self.phase, self.rows, self.device, world, roles, self._save(), copied)
         found.stages += [self._stage(group) for group in self.groups]
         return found
 
     @property
     def fits(self) -> bool:
         """Sooner known than the seconds."""
-        return all(memory.total <= self.device.memory for group in self.groups for memory in self._memory(group))
+        moments = [*map(self._memory, self.groups), self._saving()]
+        return all(memory.total <= self.device.memory for ranks in moments for memory in ranks)
 
     # -- memory --------------------------------------------------------------------------------------------
 
@@ -134,18 +145,52 @@ class Forecaster:
 
     def _resident(self, stage: int, group: Sequence[Stage]) -> Memory:
         """What roles have on the device while this group is at work."""
-        memory, wanted = Memory(process=self.device.base), [needs(group)]
+        wanted = [needs(group)]
         if self.config.schedule.prefetch:
             following = self.groups[self.groups.index(list(group)) + 1 :] + self.groups
             wanted.append(needs(next(other for other in following if needs(other))))
+        return self._present(stage, {n: max(each.get(n, Presence.AWAY) for each in wanted) for n in self.specs})
+
+    def _present(self, stage: int, wanted: Mapping[str, Presence]) -> Memory:
+        """What a rank has where so much of each role that comes and goes is on the device."""
+        memory = Memory(process=self.device.base)
+        if not self.device.is_gpu and self.config.checkpoint.async_save:
+            memory += Memory(process=self._copied(stage))  # stays for the next save
         for name, spec in self.specs.items():
-            presence = max(each.get(name, Presence.AWAY) for each in wanted)
-            if not self.config.schedule.moves(name):
-                presence = Presence.TRAINING
+            presence = wanted.get(name, Presence.AWAY) if self.config.schedule.moves(name) else Presence.TRAINING
             if presence > Presence.AWAY:
-                optimizer = spec.optimizer if presence is Presence.TRAINING else None
-                memory += resident(self._held(name, stage), optimizer, self.mesh, self.numbers)
+                optimizer = spec.optimizer if presence >= Presence.STATE else None
+                whole = resident(self._held(name, stage), optimizer, self.mesh, self.numbers)
+                memory += whole if presence is Presence.TRAINING else replace(whole, gradients=0.0)
         return memory
+
+    def _saving(self) -> list[Memory]:
+        """Of a rank of each pipeline stage: a trained role at a time, beside what is there behind an iteration."""
+        present = needs(self.groups[0])
+        trained = [name for name, spec in self.specs.items() if spec.optimizer is not None]
+        found = []
+        for p in range(self.mesh.pp):
+            each = [
+                self._present(p, present | {n: max(present.get(n, Presence.AWAY), Presence.STATE)}) for n in trained
+            ]
+            most = max(each, key=lambda memory: memory.total)
+            copies = not self.device.is_gpu and not self.config.checkpoint.async_save
+            found.append(most + Memory(process=self._copied(p) if copies else 0.0))
+        return found
+
+    def _copied(self, stage: int) -> float:
+        """Bytes of host memory that a save fills, on a rank of pipeline stage `stage`."""
+        trained = {name: spec.optimizer for name, spec in self.specs.items() if spec.optimizer is not None}
+        return sum(saved(self._held(name, stage), o, self.mesh, self.numbers) for name, o in trained.items())
+
+    def _save(self) -> StageForecast:
+        """What the loop waits for: roles that come, and the copies; the writing goes on beside it."""
+        moved = max(self._copied(p) for p in range(self.mesh.pp))
+        for name, spec in self.specs.items():
+            if spec.optimizer is not None and self.config.schedule.moves(name):
+                whole = resident(self._held(name, 0), spec.optimizer, self.mesh, self.numbers)
+                moved += whole.weights + whole.optimizer
+        return StageForecast("save or load", "save", moved / self.device.host, 0.0, {}, 0.0, self._saving())
 
     def _memory(self, group: Sequence[Stage]) -> list[Memory]:
         """Of a rank of each pipeline stage."""

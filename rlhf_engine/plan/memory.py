@@ -79,6 +79,13 @@ def optimized(held: Parameters, optimizer: OptimizerConfig, mesh: MeshConfig) ->
     return held.dense / mesh.dp + held.experts / (mesh.dp // mesh.ep)
 
 
+def saved(held: Parameters, optimizer: OptimizerConfig, mesh: MeshConfig, numbers: Numbers) -> float:
+    """What a save copies to host memory on the rank that writes most: weights, and the optimizer with its own float32
+    weights. A replica writes what it keeps of a distributed optimizer, and as much of the weights."""
+    each = 12 if optimizer.distributed else numbers.optimizer_itemsize
+    return (numbers.itemsize + each) * optimized(held, optimizer, mesh)
+
+
 # -- activations ---------------------------------------------------------------------------------------------
 
 

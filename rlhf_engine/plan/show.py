@@ -65,7 +65,7 @@ def refusal(
     """Where a run is too large, and what would make it fit."""
     phase = max(found, key=lambda phase: max(phase.peaks))
     stage, rank, bytes_ = max(
-        ((stage, p, memory.total) for stage in phase.stages for p, memory in enumerate(stage.memory)),
+        ((stage, p, memory.total) for stage in phase.moments for p, memory in enumerate(stage.memory)),
         key=lambda entry: entry[2],
     )
     where = f" of pipeline stage {rank}" if mesh.pp > 1 else ""
@@ -86,6 +86,12 @@ def show_phase(console: Console, phase: PhaseForecast, config: RunConfig, mesh: 
     )
     console.print(_role_table(phase))
     console.print(_stage_table(phase))
+    ranks = min(device.node, phase.world)
+    console.print(
+        f"a save fills {si(phase.copied)}B of host memory for a rank,"
+        f" {si(ranks * phase.copied)}B for the {ranks} of a node",
+        soft_wrap=True,
+    )
     if mesh.pp > 1:
         console.print(f"peak of a rank, by pipeline stage: {'  '.join(map(si, phase.peaks))}", soft_wrap=True)
     iterations = ALGORITHMS[phase.phase](config).iterations
@@ -112,19 +118,19 @@ def _stage_table(phase: PhaseForecast) -> Table:
     sends, holds = [f"{group} sent" for group in groups], [kind.replace("_", " ") for kind in kinds]
     table = _table("stage", "seconds", "FLOPs", "MFU", "idle", *sends, *holds, "sum")
     stages = [stage for stage in phase.stages if stage.kind != "local"]
-    for stage in stages:
-        fullest = max(stage.memory, key=lambda memory: memory.total)
-        mfu = stage.flops / (stage.seconds * phase.world * phase.device.peak)
-        sent = [stage.sent.get(group, 0.0) for group in groups]
-        held = [getattr(fullest, kind) for kind in kinds]
-        shares = f"{mfu:.0%}", f"{stage.idle:.0%}"
-        name = stage.name.replace("+", " + ")
-        table.add_row(name, si(stage.seconds), si(stage.flops), *shares, *map(si, [*sent, *held, fullest.total]))
     flops = sum(stage.flops for stage in stages)
     sent = [sum(stage.sent.get(group, 0.0) for stage in stages) for group in groups]
     most = [max(getattr(memory, kind) for stage in stages for memory in stage.memory) for kind in kinds]
-    totals = map(si, [*sent, *most, max(phase.peaks)])
-    table.add_row("iteration", si(phase.seconds), si(flops), "", "", *totals, style="bold")
+    totals = map(si, [*sent, *most, max(memory.total for stage in stages for memory in stage.memory)])
+    for stage in [*stages, phase.save]:
+        if stage is phase.save:
+            table.add_row("iteration", si(phase.seconds), si(flops), "", "", *totals, style="bold")
+        fullest = max(stage.memory, key=lambda memory: memory.total)
+        mfu = stage.flops / (stage.seconds * phase.world * phase.device.peak)
+        values = [*(stage.sent.get(group, 0.0) for group in groups), *(getattr(fullest, kind) for kind in kinds)]
+        shares = (f"{mfu:.0%}", f"{stage.idle:.0%}") if stage.flops else ("", "")
+        name = stage.name.replace("+", " + ")
+        table.add_row(name, si(stage.seconds), si(stage.flops), *shares, *map(si, [*values, fullest.total]))
     return table
 
 
