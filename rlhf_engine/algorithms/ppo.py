@@ -57,7 +57,7 @@ from .sft import cross_entropy, supervised, text_work
 
 # What sampler and trainer may differ by, nats, for one's log-probs to stand for the other's, where nothing is said: the
 # rounding of hidden states by kernels that add up in different orders.
-_MAX_LOG_PROB_GAP = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+_MAX_LOG_PROB_GAP = {torch.float32: 1e-4, torch.bfloat16: 0.5}
 
 # -- the stages ----------------------------------------------------------------------------------------------
 

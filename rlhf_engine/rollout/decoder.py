@@ -46,6 +46,8 @@ class Decoder:
         self.head_dim = config.kv_channels
         self.embedding = gpt.embedding.word_embeddings.weight
         self.head = head_weight(gpt)
+        # products and sums in one; in bfloat16 they are rounded as often as in training, or most digits would differ
+        self.fuses = self.head.dtype is torch.float32
         self.windows = [layer.self_attention.core_attention.window for layer in gpt.decoder.layers]
         self.positions = torch.arange(length, device=self.head.device)
         self.groups = torch.arange(self.num_groups, device=self.head.device)
@@ -170,7 +172,8 @@ class Decoder:
                 qkv[:, :, :-2] = _norm(attention.q_layernorm, qkv[:, :, :-2])
                 qkv[:, :, -2] = _norm(attention.k_layernorm, qkv[:, :, -2])
             if self.rotary is not None:
-                qkv = torch.addcmul(qkv * cos, qkv.roll(self.head_dim // 2, -1), sin)
+                turned = qkv.roll(self.head_dim // 2, -1)
+                qkv = torch.addcmul(qkv * cos, turned, sin) if self.fuses else qkv * cos + turned * sin
             self._add(x, attention.linear_proj, attend(i, qkv))
             h = _norm(layer.pre_mlp_layernorm, x)
             if self.config.num_moe_experts is None:
@@ -193,12 +196,13 @@ class Decoder:
 
     def _add(self, x: Tensor, linear, value: Tensor) -> None:
         """Adds what a row-parallel linear layer makes of `value` to the residual, in place."""
-        if self.tp_size == 1:
+        if self.tp_size == 1 and self.fuses:
             x.addmm_(value, linear.weight.t())
+            if linear.bias is not None:
+                x += linear.bias
         else:
-            x += self._reduce(F.linear(value, linear.weight))
-        if linear.bias is not None:
-            x += linear.bias
+            value = self._reduce(F.linear(value, linear.weight))
+            x += value if linear.bias is None else value + linear.bias
 
     def _reduce(self, x: Tensor) -> Tensor:
         if self.tp_size > 1:
