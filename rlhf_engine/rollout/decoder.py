@@ -46,7 +46,8 @@ class Decoder:
         self.head_dim = config.kv_channels
         self.embedding = gpt.embedding.word_embeddings.weight
         self.head = head_weight(gpt)
-        # products and sums in one; in bfloat16 they are rounded as often as in training, or most digits would differ
+        # whether a product is added to something in one go, and rounded once: in bfloat16 it is rounded as often as in
+        # training, which makes of the two forwards' hidden states the same bits, but for attention over the cache
         self.fuses = self.head.dtype is torch.float32
         self.windows = [layer.self_attention.core_attention.window for layer in gpt.decoder.layers]
         self.positions = torch.arange(length, device=self.head.device)
@@ -249,4 +250,6 @@ def _norm(norm: RMSNorm, x: Tensor) -> Tensor:
 
 
 def _linear(linear, x: Tensor) -> Tensor:
-    return F.linear(x, linear.weight, linear.bias)
+    if linear.bias is None or x.dtype is torch.float32:
+        return F.linear(x, linear.weight, linear.bias)
+    return F.linear(x, linear.weight).add_(linear.bias)  # rounded twice, see `Decoder.fuses`
