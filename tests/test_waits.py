@@ -11,6 +11,7 @@ import cases
 import pytest
 import torch
 from conftest import SMALL
+from megatron.core.optimizer import clip_grads
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -61,7 +62,7 @@ class Waits(TorchDispatchMode):
             frame = frame.f_back
         if any(path.name == "reference.py" for path, _ in lines):
             return  # plain torch where a GPU runs Triton
-        ours = (f"{path.name}:{line}" for path, line in lines if path.parts[-2] in OURS)
+        ours = (f"{path.name}:{line}" for path, line in lines if path.parent.name in OURS)
         self.places.append(next(ours, "backward"))
 
 
@@ -119,6 +120,18 @@ def test_a_decode_step_is_waited_for_once_a_layer_of_experts(num_experts):
         with torch.no_grad(), Waits() as waits:
             decoder.decode(rows, rows, rows * 16, torch.full_like(rows, 4), cache)
         assert len(waits.places) == (3 if num_experts else 0), waits.places
+
+
+def test_the_norm_of_gradients_is_waited_for_once():
+    """Not once for each parameter, as by megatron's stand-in for apex's kernel."""
+    with one_rank() as mesh:
+        gradients = [torch.full((n,), 2.0) for n in range(1, 30)]
+        with Waits() as waits:
+            norm = clip_grads.get_grad_norm_fp32(gradients, grad_stats_parallel_group=mesh.tp_group)
+        assert norm == pytest.approx(2 * 435**0.5) and len(waits.places) == 1
+        overflow = torch.zeros(1, dtype=torch.int)
+        clip_grads.multi_tensor_scale_impl(65536, overflow, [gradients, gradients], 0.25)
+        assert all(x.eq(0.5).all() for x in gradients)
 
 
 @pytest.mark.parametrize(
