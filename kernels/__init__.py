@@ -6,8 +6,8 @@ forces one.
 
 from .advantage import kl_advantages
 from .attention import cached_attention
-from .linear_log_prob import linear_log_probs
-from .log_prob import token_log_probs
+from .linear_log_prob import linear_log_probs, wide_mm
+from .log_prob import check_tokens, token_log_probs
 from .losses import clipped_policy_loss, clipped_value_loss
 from .reference import Advantages, PolicyLoss, ValueLoss, kl_estimate, pairwise_loss, whiten
 
@@ -16,6 +16,7 @@ __all__ = [
     "PolicyLoss",
     "ValueLoss",
     "cached_attention",
+    "check_tokens",
     "clipped_policy_loss",
     "clipped_value_loss",
     "kl_advantages",
@@ -24,4 +25,5 @@ __all__ = [
     "pairwise_loss",
     "token_log_probs",
     "whiten",
+    "wide_mm",
 ]

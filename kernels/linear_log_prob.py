@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .log_prob import Banned, Vocabulary, check_tokens, gather_stats, implementation, make_vocabulary
+from .log_prob import Banned, Vocabulary, check_shapes, check_tokens, gather_stats, implementation, make_vocabulary
 
 # Bytes of one slice of logits, and of logits that forward keeps so that backward need not recompute them.
 # A slice must keep a matrix product efficient: narrower ones read the hidden states more often.
@@ -35,6 +35,15 @@ def _slices(num_rows: int, num_columns: int, itemsize: int, chunk_bytes: int) ->
     return [slice(i, min(i + width, num_columns)) for i in range(0, num_columns, max(1, width))]
 
 
+def wide_mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """`a @ b` of matrices, in float32 at least: logits between 16 and 32 would lie an eighth apart in bfloat16."""
+    if a.element_size() >= 4:
+        return torch.mm(a, b, out=out)
+    if a.is_cuda:  # where products of 16 bits add up in float32 in any case
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    return torch.mm(a.float(), b.float(), out=out)
+
+
 class _Head:
     """The selected hidden states and the slices of the weight that they are multiplied with."""
 
@@ -44,18 +53,20 @@ class _Head:
             hidden = _gather(hidden, options.vocabulary.group)
         self.num_rows = len(hidden)
         self.x = hidden if rows is None else hidden[rows]
-        self.slices = _slices(len(self.x), options.vocabulary.num_valid, hidden.element_size(), options.chunk_bytes)
-        self._buffer: Tensor | None = None
+        self.wide = torch.promote_types(hidden.dtype, torch.float32)  # the logits' type
+        self.slices = _slices(len(self.x), options.vocabulary.num_valid, self.wide.itemsize, options.chunk_bytes)
+        self._buffers: dict[torch.dtype, Tensor] = {}
 
     def logits(self, columns: slice, keep: bool = False) -> Tensor:
         """`(N, slice)`; the next call overwrites it unless it is to be kept."""
-        weight = self.weight[columns].T
-        if keep:
-            return self.x @ weight
-        if self._buffer is None:
-            self._buffer = self.x.new_empty(len(self.x) * self.slices[0].stop)
-        out = self._buffer[: len(self.x) * weight.shape[1]].view(len(self.x), weight.shape[1])
-        return torch.mm(self.x, weight, out=out)
+        return wide_mm(self.x, self.weight[columns].T, None if keep else self.buffer(columns, self.wide))
+
+    def buffer(self, columns: slice, dtype: torch.dtype) -> Tensor:
+        """Room for `(N, slice)`, the same one for every slice."""
+        num_rows, width = len(self.x), columns.stop - columns.start
+        if dtype not in self._buffers:
+            self._buffers[dtype] = self.x.new_empty(num_rows * self.slices[0].stop, dtype=dtype)
+        return self._buffers[dtype][: num_rows * width].view(num_rows, width)
 
 
 class _Options(NamedTuple):
@@ -75,7 +86,7 @@ class _LinearLogProbs(torch.autograd.Function):
         kept: list[Tensor | None] = []
         parts = []
         for columns in head.slices:
-            num_bytes = len(tokens) * (columns.stop - columns.start) * hidden.element_size()
+            num_bytes = len(tokens) * (columns.stop - columns.start) * head.wide.itemsize
             is_kept = num_bytes <= room
             room -= num_bytes if is_kept else 0
             logits = head.logits(columns, is_kept)
@@ -83,7 +94,7 @@ class _LinearLogProbs(torch.autograd.Function):
             start = vocabulary.start + columns.start
             parts.append(run.token_stats(logits, tokens - start, None, _from(banned, start), temperature))
         if not parts:  # all of this rank's columns are padding
-            parts.append(run.token_stats(head.x[:, :0], tokens, None, None, temperature))
+            parts.append(run.token_stats(head.x[:, :0].to(head.wide), tokens, None, None, temperature))
         stats = gather_stats(torch.cat(parts), vocabulary, run)
         log_probs, entropy, maximum, log_total = run.combine_stats(stats, temperature)
         ctx.save_for_backward(hidden, weight, tokens, rows, maximum, log_total, entropy, *(banned or ()))
@@ -102,23 +113,24 @@ class _LinearLogProbs(torch.autograd.Function):
         head = _Head(hidden, weight, rows, options)
         run = implementation(hidden)
         kept, ctx.kept = ctx.kept or [None] * len(head.slices), None  # they become gradients: good for once
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        grad_x = torch.zeros_like(head.x, dtype=wide) if needs_hidden else None
+        grad_x = torch.zeros_like(head.x, dtype=head.wide) if needs_hidden else None
         grad_weight = torch.empty_like(weight) if needs_weight else None
         for i, columns in enumerate(head.slices):
             logits, kept[i] = head.logits(columns) if kept[i] is None else kept[i], None
+            # over the logits, or where the products that follow take a narrower type, beside them
+            grad = logits if head.wide is hidden.dtype else head.buffer(columns, hidden.dtype)
             start = vocabulary.start + columns.start
             run.token_gradient(
                 logits, logits.shape[1], tokens - start, None, _from(tuple(banned) or None, start),
-                vocabulary.temperature, (maximum, log_total, entropy), grads, out=logits,
+                vocabulary.temperature, (maximum, log_total, entropy), grads, out=grad,
             )  # fmt: skip
             if grad_weight is not None:
-                torch.mm(logits.T, head.x, out=grad_weight[columns])
-            if grad_x is not None and wide is hidden.dtype:
-                grad_x.addmm_(logits, weight[columns])
+                torch.mm(grad.T, head.x, out=grad_weight[columns])
+            if grad_x is not None and head.wide is hidden.dtype:
+                grad_x.addmm_(grad, weight[columns])
             elif grad_x is not None:
-                grad_x += logits @ weight[columns]
-            del logits
+                grad_x += wide_mm(grad, weight[columns])
+            del logits, grad
         if grad_weight is not None:
             grad_weight[vocabulary.num_valid :] = 0
         grad_hidden = None if grad_x is None else _scatter(grad_x.to(hidden.dtype), rows, head.num_rows, options)
@@ -163,15 +175,17 @@ def linear_log_probs(
     group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = False,
     banned: Banned | None = None,
+    checked: bool = False,
     chunk_bytes: int | None = None,
     keep_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`token_log_probs(hidden @ weight.T, tokens)` in memory that does not grow with tokens x vocabulary.
 
     Beyond inputs and their gradients it holds one slice of logits (`chunk_bytes`), the logits kept for backward
-    (`keep_bytes`), the selected hidden states and their gradient. Logits have the type of `hidden`, as those of a
-    linear layer do. With `group` it stands where Megatron's ColumnParallelLinear stood: the hidden gradient is
-    summed over the group, the weight's gradient is this rank's own, and is returned, never added to a `main_grad`.
+    (`keep_bytes`), the selected hidden states and their gradient. Logits are float32 at least, and their gradient has
+    the type of `hidden`, as that of a linear layer does. With `group` it stands where Megatron's ColumnParallelLinear
+    stood: the hidden gradient is summed over the group, the weight's gradient is this rank's own, and is returned,
+    never added to a `main_grad`.
 
     Args:
         hidden: `(..., H)`. With `sequence_parallel`, this rank's part of the leading dimension.
@@ -179,6 +193,7 @@ def linear_log_probs(
         tokens: `(...)` as the gathered hidden states, or `(N,)` with `rows`.
         rows: `(N,)` int64, increasing, into the flattened (and gathered) hidden states. Only these are multiplied.
         vocab_start, vocab_size, temperature, group, banned: as for `token_log_probs`.
+        checked: `check_tokens` has seen these tokens on the CPU, where it costs no synchronisation.
         sequence_parallel: hidden states are gathered over `group`, and their gradient is reduce-scattered.
         chunk_bytes: of a slice of logits; None for 16 MiB on a CPU and 256 MiB on a GPU.
         keep_bytes: of logits kept from forward, which saves their second product; None for 48 MiB and 1 GiB.
@@ -196,7 +211,10 @@ def linear_log_probs(
     if banned is not None:
         banned = banned[0].reshape(-1), banned[1]
     flat = tokens.reshape(-1)
-    check_tokens(flat, rows, num_rows, vocabulary, banned)
+    if checked:
+        check_shapes(flat, rows, num_rows, banned)
+    else:
+        check_tokens(flat, rows, num_rows, vocabulary.ids, banned)
     kind = "cpu" if hidden.device.type == "cpu" else "cuda"
     chunk_bytes = CHUNK_BYTES[kind] if chunk_bytes is None else chunk_bytes
     keep_bytes = KEEP_BYTES[kind] if keep_bytes is None else keep_bytes

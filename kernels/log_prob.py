@@ -47,6 +47,11 @@ class Vocabulary(NamedTuple):
         """Columns held that are not padding."""
         return max(0, min(self.num_columns, self.size - self.start))
 
+    @property
+    def ids(self) -> range:
+        """Tokens that have a probability on some rank."""
+        return range(self.size) if self.group is not None else range(self.start, self.start + self.num_valid)
+
 
 def make_vocabulary(start: int, num_columns: int, size: int | None, temperature: float, group) -> Vocabulary:
     """Raises ValueError for a temperature that is not positive."""
@@ -55,41 +60,43 @@ def make_vocabulary(start: int, num_columns: int, size: int | None, temperature:
     return Vocabulary(start, num_columns, size if size is not None else start + num_columns, temperature, group)
 
 
-def check_tokens(tokens: Tensor, rows: Tensor | None, num_rows: int, vocabulary: Vocabulary, banned: Banned | None):
+def check_tokens(tokens: Tensor, rows: Tensor | None, num_rows: int, ids: range, banned: Banned | None) -> None:
     """Refuses what no distribution gives; one synchronisation on CUDA.
 
     Args:
         tokens: `(N,)`.
         rows: `(N,)` or None, and `num_rows` that it may select from.
+        ids: of tokens that have a probability.
+        banned: as for `token_log_probs`.
 
     Raises:
         ValueError: a token outside the vocabulary or banned; rows that do not increase or do not exist; shapes.
     """
-    selected = num_rows if rows is None else len(rows)
-    if len(tokens) != selected:
-        raise ValueError(f"{len(tokens)} tokens for {selected} rows")
-    if not selected:
+    check_shapes(tokens, rows, num_rows, banned)
+    if not len(tokens):
         return
-    low, high = 0, vocabulary.size
-    if vocabulary.group is None:
-        low, high = vocabulary.start, vocabulary.start + vocabulary.num_valid
-    outside = (tokens < low) | (tokens >= high)
-    bad = outside
+    bad = outside = (tokens < ids.start) | (tokens >= ids.stop)
     if banned is not None:
-        early, ids = banned
-        if early.shape != tokens.shape:
-            raise ValueError(f"banned rows have shape {tuple(early.shape)}, tokens {tuple(tokens.shape)}")
-        bad = outside | (early & (tokens.unsqueeze(1) == ids).any(1))
+        bad = outside | (banned[0] & (tokens.unsqueeze(1) == banned[1]).any(1))
     any_bad = bad.any()
     if rows is not None:
         any_bad = any_bad | (rows[1:] <= rows[:-1]).any() | (rows[0] < 0) | (rows[-1] >= num_rows)
     if not bool(any_bad):
         return
     if bool(outside.any()):
-        raise ValueError(f"token id {int(tokens[outside][0])} lies outside the vocabulary [{low}, {high})")
+        raise ValueError(f"token id {int(tokens[outside][0])} lies outside the vocabulary [{ids.start}, {ids.stop})")
     if bool(bad.any()):
         raise ValueError(f"token id {int(tokens[bad][0])} is banned where it stands")
     raise ValueError(f"rows must increase and lie in [0, {num_rows})")
+
+
+def check_shapes(tokens: Tensor, rows: Tensor | None, num_rows: int, banned: Banned | None) -> None:
+    """What of `check_tokens` can be seen without the numbers."""
+    selected = num_rows if rows is None else len(rows)
+    if len(tokens) != selected:
+        raise ValueError(f"{len(tokens)} tokens for {selected} rows")
+    if banned is not None and banned[0].shape != tokens.shape:
+        raise ValueError(f"banned rows have shape {tuple(banned[0].shape)}, tokens {tuple(tokens.shape)}")
 
 
 def gather_stats(parts: Tensor, vocabulary: Vocabulary, run: Any) -> Tensor:
@@ -181,6 +188,6 @@ def token_log_probs(
     if flat.stride(1) != 1 and flat.shape[1] > 1:
         flat = flat.contiguous()
     flat_banned = None if banned is None else (banned[0].reshape(-1), banned[1])
-    check_tokens(tokens.reshape(-1), rows, len(flat), vocabulary, flat_banned)
+    check_tokens(tokens.reshape(-1), rows, len(flat), vocabulary.ids, flat_banned)
     log_probs, entropy = _TokenLogProbs.apply(flat, tokens.reshape(-1), rows, vocabulary, flat_banned, inplace_grad)
     return log_probs.view(tokens.shape), entropy.view(tokens.shape)

@@ -97,7 +97,8 @@ def stats_kernel(
     tl.store(out + 3 * num_rows, tl.load(base + token, mask=here, other=0.0).to(tl.float32))
 
 
-@triton.jit
+# a number of rows equal to 1 would come as a constant, which has no `.to`, and one that divides by 16 as another kernel
+@triton.jit(do_not_specialize=["num_parts", "num_rows"])
 def combine_kernel(
     parts, out, num_parts, num_rows, inverse_temperature, FINISH: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip

@@ -6,6 +6,7 @@ Rows are made in parts, whose rows do not depend on the mesh, so that neither do
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .algorithms.context import Context
-from .algorithms.heads import policy_log_probs
+from .algorithms.heads import choose, policy_log_probs
 from .config import ConfigError
 from .data.chat import Messages, clean
 from .data.files import read_rows
@@ -85,14 +86,15 @@ def score(ctx: Context, rows: list[dict], load: Callable[[], RoleModel], parts: 
 
 def _score(ctx: Context, policy: RoleModel, rows: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
     def fn(hidden: Tensor, batch: Batch) -> Tensor:
-        return torch.stack(policy_log_probs(policy, hidden, batch, batch["mask"]), 1)
+        return torch.stack(policy_log_probs(policy, hidden, batch), 1)
 
     # Each group of rows is forwarded alone and as wide as its part, so that none is of another shape on another mesh.
     policy.micro_batch_tokens = 1
     padded, lengths = pad_rows(rows, ctx.mesh.tp)
     mask = spans(torch.ones_like(lengths), lengths, padded.shape[1])
     batch = {"tokens": padded, "mask": mask}
-    (found,) = infer([Work(policy, batch, fn, micro_batch_size=1, together=_GROUP)])
+    prepare = functools.partial(choose, policy, mask="mask")
+    (found,) = infer([Work(policy, batch, fn, micro_batch_size=1, together=_GROUP, prepare=prepare)])
     made = []
     for row, both in zip(rows, found, strict=True):
         log_probs, entropy = both[:, : len(row)].tolist()

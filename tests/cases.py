@@ -67,15 +67,14 @@ def first_iteration(overrides: list[str], layout: tuple, phase: str) -> dict:
 def grad_norm_of_text(overrides: list[str], layout: tuple) -> float:
     """Of the policy's mean loss per token on the first rows that PPO mixes in."""
     from rlhf_engine.algorithms import ALGORITHMS
-    from rlhf_engine.algorithms.sft import cross_entropy, supervised
-    from rlhf_engine.models.stream import Work, train_step
+    from rlhf_engine.algorithms.sft import cross_entropy, supervised, text_work
+    from rlhf_engine.models.stream import train_step
     from rlhf_engine.trainer import build_role
 
     ctx = context(overrides, layout)
     policy = build_role(ctx, "policy", ALGORITHMS["ppo"](ctx.config).roles()["policy"])
     x = supervised(ctx.datasets["ptx"].batch(0, ctx.config.ppo.ptx.rows), ctx.mesh.tp)
-    batch = {"tokens": x.tokens, "lengths": x.lengths, "loss_mask": x.loss_mask}
-    train_step([Work(policy, batch, cross_entropy(policy), 4)], ctx.metrics, ctx.trace)
+    train_step([text_work(policy, x, cross_entropy(policy), 4)], ctx.metrics, ctx.trace)
     return ctx.metrics.reduce(ctx.mesh)[0]["policy/grad_norm"]
 
 
@@ -204,7 +203,7 @@ def hf_greedy(
     folder: str, layout: tuple, prompts: list[list[int]], tokens: int, as_on_cuda: bool = False
 ) -> tuple[list[list[int]], float]:
     """Greedy responses of a model of an HF folder, and how far their log-probs are from the trainer's at most."""
-    from rlhf_engine.algorithms.heads import policy_log_probs
+    from rlhf_engine.algorithms.heads import choose, policy_log_probs
     from rlhf_engine.config import RolloutConfig
     from rlhf_engine.experience import pad_rows, spans
     from rlhf_engine.rollout.generate import rollout
@@ -217,9 +216,11 @@ def hf_greedy(
         responses = rollout(role, prompts, keys, config, end_ids=[])
     rows, lengths = pad_rows([p + r.tokens for p, r in zip(prompts, responses, strict=True)], role.mesh.tp)
     mask = spans(torch.tensor([len(p) for p in prompts]), lengths, rows.shape[1])
-    found = role.infer(
-        {"tokens": rows, "mask": mask}, lambda output, batch: policy_log_probs(role, output, batch, batch["mask"])[0], 2
-    )
+
+    def fn(output, batch):
+        return policy_log_probs(role, output, choose(role, batch, "mask"))[0]
+
+    found = role.infer({"tokens": rows, "mask": mask}, fn, 2)
     log_probs = torch.tensor([log_prob for r in responses for log_prob in r.log_probs])
     return [r.tokens for r in responses], float((found[mask] - log_probs).abs().max())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -26,6 +27,7 @@ def poisoned_step(overrides: list[str], layout: tuple, poison: str):
     """Three steps of a policy, the second with a number in it that is not finite. Gives what was found of each, whether
     the weights changed in it, and the names of the figures of the second."""
     from rlhf_engine.algorithms.context import RoleSpec
+    from rlhf_engine.algorithms.heads import choose
     from rlhf_engine.algorithms.sft import cross_entropy
     from rlhf_engine.models.stream import Work, train_step
     from rlhf_engine.trainer import build_role
@@ -49,7 +51,8 @@ def poisoned_step(overrides: list[str], layout: tuple, poison: str):
             hook = parameter.register_hook(lambda grad: grad * torch.inf)
         before = [p.detach().clone() for p in role.chunks.parameters()]
         # numbers that are not those of the rows, as a minibatch of a permutation has
-        work = Work(role, {**batch, "weights": weights, "samples": torch.arange(100, 108)}, loss, 2)
+        fields = {**batch, "weights": weights, "samples": torch.arange(100, 108)}
+        work = Work(role, fields, loss, 2, prepare=functools.partial(choose, role, mask="loss_mask"))
         problem = train_step([work], ctx.metrics, ctx.trace)["policy"]
         found.append(problem)
         changed.append(not all(torch.equal(a, b) for a, b in zip(before, role.chunks.parameters(), strict=True)))

@@ -15,8 +15,8 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
+import torch  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
 
 from rlhf_kernels import advantage_triton, attention_triton, log_prob_triton, losses_triton  # noqa: E402
 
@@ -27,76 +27,94 @@ MAX_REGISTERS, MAX_SHARED = 65536, 48 * 1024  # of a multiprocessor; of a progra
 @pytest.mark.skipif(triton.__version__ < "3.7", reason="older interpreters fail on numpy 2.4")
 def test_under_the_interpreter():
     environment = os.environ | {"TRITON_INTERPRET": "1", "RLHF_KERNELS": "triton"}
-    command = [sys.executable, "-m", "pytest", "-m", "not gpu", "-k", "not ranks"]
+    not_triton = "not ranks and not float64 and not dtype1 and not scores_are"
+    command = [sys.executable, "-m", "pytest", "-m", "not gpu", "-k", not_triton]
     command += [str(HERE / "test_kernels.py"), str(HERE / "test_ppo_arithmetic.py")]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
     passed = re.search(r"(\d+) passed", result.stdout)
-    assert passed and int(passed[1]) > 300, result.stdout[-500:]
+    assert passed and int(passed[1]) > 220, result.stdout[-500:]
 
 
-# The types of arguments by name; what is named in UNALIGNED need not divide by 16, all other addresses and strides do.
-TYPES = {
-    "tokens": "*i64", "rows": "*i64", "banned": "*i64", "inverse": "*i32", "early": "*u8", "mask": "*u8",
-    "num_rows": "i32", "row_stride": "i32", "out_stride": "i32", "num_columns": "i32", "split_columns": "i32",
-    "width": "i32", "num_blocks": "i32", "num_parts": "i32", "num_tokens": "i32", "num_scores": "i32",
-    "starts": "*i64", "strides": "*i64", "lengths": "*i64", "scale": "fp32", "inverse_temperature": "fp32",
-    "kl_coef": "fp32", "gamma": "fp32", "decay": "fp32", "clip_ratio": "fp32", "clip_value": "fp32", "eps": "fp32",
+# Tensors by name, float32 where nothing is said, and numbers; what else a kernel takes is an integer.
+POINTERS = {
+    "tokens": torch.int64, "rows": torch.int64, "banned": torch.int64, "inverse": torch.int32, "early": torch.uint8,
+    "mask": torch.uint8, "starts": torch.int64, "strides": torch.int64, "lengths": torch.int64,
+    **dict.fromkeys(
+        ("logits", "out", "parts", "saved", "grad_log_prob", "grad_entropy", "log_probs", "ref_log_probs", "values",
+         "scores", "advantages", "returns", "rewards", "moments", "old_log_probs", "old_values", "grad", "sums", "q",
+         "cache"),
+        torch.float32,
+    ),
 }  # fmt: skip
-UNALIGNED = {"num_blocks", "num_parts", "num_scores"}
+NUMBERS = {"scale", "inverse_temperature", "kl_coef", "gamma", "decay", "clip_ratio", "clip_value", "eps"}
+UNALIGNED = {"num_blocks", "num_parts", "num_scores"}  # need not divide by 16, all other addresses and strides do
+BF16, FP32 = torch.bfloat16, torch.float32
+NAMES = {BF16: "bf16", FP32: "fp32"}
 
 
 def cases():
-    """Name, kernel, logits' type and its constants, as the launches of the package make them."""
-    for dtype, itemsize in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
+    """Name, kernel, types of its tensors beside POINTERS, and constants, as the launches of the package make them."""
+    for dtype in (BF16, FP32):
         for num_banned in (0, 2):
-            stats = log_prob_triton.stats_config(itemsize) | {"HAS_ROWS": True, "NUM_BANNED": num_banned}
-            yield f"stats-{dtype}-{num_banned}", log_prob_triton.stats_kernel, dtype, stats
-            gradient = log_prob_triton.gradient_config(itemsize) | {"HAS_ROWS": True, "NUM_BANNED": num_banned}
-            yield (
-                f"gradient-{dtype}-{num_banned}",
-                log_prob_triton.gradient_kernel,
-                dtype,
-                gradient | {"HAS_ENTROPY": True},
-            )
+            options = {"HAS_ROWS": True, "NUM_BANNED": num_banned}
+            name, types = f"{NAMES[dtype]}-{num_banned}", {"logits": dtype, "out": dtype}
+            config = log_prob_triton.stats_config(dtype.itemsize) | options
+            yield f"stats-{name}", log_prob_triton.stats_kernel, {"logits": dtype}, config
+            config = log_prob_triton.gradient_config(dtype.itemsize) | options | {"HAS_ENTROPY": True}
+            yield f"gradient-{name}", log_prob_triton.gradient_kernel, types, config
+            if dtype is FP32:  # of logits that stand for narrower products
+                yield f"gradient-{name}-to-bf16", log_prob_triton.gradient_kernel, types | {"out": BF16}, config
     for finish in (False, True):
         config = log_prob_triton.LAUNCH["combine"] | {"FINISH": finish}
-        yield f"combine-{finish}", log_prob_triton.combine_kernel, "fp32", config
+        yield f"combine-{finish}", log_prob_triton.combine_kernel, {}, config
     for packed in (False, True):
         config = advantage_triton.LAUNCH["rows"] | {"LIMIT": 20.0, "PACKED": packed}
-        yield f"advantage-{packed}", advantage_triton.rows_kernel, "fp32", config
-    yield "moments", advantage_triton.moments_kernel, "fp32", advantage_triton.LAUNCH["moments"]
+        yield f"advantage-{packed}", advantage_triton.rows_kernel, {}, config
+    yield "moments", advantage_triton.moments_kernel, {"rows": FP32}, advantage_triton.LAUNCH["moments"]
     config = losses_triton.LAUNCH["policy"] | {"LIMIT": 20.0, "WHITEN": True}
-    yield "policy", losses_triton.policy_kernel, "fp32", config
-    yield "value", losses_triton.value_kernel, "fp32", losses_triton.LAUNCH["value"]
-    for dtype, itemsize, *shape in (("bf16", 2, 4, 64), ("bf16", 2, 8, 128), ("fp32", 4, 4, 64), ("fp32", 4, 8, 128)):
+    yield "policy", losses_triton.policy_kernel, {}, config
+    yield "value", losses_triton.value_kernel, {}, losses_triton.LAUNCH["value"]
+    for dtype, *shape in ((BF16, 4, 64), (BF16, 8, 128), (FP32, 4, 64), (FP32, 8, 128)):
         for window in (0, 4096):
-            config = attention_triton.launch(*shape, itemsize) | {"WINDOW": window, "WIDE": False}
-            yield f"attention-{dtype}-{shape[1]}-{window}", attention_triton.attention_kernel, dtype, config
+            config = attention_triton.launch(*shape, dtype.itemsize) | {"WINDOW": window, "WIDE": False}
+            types = dict.fromkeys(("q", "cache", "out"), dtype)
+            yield f"attention-{NAMES[dtype]}-{shape[1]}-{window}", attention_triton.attention_kernel, types, config
 
 
-def compile_case(kernel, dtype: str, config: dict, capability: int):
-    constants = {name: value for name, value in config.items() if name != "num_warps"}
-    is_logits = kernel in (log_prob_triton.stats_kernel, log_prob_triton.gradient_kernel)
-    result = "out" if kernel is log_prob_triton.gradient_kernel else None
-    names = kernel.arg_names
-    signature = {name: TYPES.get(name, "*fp32") for name in names}
-    if is_logits:
-        signature |= {"logits": f"*{dtype}"} | ({result: f"*{dtype}"} if result else {})
-    if kernel is attention_triton.attention_kernel:
-        signature |= dict.fromkeys(("q", "cache", "out"), f"*{dtype}")
-    if kernel is advantage_triton.moments_kernel:
-        signature["rows"] = "*fp32"
-    signature |= dict.fromkeys(constants, "constexpr")
-    divides = [n for n in names if signature[n].startswith("*") or (signature[n] == "i32" and n not in UNALIGNED)]
-    source = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in divides},
-    )
-    target = GPUTarget("cuda", capability, 32)
-    return triton.compile(source, target=target, options={"num_warps": config["num_warps"]})
+def integers(kernel, config: dict) -> list[str]:
+    return [name for name in kernel.arg_names if name not in {*POINTERS, *NUMBERS, *config}]
+
+
+class Device:
+    """Stands for Triton's driver: a GPU that kernels are compiled for, by its capability."""
+
+    def __init__(self, capability: int):
+        self.capability = capability
+
+    def get_current_device(self) -> int:
+        return self.capability  # Triton keeps what it has compiled by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """`compiled(capability, kernel, types, config, values)`: what a launch with these integers would run, for which
+    Triton itself decides which of them become constants, and what is said of the others."""
+    from triton.runtime.driver import driver
+
+    def get(capability: int, kernel, types: dict, config: dict, values: dict[str, int]):
+        monkeypatch.setattr(driver, "_active", Device(capability))
+        tensors, numbers = POINTERS | types, dict.fromkeys(NUMBERS, 0.5)
+        arguments = [{**tensors, **numbers, **values}[name] for name in kernel.arg_names if name not in config]
+        return kernel.warmup(*arguments, grid=(1,), **config)
+
+    return get
 
 
 def resources(cubin: bytes, folder: Path) -> dict[str, int]:
@@ -109,17 +127,31 @@ def resources(cubin: bytes, folder: Path) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("capability", (80, 90))
-@pytest.mark.parametrize(("name", "kernel", "dtype", "config"), cases(), ids=[case[0] for case in cases()])
-def test_compiled_ahead_of_time(name, kernel, dtype, config, capability, tmp_path):
+@pytest.mark.parametrize(("name", "kernel", "types", "config"), cases(), ids=[case[0] for case in cases()])
+def test_compiled_ahead_of_time(compiled, name, kernel, types, config, capability, tmp_path):
     """Nothing spills, at least two programs fit a multiprocessor, and long rows move in the widest loads and stores."""
-    compiled = compile_case(kernel, dtype, config, capability)
-    used = resources(compiled.asm["cubin"], tmp_path)
-    print(f"\n{name} sm_{capability}: {used} shared {compiled.metadata.shared}")
+    values = {argument: 17 if argument in UNALIGNED else 32 for argument in integers(kernel, config)}
+    result = compiled(capability, kernel, types, config, values)
+    used = resources(result.asm["cubin"], tmp_path)
+    print(f"\n{name} sm_{capability}: {used} shared {result.metadata.shared}")
     assert used["STACK"] == used["LOCAL"] == 0, used
     assert 0 < used["REG"] * 32 * config["num_warps"] <= MAX_REGISTERS // 2
-    assert compiled.metadata.shared <= MAX_SHARED
+    assert result.metadata.shared <= MAX_SHARED
     if kernel is log_prob_triton.stats_kernel:
-        assert len(re.findall(r"ld\.global\.v4", compiled.asm["ptx"])) >= 4
+        assert len(re.findall(r"ld\.global\.v4", result.asm["ptx"])) >= 4
     if kernel is log_prob_triton.gradient_kernel:
-        for access in ("ld", "st"):
-            assert len(re.findall(rf"{access}\.global\.v4", compiled.asm["ptx"])) >= 4
+        narrow = POINTERS | types
+        for access, num_bytes in (("ld", narrow["logits"].itemsize), ("st", narrow["out"].itemsize)):
+            least = 4 * num_bytes // narrow["logits"].itemsize
+            assert len(re.findall(rf"{access}\.global\.v4", result.asm["ptx"])) >= least
+
+
+KERNELS = {case[1]: case for case in cases()}  # one of each
+
+
+@pytest.mark.parametrize(("name", "kernel", "types", "config"), KERNELS.values(), ids=[k.__name__ for k in KERNELS])
+def test_compiled_for_any_integers(compiled, name, kernel, types, config):
+    """One row, one token, one part, which Triton makes a constant of; and none of them a multiple of 16."""
+    odd = dict.fromkeys(integers(kernel, config), 17)
+    for values in (odd, *(odd | {argument: 1} for argument in odd), dict.fromkeys(odd, 1)):
+        assert compiled(90, kernel, types, config, values).asm["cubin"], values

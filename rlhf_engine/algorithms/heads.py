@@ -8,55 +8,75 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf_kernels import linear_log_probs
+from rlhf_kernels import check_tokens, linear_log_probs
 
 from ..experience import to_next_token
 from ..models.role import RoleModel, head_weight
 from ..models.stream import Batch
 
 
-def policy_log_probs(
-    role: RoleModel,
-    hidden: Tensor,
-    batch: Batch,
-    mask: Tensor,
-    temperature: float = 1.0,
-    ban: tuple[Sequence[int], int] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Log-prob and entropy of the tokens that `mask` selects; 0 elsewhere. Nothing is computed for the others.
+def choose(role: RoleModel, batch: Batch, mask: str, ban: tuple[Sequence[int], int] | None = None) -> dict[str, Tensor]:
+    """The batch and what `policy_log_probs` reads of it: which tokens, and where. To be called on the CPU, as a `Work`
+    prepares its micro-batches, since how many tokens there are is known only when the mask has been read.
+
+    Args:
+        mask: the field, `(B, T)` bool over the tokens, that selects. Position 0 has no log-prob.
+        ban: (tokens, count): the tokens had no probability among the first `count` that the mask selects in a row,
+            as the sampler's minimum length demands.
+
+    Raises:
+        ValueError: a token lies outside the vocabulary, or is banned where it stands.
+    """
+    assert role.model.vocab_size is not None
+    # positions before rows, `(T, B)`: ranks that split the sequence hold neighbouring parts of that order
+    chosen = batch[mask].T.clone()
+    chosen[0] = False
+    fields = {
+        "chosen_tokens": batch["tokens"].T[chosen],
+        "chosen_rows": chosen[1:].flatten().nonzero().squeeze(1),  # output t - 1 speaks of token t
+    }
+    if ban is not None and ban[1]:
+        fields["chosen_early"] = (chosen.cumsum(0) <= ban[1])[chosen]
+        fields["banned"] = torch.tensor(ban[0], device=chosen.device)
+    chosen_tokens, rows = fields["chosen_tokens"], fields["chosen_rows"]
+    check_tokens(chosen_tokens, rows, chosen.numel(), range(role.model.vocab_size), _banned(fields))
+    return {**batch, **fields}
+
+
+def _banned(batch: Batch) -> tuple[Tensor, Tensor] | None:
+    return (batch["chosen_early"], batch["banned"]) if "banned" in batch else None
+
+
+def policy_log_probs(role: RoleModel, hidden: Tensor, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-prob and entropy of the tokens that `choose` has found; 0 elsewhere. Nothing is computed for the others, and
+    the device is not waited for.
 
     Args:
         hidden: `(B, T, H)`, under sequence parallelism this rank's part of T.
-        mask: `(B, T)` bool, over `batch["tokens"]`. Position 0 has no log-prob.
-        ban: (tokens, count): the tokens had no probability among the first `count` that the mask selects in a row,
-            as the sampler's minimum length demands.
+        batch: of `choose`.
 
     Returns:
         `(B, T)` each, float32.
     """
-    mesh, weight = role.mesh, head_weight(role.chunks[-1])
-    # positions before rows, `(T, B)`: ranks that split the sequence hold neighbouring parts of that order
-    chosen = mask.T.clone()
-    chosen[0] = False
-    tokens = batch["tokens"].T[chosen]
-    banned = None
-    if ban is not None and ban[1]:
-        early = (chosen.cumsum(0) <= ban[1])[chosen]
-        banned = early, torch.tensor(ban[0], device=mask.device)
-    log_probs, entropy = linear_log_probs(
+    mesh, weight, rows = role.mesh, head_weight(role.chunks[-1]), batch["chosen_rows"]
+    num_rows, length = batch["tokens"].shape
+    found = linear_log_probs(
         hidden.transpose(0, 1),
         weight,
-        tokens,
-        rows=chosen[1:].flatten().nonzero().squeeze(1),  # output t - 1 speaks of token t
+        batch["chosen_tokens"],
+        rows=rows,
         vocab_start=mesh.tp_rank * len(weight),
         vocab_size=role.model.vocab_size,
         temperature=temperature,
         group=mesh.tp_group if mesh.tp > 1 else None,
         sequence_parallel=mesh.config.sequence_parallel,
-        banned=banned,
+        banned=_banned(batch),
+        checked=True,
     )
-    zeros = log_probs.new_zeros(chosen.shape)
-    return zeros.masked_scatter(chosen, log_probs).T, zeros.masked_scatter(chosen, entropy).T
+    log_probs, entropy = (
+        x.new_zeros(length * num_rows).index_copy(0, rows + num_rows, x).view(length, num_rows).T for x in found
+    )
+    return log_probs, entropy
 
 
 def token_values(output: Tensor, batch: Batch) -> Tensor:

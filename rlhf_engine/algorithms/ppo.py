@@ -31,7 +31,7 @@ import functools
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -51,9 +51,13 @@ from ..rollout.sampling import sample_keys
 from ..schedule import Stage, Works
 from . import reward_function
 from .context import Context, Evaluation, RoleSpec
-from .heads import last_scores, policy_log_probs, score_batch, token_values
+from .heads import choose, last_scores, policy_log_probs, score_batch, token_values
 from .samples import NUM_CARDS, sample_dialogues
-from .sft import cross_entropy, supervised
+from .sft import cross_entropy, supervised, text_work
+
+# What sampler and trainer may differ by, nats, for one's log-probs to stand for the other's, where nothing is said: the
+# rounding of hidden states by kernels that add up in different orders.
+_MAX_LOG_PROB_GAP = {torch.float32: 1e-4, torch.bfloat16: 0.5}
 
 # -- the stages ----------------------------------------------------------------------------------------------
 
@@ -109,14 +113,15 @@ def log_probs(ctx: Context, policy: RoleModel, x) -> Works:
     """The policy's own view of its rollout: by the forward that training uses, or as the sampler had it."""
     config, state = ctx.config.ppo, ctx.state
     last, is_due = state.log_prob_gap, state.iteration % config.measure_gap_every == 0
-    if config.old_log_probs == "sampler" and not is_due and last is not None and last <= config.max_log_prob_gap:
+    most = config.max_log_prob_gap if config.max_log_prob_gap is not None else _MAX_LOG_PROB_GAP[policy.dtype]
+    if config.old_log_probs == "sampler" and not is_due and last is not None and last <= most:
         return {"log_probs": x.sampler_log_probs}
     both = yield _log_probs(ctx, policy, x)
     log_probs, entropy = both.unbind(1)
     state.log_prob_gap = float((log_probs - x.sampler_log_probs).abs().max())
     ctx.metrics.record("rollout/log_prob_gap", state.log_prob_gap)
     if config.old_log_probs == "sampler" and ctx.mesh.is_main:
-        suffices = state.log_prob_gap <= config.max_log_prob_gap
+        suffices = state.log_prob_gap <= most
         print(
             f"ppo {state.iteration + 1}/{config.iterations}  log-probs of sampler and trainer differ by"
             f" {state.log_prob_gap:.1e} at most: the {'sampler' if suffices else 'trainer'}'s are taken",
@@ -213,7 +218,7 @@ def train_policy(ctx: Context, policy: RoleModel, x) -> Works:
 
     def loss(hidden: Tensor, batch: Batch, is_first: bool):
         mask = batch["response_mask"]
-        log_probs, entropy = _response_log_probs(ctx, policy, hidden, batch)
+        log_probs, entropy = policy_log_probs(policy, hidden, batch, ctx.config.rollout.temperature)
         result = clipped_policy_loss(
             log_probs,
             batch["log_probs"],
@@ -232,7 +237,8 @@ def train_policy(ctx: Context, policy: RoleModel, x) -> Works:
         return result.loss - config.entropy_coef * entropy.sum(), mask.sum(), statistics
 
     for i, batch in minibatches(ctx, x, "tokens", "lengths", "response_mask", "log_probs", "advantages"):
-        work = Work(policy, batch, functools.partial(loss, is_first=i == 0), config.micro_batch_size)
+        fn = functools.partial(loss, is_first=i == 0)
+        work = Work(policy, batch, fn, config.micro_batch_size, prepare=_responses(ctx, policy))
         yield [work, *pretraining(ctx, policy, i, batch["response_mask"].sum())]
     return None
 
@@ -258,8 +264,7 @@ def pretraining(ctx: Context, policy: RoleModel, minibatch: int, num_tokens: Ten
         ctx.metrics.add("ptx/loss", total.detach(), count)
         return weight * total, torch.zeros_like(count), {}
 
-    batch = {"tokens": x.tokens, "lengths": x.lengths, "loss_mask": x.loss_mask}
-    return [Work(policy, batch, loss, config.micro_batch_size)]
+    return [text_work(policy, x, loss, config.micro_batch_size)]
 
 
 def gold(ctx: Context, _, x):
@@ -333,21 +338,20 @@ def _rollouts(ctx: Context, suffix: str) -> Path:
     return path
 
 
-def _response_log_probs(ctx: Context, role: RoleModel, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropy of the response tokens under the sampler's distribution."""
-    sampling = ctx.config.rollout
-    ban = (ctx.tokenizer.end_ids, sampling.min_new_tokens)
-    return policy_log_probs(role, hidden, batch, batch["response_mask"], sampling.temperature, ban)
+def _responses(ctx: Context, role: RoleModel) -> Callable[[Batch], Batch]:
+    """What prepares a micro-batch for the log-probs of its response tokens under the sampler's distribution."""
+    ban = (ctx.tokenizer.end_ids, ctx.config.rollout.min_new_tokens)
+    return functools.partial(choose, role, mask="response_mask", ban=ban)
 
 
 def _log_probs(ctx: Context, role: RoleModel, x) -> Work:
     """Log-probs and entropy stacked, `(B, 2, T)`."""
 
     def fn(hidden: Tensor, batch: Batch) -> Tensor:
-        return torch.stack(_response_log_probs(ctx, role, hidden, batch), 1)
+        return torch.stack(policy_log_probs(role, hidden, batch, ctx.config.rollout.temperature), 1)
 
     batch = {"tokens": x.tokens, "lengths": x.lengths, "response_mask": x.response_mask}
-    return Work(role, batch, fn, ctx.config.ppo.micro_batch_size)
+    return Work(role, batch, fn, ctx.config.ppo.micro_batch_size, prepare=_responses(ctx, role))
 
 
 def _scores(ctx: Context, reward: RoleModel, x) -> Work:

@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -14,10 +16,10 @@ from ..config import RunConfig
 from ..data.dataset import Example
 from ..experience import Experience, pad_rows
 from ..models.role import RoleModel
-from ..models.stream import Batch, Work
+from ..models.stream import Batch, InferFn, LossFn, Work, infer
 from ..schedule import Stage, Works
 from .context import Context, Evaluation, RoleSpec
-from .heads import policy_log_probs
+from .heads import choose, policy_log_probs
 from .samples import sample_dialogues
 
 
@@ -25,16 +27,20 @@ def cross_entropy(role: RoleModel):
     """Loss of a micro-batch: summed over the tokens of `loss_mask`, counted by them."""
 
     def loss(hidden: Tensor, batch: Batch):
-        mask = batch["loss_mask"]
-        log_probs, _ = policy_log_probs(role, hidden, batch, mask)
-        return -log_probs.sum(), mask[:, 1:].sum(), {}
+        log_probs, _ = policy_log_probs(role, hidden, batch)
+        return -log_probs.sum(), batch["loss_mask"][:, 1:].sum(), {}
 
     return loss
 
 
-def train_policy(ctx: Context, policy: RoleModel, x) -> Works:
+def text_work(policy: RoleModel, x, fn: InferFn | LossFn, micro_batch_size: int) -> Work:
+    """`fn` of the policy's output for rows of text, where it reads the log-probs of the tokens in `loss_mask`."""
     batch = {"tokens": x.tokens, "lengths": x.lengths, "loss_mask": x.loss_mask}
-    yield Work(policy, batch, cross_entropy(policy), ctx.config.sft.micro_batch_size)
+    return Work(policy, batch, fn, micro_batch_size, prepare=functools.partial(choose, policy, mask="loss_mask"))
+
+
+def train_policy(ctx: Context, policy: RoleModel, x) -> Works:
+    yield text_work(policy, x, cross_entropy(policy), ctx.config.sft.micro_batch_size)
     ctx.metrics.record("train/tokens", x.lengths.sum())
     return None
 
@@ -69,13 +75,12 @@ class SFT:
         """Held-out loss per token; at the end, what the policy says to held-out prompts."""
         policy, held_out = ctx.roles["policy"], ctx.datasets[self.name].held_out
         x = supervised(held_out, ctx.mesh.tp)
-        assert x.tokens is not None and x.lengths is not None and x.loss_mask is not None
+        assert x.loss_mask is not None
 
         def log_probs(hidden: Tensor, batch: Batch) -> Tensor:
-            return policy_log_probs(policy, hidden, batch, batch["loss_mask"])[0]
+            return policy_log_probs(policy, hidden, batch)[0]
 
-        batch = {"tokens": x.tokens, "lengths": x.lengths, "loss_mask": x.loss_mask}
-        result = policy.infer(batch, log_probs, self.config.micro_batch_size)
+        (result,) = infer([text_work(policy, x, log_probs, self.config.micro_batch_size)])
         loss = float(-result.sum() / x.loss_mask[:, 1:].sum())
         evaluation = Evaluation({"eval/loss": loss, "eval/perplexity": float(torch.tensor(loss).exp())})
         prompts = [example for example in held_out if example.prompt][: ctx.config.ppo.eval_prompts]

@@ -65,6 +65,7 @@ def transformer_config(
             # a softmax over the chosen experts is a softmax over all of them, its weights made to add up to 1
             moe_router_pre_softmax=not model.normalize_experts,
             moe_router_load_balancing_type="none",
+            moe_router_dtype="fp32",  # as the sampler's: whom bfloat16 chooses, its last digit decides
             moe_token_dispatcher_type="allgather",
             moe_grouped_gemm=False,
             expert_model_parallel_size=1 if folded else mesh.ep,

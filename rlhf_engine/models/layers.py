@@ -72,6 +72,30 @@ def scaled_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     return kept * frequencies + (1 - kept) * frequencies / scaling.factor
 
 
+def causal_mask(length: int, window: int | None, device: torch.device) -> Tensor | None:
+    """What a token sees of `(S, S)` positions: `window` of them, itself included. None: all up to itself."""
+    if window is None or window >= length:
+        return None
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril().triu(1 - window)
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """`(B, N, S, D)`, `(B, G, S, D)`, `(B, G, S, D)` to `(B, N, S, D)`; causal where there is no mask."""
+    is_grouped = query.shape[1] != key.shape[1]
+    if is_grouped and not _has_grouped_kernel(query, mask):
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+        is_grouped = False
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=is_grouped
+    )
+
+
+def _has_grouped_kernel(query: Tensor, mask: Tensor | None) -> bool:
+    """Whether torch computes grouped heads without holding all scores. On CUDA flash attention alone does, which knows
+    neither float32 nor masks; what comes next in torch's list, the plain formula, takes S x S numbers of each head."""
+    return not query.is_cuda or (mask is None and query.dtype is not torch.float32)
+
+
 class CoreAttention(MegatronModule):
     """Causal attention with grouped heads through `scaled_dot_product_attention`.
 
@@ -87,12 +111,7 @@ class CoreAttention(MegatronModule):
         """`(S, B, N, D)`, `(S, B, G, D)`, `(S, B, G, D)` to `(S, B, N * D)`."""
         length, batch, num_heads, head_dim = query.shape
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        mask = None
-        if self.window is not None and self.window < length:
-            mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - self.window)
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=k.shape[1] != num_heads
-        )
+        out = causal_attention(q, k, v, causal_mask(length, self.window, q.device))
         return out.permute(2, 0, 1, 3).reshape(length, batch, num_heads * head_dim)
 
 

@@ -8,13 +8,31 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, clip_grads, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.utils import local_multi_tensor_l2_norm, local_multi_tensor_scale
 from torch import Tensor
 
 from ..config import OptimizerConfig
 from ..cpu import cuda_type_names
+
+
+def _norm(chunk_size: int, overflow: Tensor, lists: list[list[Tensor]], per_tensor: bool, *args) -> tuple[Tensor, None]:
+    """The norm `(1,)` of all tensors together, as apex's kernel gives it."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(lists[0]))).view(1), None
+
+
+def _scale(chunk_size: int, overflow: Tensor, lists: list[list[Tensor]], scale: float) -> None:
+    """Multiplies gradients, which come as source and as target, in place."""
+    torch._foreach_mul_(lists[1], scale)
+
+
+# without apex and transformer-engine megatron waits for the device once for each parameter
+if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
+    clip_grads.l2_norm_impl = _norm
+if clip_grads.multi_tensor_scale_impl is local_multi_tensor_scale:
+    clip_grads.multi_tensor_scale_impl = _scale
 
 
 def wrap_ddp(chunk: GPTModel, config: OptimizerConfig) -> DistributedDataParallel:

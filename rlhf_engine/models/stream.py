@@ -55,6 +55,7 @@ class Work:
         micro_batch_size: a forward on one replica computes at most as many tokens as so many rows as wide as `tokens`
             have, padding included, where the role has no token budget.
         together: so many neighbouring rows are never parted.
+        prepare: makes of a micro-batch on the CPU what `fn` reads, so that `fn` itself need not wait for the device.
     """
 
     role: RoleModel
@@ -62,6 +63,7 @@ class Work:
     fn: InferFn | LossFn
     micro_batch_size: int
     together: int = 1
+    prepare: Callable[[Batch], Batch] = dict
 
     @functools.cached_property
     def parts(self) -> list[tuple[Tensor, int]]:
@@ -90,8 +92,8 @@ class Work:
         for name, field in self.batch.items():
             field = field[rows[mesh.dp_rank]]
             per_token = field.dim() > 1 and field.shape[1] == whole
-            found[name] = (field[:, :width].contiguous() if per_token else field).to(mesh.device)
-        return found
+            found[name] = field[:, :width].contiguous() if per_token else field
+        return {name: field.to(mesh.device) for name, field in self.prepare(found).items()}
 
 
 # tokens that could be computed in the time that a micro-batch costs beside its tokens
@@ -319,10 +321,12 @@ class _Stream(Module):
         """
         tokens = batch["tokens"]
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        work.role.chunks[self.chunk].set_input_tensor(self.input)
+        gpt = work.role.chunks[self.chunk]
+        gpt.set_input_tensor(self.input)
         with self.trace.span(work.role.name, "forward"):
             # right padding and a causal model: no real token sees padding, so there is no mask
             output = work.role.modules[self.chunk](tokens, positions, None)
+        gpt.set_input_tensor(None)  # which would be kept as long as the role
 
         def begins(gradient: Tensor) -> None:
             if is_last:

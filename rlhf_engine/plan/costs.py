@@ -87,7 +87,7 @@ class Costs:
             return _OPERATIONS * self.device.latency
         return (
             head_flops(self.model, "lm", outputs) / self.mesh.tp / self.device.flops
-            + _TOUCHES * logits(self.model, outputs, self.mesh, self.numbers) / self.device.bandwidth
+            + _TOUCHES * logits(self.model, outputs, self.mesh) / self.device.bandwidth
             + _OPERATIONS * self.device.latency
         )
 
@@ -136,7 +136,7 @@ class Costs:
         step = (
             max(weights * self.numbers.itemsize / device.bandwidth, 2 * slots * active / device.flops)
             + seen / device.bandwidth
-            + 6 * logits(model, slots, mesh, self.numbers) / device.bandwidth  # the sampler's passes
+            + 6 * logits(model, slots, mesh) / device.bandwidth  # the sampler's passes
             + model.num_layers * _DECODE_OPERATIONS * device.latency
         )
         return prefill + steps * step

@@ -141,10 +141,10 @@ def stage_activations(
     return kept
 
 
-def logits(model: ModelConfig, outputs: int, mesh: MeshConfig, numbers: Numbers) -> float:
-    """Bytes that all logits of so many positions would take on a rank."""
+def logits(model: ModelConfig, outputs: int, mesh: MeshConfig) -> float:
+    """Bytes that all logits of so many positions would take on a rank, in float32."""
     assert model.vocab_size is not None
-    return outputs * padded_vocab_size(model.vocab_size, mesh.tp) / mesh.tp * numbers.itemsize
+    return outputs * padded_vocab_size(model.vocab_size, mesh.tp) / mesh.tp * 4
 
 
 def workspace(
@@ -165,12 +165,14 @@ def workspace(
         layer += layer_parameters(model, mesh.tp, mesh.ep).largest * item  # a gradient not yet added to the others
     if stage != mesh.pp - 1 or head != "lm":
         return layer
-    whole = logits(model, outputs, mesh, numbers)
+    whole = logits(model, outputs, mesh)
     ends = min(CHUNK_BYTES[numbers.device], whole) + outputs * model.hidden_size * item
     if train:
         assert model.vocab_size is not None
         table = padded_vocab_size(model.vocab_size, mesh.tp) / mesh.tp * model.hidden_size * item
         ends += min(KEEP_BYTES[numbers.device], whole) + outputs * model.hidden_size * 4 + table
+        if item < 4:
+            ends += min(CHUNK_BYTES[numbers.device], whole) * item / 4  # their gradient in the weight's type
     return max(layer, ends)
 
 
@@ -208,6 +210,4 @@ def generation_workspace(
     tokens = min(_PREFILL_TOKENS, prompts * prompt)
     wide = 4 if model.gated_mlp else 2
     prefill = tokens * (3 * model.hidden_size + wide * model.intermediate_size / mesh.tp) * numbers.itemsize
-    # logits as they come, and in float32, which is the same tensor where they come so
-    sampler = logits(model, slots, mesh, numbers) * (1 if numbers.itemsize == 4 else 3)
-    return max(prefill, sampler)
+    return max(prefill, logits(model, slots, mesh))

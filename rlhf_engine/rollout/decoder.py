@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from rlhf_kernels import cached_attention
+from rlhf_kernels import cached_attention, wide_mm
 
-from ..models.layers import LayerNorm, RMSNorm
+from ..models.layers import LayerNorm, RMSNorm, causal_attention, causal_mask
 from ..models.role import head_weight
 from .cache import KVCache, Lane
 
@@ -46,6 +46,9 @@ class Decoder:
         self.head_dim = config.kv_channels
         self.embedding = gpt.embedding.word_embeddings.weight
         self.head = head_weight(gpt)
+        # whether a product is added to something in one go, and rounded once: in bfloat16 it is rounded as often as in
+        # training, which makes of the two forwards' hidden states the same bits, but for attention over the cache
+        self.fuses = self.head.dtype is torch.float32
         self.windows = [layer.self_attention.core_attention.window for layer in gpt.decoder.layers]
         self.positions = torch.arange(length, device=self.head.device)
         self.groups = torch.arange(self.num_groups, device=self.head.device)
@@ -80,17 +83,14 @@ class Decoder:
         """
         batch, length = tokens.shape
         store = lane.store[:, first : first + len(source), :, :length]
-        masks = {window: self._causal_mask(length, window) for window in set(self.windows)}
+        masks = {window: causal_mask(length, window, tokens.device) for window in set(self.windows)}
 
         def attend(i: int, qkv: Tensor) -> Tensor:
             qkv = qkv.view(batch, length, self.num_groups, -1, self.head_dim)
             store[i] = qkv[:, :, :, -2:].flatten(3).transpose(1, 2)[source]
             q = qkv[:, :, :, :-2].flatten(2, 3).transpose(1, 2)
             k, v = (qkv[:, :, :, j].transpose(1, 2) for j in (-2, -1))
-            mask = masks[self.windows[i]]
-            out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.num_queries > 1
-            )
+            out = causal_attention(q, k, v, masks[self.windows[i]])
             return out.transpose(1, 2).reshape(batch * length, -1)
 
         x = self._layers(tokens.flatten(), self.positions[:length].repeat(batch), attend)
@@ -158,11 +158,6 @@ class Decoder:
 
         return read
 
-    def _causal_mask(self, length: int, window: int | None) -> Tensor | None:
-        if window is None or window >= length:
-            return None
-        return torch.ones(length, length, dtype=torch.bool, device=self.positions.device).tril().triu(1 - window)
-
     # -- what they share -------------------------------------------------------------------------------------
 
     def _layers(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
@@ -178,7 +173,8 @@ class Decoder:
                 qkv[:, :, :-2] = _norm(attention.q_layernorm, qkv[:, :, :-2])
                 qkv[:, :, -2] = _norm(attention.k_layernorm, qkv[:, :, -2])
             if self.rotary is not None:
-                qkv = torch.addcmul(qkv * cos, qkv.roll(self.head_dim // 2, -1), sin)
+                turned = qkv.roll(self.head_dim // 2, -1)
+                qkv = torch.addcmul(qkv * cos, turned, sin) if self.fuses else qkv * cos + turned * sin
             self._add(x, attention.linear_proj, attend(i, qkv))
             h = _norm(layer.pre_mlp_layernorm, x)
             if self.config.num_moe_experts is None:
@@ -201,12 +197,13 @@ class Decoder:
 
     def _add(self, x: Tensor, linear, value: Tensor) -> None:
         """Adds what a row-parallel linear layer makes of `value` to the residual, in place."""
-        if self.tp_size == 1:
+        if self.tp_size == 1 and self.fuses:
             x.addmm_(value, linear.weight.t())
+            if linear.bias is not None:
+                x += linear.bias
         else:
-            x += self._reduce(F.linear(value, linear.weight))
-        if linear.bias is not None:
-            x += linear.bias
+            value = self._reduce(F.linear(value, linear.weight))
+            x += value if linear.bias is None else value + linear.bias
 
     def _reduce(self, x: Tensor) -> Tensor:
         if self.tp_size > 1:
@@ -220,24 +217,30 @@ class Decoder:
         return self.config.activation_func(gate).mul_(up)
 
     def _experts(self, mlp, x: Tensor) -> Tensor:
-        """A mixture of experts, this rank's shard of each, `(T, H)`."""
+        """A mixture of experts, this rank's shard of each, `(T, H)`. The router is float32, as it is in training: whom
+        bfloat16 chooses, its last digit decides."""
         top = self.config.moe_router_topk
-        scores = F.linear(x, mlp.router.weight)
+        scores = F.linear(x.float(), mlp.router.weight.float())
         if self.config.moe_router_pre_softmax:
-            weights, chosen = scores.softmax(-1, dtype=torch.float32).topk(top)
+            weights, chosen = scores.softmax(-1).topk(top)
         else:
             scores, chosen = scores.topk(top)
-            weights = scores.softmax(-1, dtype=torch.float32)
+            weights = scores.softmax(-1)
+        # rows by expert; the number of each one's is all that is waited for
+        chosen, order = chosen.flatten().sort(stable=True)
+        counts = torch.zeros(len(mlp.experts.local_experts), dtype=torch.int64, device=x.device)
+        counts = counts.index_add_(0, chosen, torch.ones_like(chosen)).tolist()
+        rows, weights = order // top, weights.flatten()[order].unsqueeze(1)
         out = torch.zeros_like(x)
-        for number, expert in enumerate(mlp.experts.local_experts):
-            rows, places = (chosen == number).nonzero(as_tuple=True)
-            inner = self._activate(_linear(expert.linear_fc1, x[rows]))
-            inner *= weights[rows, places].unsqueeze(1).to(x.dtype)
-            out.index_add_(0, rows, F.linear(inner, expert.linear_fc2.weight))
+        parts = zip(mlp.experts.local_experts, rows.split(counts), weights.split(counts), strict=True)
+        for expert, mine, weight in parts:
+            if len(mine):
+                inner = self._activate(_linear(expert.linear_fc1, x[mine]))
+                out.index_add_(0, mine, F.linear((inner * weight).to(x.dtype), expert.linear_fc2.weight))
         return out
 
     def _logits(self, x: Tensor) -> Tensor:
-        return F.linear(_norm(self.gpt.decoder.final_layernorm, x), self.head)
+        return wide_mm(_norm(self.gpt.decoder.final_layernorm, x), self.head.T)
 
 
 def _norm(norm: RMSNorm, x: Tensor) -> Tensor:
@@ -247,4 +250,6 @@ def _norm(norm: RMSNorm, x: Tensor) -> Tensor:
 
 
 def _linear(linear, x: Tensor) -> Tensor:
-    return F.linear(x, linear.weight, linear.bias)
+    if linear.bias is None or x.dtype is torch.float32:
+        return F.linear(x, linear.weight, linear.bias)
+    return F.linear(x, linear.weight).add_(linear.bias)  # rounded twice, see `Decoder.fuses`

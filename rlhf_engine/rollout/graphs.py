@@ -43,8 +43,9 @@ class DecodeGraphs:
 
     def __init__(self, decoder: Decoder, cache: KVCache, most: int):
         self.decoder, self.cache = decoder, cache
-        doubles = [2**i for i in range(most.bit_length())]
-        # between a power of two and the next one more, so that at most a third of the rows is filling
+        # between a power of two and the next one more, so that at most a third of the rows is filling; fewer rows than
+        # the first take no less time, as a step reads all weights, and every size costs a capture in each rollout
+        doubles = [2**i for i in range(3, most.bit_length())]
         self.sizes = sorted({min(most, size) for n in doubles for size in (n, 3 * n // 2)} | {most})
         # tokens, positions, starts and strides of all rows, of which a graph reads the first ones
         self.inputs = torch.zeros(4, most, dtype=torch.int64, device=cache.flat.device)

@@ -178,11 +178,9 @@ class Iteration:
         """What rounding may do to the policy's log-prob of a response token, nats."""
         x, sampling = self.experience, self.ctx.config.rollout
         assert x.log_probs is not None and x.response_mask is not None
-        ban = (self.ctx.tokenizer.end_ids, sampling.min_new_tokens)
 
         def fn(hidden: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-            role = self.works["policy"][0].role
-            return policy_log_probs(role, hidden, batch, batch["response_mask"], sampling.temperature, ban)[0]
+            return policy_log_probs(self.works["policy"][0].role, hidden, batch, sampling.temperature)[0]
 
         with self.moved("policy") as work:
             again = infer([replace(work, fn=fn)])[0]

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..algorithms.heads import policy_log_probs
+from ..algorithms.heads import choose, policy_log_probs
 from ..experience import spans
 from ..models.stream import Work, infer
 from . import plain
@@ -129,7 +129,8 @@ def masked_prompts(it: Iteration) -> Finding:
         with torch.enable_grad():
             output = output.detach().requires_grad_()
             (gradient,) = torch.autograd.grad(work.fn(output, batch)[0], output)
-        log_probs, _ = policy_log_probs(work.role, output.detach(), batch, batch["said"], *sampling(it))
+        temperature, ban = sampling(it)
+        log_probs, _ = policy_log_probs(work.role, output.detach(), choose(work.role, batch, "said", ban), temperature)
         return torch.stack([plain.whole_hidden(work.role, gradient).abs().amax(2), log_probs], 1)
 
     found = infer([replace(work, fn=fn, batch={**work.batch, **fields})])[0]

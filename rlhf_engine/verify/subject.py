@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..algorithms.context import Context
-from ..algorithms.heads import policy_log_probs
+from ..algorithms.heads import choose, policy_log_probs
 from ..config import RolloutConfig
 from ..experience import pad_rows, spans
 from ..rollout.generate import rollout
@@ -57,7 +57,8 @@ class Subject:
 
     def both(self, hidden: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The engine's log-probs and entropies, `(B, T)` each."""
-        return policy_log_probs(self.policy, hidden, batch, batch["mask"], self.sampling.temperature, self.ban)
+        chosen = choose(self.policy, batch, "mask", self.ban)
+        return policy_log_probs(self.policy, hidden, chosen, self.sampling.temperature)
 
     def stacked(self, hidden: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """The same as `(B, 2, T)`."""

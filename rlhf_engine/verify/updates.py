@@ -34,7 +34,7 @@ def row_losses(works: Sequence[Work]) -> Tensor:
         def fn(output: Tensor, batch: Mapping[str, Tensor], work: Work = work) -> Tensor:
             rows = []
             for i in range(0, len(output), work.together):
-                part = {name: field[i : i + work.together] for name, field in batch.items()}
+                part = work.prepare({name: batch[name][i : i + work.together] for name in work.batch})
                 loss, count, _ = work.fn(output[i : i + work.together], part)
                 rows += [torch.stack([loss.double(), count.to(loss.device).double()])] * work.together
             return torch.stack(rows)
