@@ -128,9 +128,9 @@ def _install_graphs(gpu: FakeGPU) -> None:
             self.graph.place = pool if pool is not None else self.graph.place
 
         def __enter__(self):
-            self.kernels, self.before, self.most = gpu.stage.kernels, gpu.total, gpu._most
+            self.kernels, self.before = gpu.stage.kernels, gpu.total
             self.waits = sum(gpu.stage.waits.values())
-            gpu._most = gpu.total
+            gpu.captured = gpu.total
             return self
 
         def __exit__(self, *error) -> None:
@@ -139,8 +139,7 @@ def _install_graphs(gpu: FakeGPU) -> None:
             if error[0] is None and sum(gpu.stage.waits.values()) > self.waits:
                 raise Refused(f"rank {gpu.rank}, {gpu.stage.name}: the host waits within the capture at {place()}")
             # what a graph works in is its own as long as its pool lives
-            worked, key = gpu._most - self.before, id(self.graph.place)
-            gpu._most = max(self.most, gpu._most)
+            worked, key = gpu.captured - self.before, id(self.graph.place)
             more = max(0, worked - pools.get(key, 0))
             if more:
                 if key not in pools:

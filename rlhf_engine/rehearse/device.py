@@ -114,6 +114,7 @@ class FakeGPU(TorchDispatchMode):
         self.held: dict[int, list] = {}  # storage -> bytes, kind, where it was made
         self.live = Counter(dict.fromkeys(_KINDS, 0))
         self.total = self.reserved = self.host = 0
+        self.captured = 0  # the most there was since a capture began
         self.integer = 0  # what an integer is taken for that floats decide
         self.places: Counter[str] = Counter()  # bytes by where they were asked for
         self.assumed: Counter[str] = Counter()
@@ -164,6 +165,7 @@ class FakeGPU(TorchDispatchMode):
         self.live[entry[1]] += grown
         self.total += grown
         self.places[entry[2]] += grown
+        self.captured = max(self.captured, self.total)
         if self.total > self._most:
             self._most = self.total
             self.stage.peak = dict(self.live)

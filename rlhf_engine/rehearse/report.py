@@ -84,11 +84,12 @@ def _planned(plan: Plan) -> dict[tuple[str, str], tuple[list[float], dict[str, f
         for name, base in plan.bases.items()
     }
     device = device_of(plan.config, plan.world_size)
-    return {
-        (phase.phase, stage.name): ([memory.total for memory in stage.memory], dict(stage.sent))
-        for phase in forecast(plan.config, plan.mesh, models, device)
-        for stage in phase.stages
-    }
+    found = {}
+    for phase in forecast(plan.config, plan.mesh, models, device):
+        for stage in phase.moments:
+            name = "the save" if stage is phase.save else stage.name
+            found[phase.phase, name] = [memory.total for memory in stage.memory], dict(stage.sent)
+    return found
 
 
 def show(found: Found, overrides: Sequence[str]) -> None:
