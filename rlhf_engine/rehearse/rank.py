@@ -1,20 +1,28 @@
-"""One rehearsed rank: a process in which the run's own code finds a GPU and the ranks beside it."""
+"""One rehearsed rank, in which the run's own code finds a GPU and the ranks beside it; and the process that all of them
+are copies of, because what a rank imports takes longer than a small rehearsal."""
 
 from __future__ import annotations
 
 import faulthandler
+import importlib
 import json
+import logging
 import os
 import pickle
 import signal
+import socket
 import sys
 import traceback
+import warnings
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
+from ..ranks import PARENT, end_with_parent, environment
 from . import shim
+
+_MESSAGE = 1 << 20  # bytes of the largest
+_NODE = 8  # ranks of a node
 
 
 @dataclass(frozen=True)
@@ -23,10 +31,12 @@ class Part:
 
     Args:
         overrides: of the command line.
+        present: the ranks that are rehearsed.
         place: folder of the rehearsal; what the run writes goes to `run` in it.
         stops_in: the phase whose first iteration ends with a request to stop; None where the run goes to its end.
         writes: whether checkpoints and exports are small enough to be written.
         micro_batches: of each role in a pass, at most.
+        before: `module:function` that is called before the run.
     """
 
     overrides: list[str]
@@ -34,31 +44,21 @@ class Part:
     world_size: int
     present: list[int]
     place: str
-    line: int
     stops_in: str | None
     writes: bool
     micro_batches: int | None
+    before: str | None
 
 
-def main(part: Part) -> int:
-    """Rehearses the rank; writes what it did to `rank_N.json`, or what is wrong. The exit code of the run."""
-    from ..ranks import end_with_parent, environment
-
-    end_with_parent()
-    os.environ |= environment(part.rank, part.world_size, part.rank % 8, min(8, part.world_size), "127.0.0.1", 1)
-    shim.load()
-    faulthandler.register(signal.SIGUSR2)
-    import logging
-    import warnings
-
-    warnings.simplefilter("ignore")
-    logging.getLogger("megatron").setLevel(logging.ERROR)
+def run_rank(part: Part, line: Connection) -> int:
+    """Rehearses the rank; what it did, or what is wrong, goes to `rank_N.json`. The exit code of the run."""
     import torch
 
     from .. import preflight
     from ..config import ConfigError
     from ..plan.measure import device_of
     from ..signals import RunError
+    from ..trainer import run
     from . import cuda, wire
     from .device import FakeGPU
     from .rehearsal import settle
@@ -71,32 +71,73 @@ def main(part: Part) -> int:
     gpu = FakeGPU(device.memory, device.name, part.rank, part.writes)
     cuda.install(gpu, device)
     per_stage = part.world_size // checked.mesh.pp
-    line = wire.Wire(gpu, part.rank, part.present, lambda rank: rank // per_stage, Connection(part.line))
-    wire.install(line, part.rank, part.world_size)
+    wire.install(
+        wire.Wire(gpu, part.rank, part.present, lambda rank: rank // per_stage, line), part.rank, part.world_size
+    )
     stand_in(gpu, part, checked)
-    from ..trainer import run
-
     fault, code, is_echo = None, 1, False
     try:
+        if part.before is not None:
+            module, _, function = part.before.partition(":")
+            getattr(importlib.import_module(module), function)(part.rank)
         with gpu:
             code = run(checked)
     except (ConfigError, RunError) as error:
         fault, is_echo = str(error), isinstance(error, wire.Unanswered)
     except BaseException:
         fault = traceback.format_exc()
-    found: dict[str, Any] = {
-        "rank": part.rank,
-        "fault": fault,
-        "is_echo": is_echo,
-        "assumed": gpu.assumed,
-        "stages": [vars(stage) for stage in gpu.stages],
-    }
+    stages = [vars(stage) for stage in gpu.stages]
+    found = {"rank": part.rank, "fault": fault, "is_echo": is_echo, "assumed": gpu.assumed, "stages": stages}
     Path(part.place, f"rank_{part.rank}.json").write_text(json.dumps(found))
-    line.connection.close()
+    return code if fault is None else 1
+
+
+def serve(door: socket.socket) -> None:
+    """Starts a copy of this process for each message with a part and a connection; after an empty one gives the exit
+    codes of all of them."""
+    end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    shim.load()
+    warnings.simplefilter("ignore")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    for name in ("device", "cuda", "wire", "stand_ins"):
+        importlib.import_module(f"{__package__}.{name}")
+    children: list[int] = []
+    while True:
+        message, handles, *_ = socket.recv_fds(door, _MESSAGE, 1)
+        if handles:
+            if not (child := os.fork()):
+                _be_rank(pickle.loads(message), Connection(handles[0]))
+            os.close(handles[0])
+            children.append(child)
+        elif message:
+            door.send(pickle.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]))
+            children = []
+        else:
+            return
+
+
+def _be_rank(part: Part, line: Connection) -> None:
+    log = os.open(Path(part.place, f"rank_{part.rank}.log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    faulthandler.register(signal.SIGUSR2)
+    os.environ[PARENT] = str(os.getppid())
+    end_with_parent()
+    world = part.world_size
+    os.environ |= environment(part.rank, world, part.rank % _NODE, min(_NODE, world), "127.0.0.1", 1)
+    try:
+        code = run_rank(part, line)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    line.close()
     sys.stdout.flush()
-    os._exit(code if fault is None else 1)  # past the destructors of groups that have no backend
+    os._exit(code)  # past the destructors of groups that have no backend
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    main(pickle.loads(bytes.fromhex(sys.argv[1])))
+    # the module that others import, which the parts that come through the door are of
+    from rlhf_engine.rehearse import rank
+
+    rank.serve(socket.socket(fileno=int(sys.argv[1])))

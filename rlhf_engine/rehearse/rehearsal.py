@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -22,12 +22,13 @@ from ..compose import compose
 from ..config import JOBS, ConfigError, LogConfig, RunConfig
 from ..plan.partition import num_parameters
 from ..ranks import PARENT
-from ..signals import STOPPED
+from ..signals import STOPPED, RunError
 from . import shim
 from .exchange import Exchange
 from .rank import Part
 
 _SMALL_WORLD, _SMALL_MODEL = 8, 50e6  # ranks and parameters of a run that is rehearsed whole, with all that it writes
+_LAST_LINES = 15  # of a rank's output, where it has left nothing else
 _FEW_STAGES = 4  # pipeline stages of which a rank each is rehearsed in a larger one
 
 
@@ -41,7 +42,6 @@ class Found:
     """
 
     plan: preflight.Plan
-    world_size: int
     ranks: list[int]
     attempts: list[list[dict[str, Any]]]
     faults: list[str]
@@ -90,11 +90,40 @@ def world_of(config: RunConfig) -> int:
     return config.plan.world or model_ranks * (config.mesh.dp or 1)
 
 
-def rehearse(overrides: Sequence[str], patch: str | None = None) -> Found:
+class Ranks:
+    """Starts rehearsed ranks, as copies of one process. It ends with this object's `close`, or with this process."""
+
+    def __init__(self) -> None:
+        self.door, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        own = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", PARENT: str(os.getpid())}
+        command = [sys.executable, "-m", "rlhf_engine.rehearse.rank", str(theirs.fileno())]
+        self.process = subprocess.Popen(command, env=os.environ | own, pass_fds=[theirs.fileno()])
+        theirs.close()
+
+    def run(self, parts: Sequence[Part], exchange: Exchange) -> list[int]:
+        """Their exit codes."""
+        for part in parts:
+            ours, theirs = Pipe()
+            socket.send_fds(self.door, [pickle.dumps(part)], [theirs.fileno()])
+            theirs.close()
+            exchange.serve(part.rank, ours)
+        self.door.send(b"codes")
+        answer = self.door.recv(1 << 16)
+        if not answer:
+            raise RunError(f"the process that starts rehearsed ranks has ended with {self.process.wait()}")
+        return pickle.loads(answer)
+
+    def close(self) -> None:
+        self.door.close()
+        self.process.wait()
+
+
+def rehearse(overrides: Sequence[str], before: str | None = None, ranks: Ranks | None = None) -> Found:
     """Runs the ranks of an experiment on devices that are not there.
 
     Args:
-        patch: a module that is imported in each of them first; its `plant` is called.
+        before: `module:function` that each rank calls with its number before it runs.
+        ranks: starts them; a fresh one where there is none.
 
     Raises:
         ConfigError: the run would be refused before it starts.
@@ -105,74 +134,50 @@ def rehearse(overrides: Sequence[str], patch: str | None = None) -> Found:
         raise ConfigError(f"phases={config.phases} trains nothing, and training is what is rehearsed")
     if config.plan.device in (None, "cpu"):
         overrides = [*overrides, "plan.device=h100"]
-    world_size = world_of(config)
-    plan = settle(overrides, world_size, config.output_dir)
-    ranks = chosen(plan)
+    world = world_of(config)
+    plan = settle(overrides, world, config.output_dir)
+    present = chosen(plan)
     shim.built()
-    place = Path(tempfile.mkdtemp(prefix="rehearsal_"))
-    found = Found(plan, world_size, ranks, [], [], 0.0)
-    last = config.phases[-1]
-    is_whole = ranks == list(range(world_size)) and is_small(plan)
+    is_whole = present == list(range(world)) and is_small(plan)
     few = plan.config.rehearse.micro_batches or (None if is_whole else plan.mesh.pp + 2)
+    found = Found(plan, present, [], [], 0.0)
+    starter = ranks or Ranks()
     try:
-        for stops_in in (last, None) if is_whole else (None,):
-            codes, reports, faults = _attempt(overrides, ranks, world_size, place, stops_in, is_whole, few)
-            found.attempts.append(reports)
-            expected = STOPPED if stops_in is not None else 0
-            if not faults and set(codes) != {expected}:
-                faults = [f"the ranks ended with {codes}, and {expected} was to be expected"]
-            found.faults += faults
-            if faults:
-                break
+        with tempfile.TemporaryDirectory(prefix="rehearsal_") as place:
+            for stops_in in (config.phases[-1], None) if is_whole else (None,):
+                parts = [
+                    Part(list(overrides), rank, world, present, place, stops_in, is_whole, few, before)
+                    for rank in present
+                ]
+                _attempt(parts, starter, found)
+                if found.faults:
+                    break
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        if ranks is None:
+            starter.close()
     found.seconds = time.perf_counter() - started
     return found
 
 
-def _attempt(
-    overrides: Sequence[str],
-    ranks: list[int],
-    world_size: int,
-    place: Path,
-    stops_in: str | None,
-    writes: bool,
-    micro_batches: int | None,
-) -> tuple[list[int], list[dict], list[str]]:
-    """One start of the run: exit codes, reports, and what is wrong."""
-    exchange, processes = Exchange(ranks), []
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", PARENT: str(os.getpid())}
-    for rank in ranks:
-        ours, theirs = Pipe()
-        part = Part(
-            list(overrides), rank, world_size, ranks, str(place), theirs.fileno(), stops_in, writes, micro_batches
-        )
-        command = [sys.executable, "-m", "rlhf_engine.rehearse.rank", pickle.dumps(part).hex()]
-        log = (place / f"rank_{rank}.log").open("wb")
-        processes.append(subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()], stdout=log, stderr=log))
-        log.close()
-        theirs.close()
-        exchange.serve(rank, ours)
-    try:
-        codes = [process.wait() for process in processes]
-    except BaseException:
-        for process in processes:
-            process.kill()
-        raise
-    reports, faults = [], []
-    for rank, code in zip(ranks, codes, strict=True):
-        path = place / f"rank_{rank}.json"
-        if not path.is_file():
-            tail = (place / f"rank_{rank}.log").read_text(errors="replace").strip().splitlines()[-15:]
-            faults.append(f"rank {rank} ended with {code}: " + "\n".join(tail))
-            continue
-        report = json.loads(path.read_text())
-        path.unlink()
-        reports.append(report)
-        if report["fault"] is not None and not report["is_echo"]:
-            faults.append(report["fault"])
+def _attempt(parts: Sequence[Part], starter: Ranks, found: Found) -> None:
+    """One start of the run: adds what its ranks did, and what is wrong."""
+    exchange = Exchange([part.rank for part in parts])
+    codes, reports, faults = starter.run(parts, exchange), [], []
+    for part, code in zip(parts, codes, strict=True):
+        path, log = (Path(part.place, f"rank_{part.rank}.{ending}") for ending in ("json", "log"))
+        if path.is_file():
+            reports.append(json.loads(path.read_text()))
+            path.unlink()
+        else:
+            tail = log.read_text(errors="replace").strip().splitlines()[-_LAST_LINES:]
+            faults.append(f"rank {part.rank} ended with {code}: " + "\n".join(tail))
+    faults += [report["fault"] for report in reports if report["fault"] is not None and not report["is_echo"]]
     if exchange.fault is not None:
-        faults.insert(0, exchange.fault)
+        faults.append(exchange.fault)
     elif not faults and (line := exchange.left_over()) is not None:
         faults.append(line)
-    return codes, reports, faults
+    expected = STOPPED if parts[0].stops_in is not None else 0
+    if not faults and set(codes) != {expected}:
+        faults.append(f"the ranks ended with {codes}, and {expected} was to be expected")
+    found.attempts.append(reports)
+    found.faults += faults

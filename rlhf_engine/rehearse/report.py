@@ -57,7 +57,7 @@ class Line:
 def lines(found: Found) -> list[Line]:
     """Each stage as the rank had it that needed most."""
     planned = _planned(found.plan)
-    per_stage = found.world_size // found.plan.mesh.pp
+    per_stage = found.plan.world_size // found.plan.mesh.pp
     best: dict[tuple[str, str], Line] = {}
     for report in (report for attempt in found.attempts for report in attempt):
         latest: dict[tuple[str, str], dict[str, Any]] = {}
@@ -97,10 +97,10 @@ def show(found: Found, overrides: Sequence[str]) -> None:
     plan, console = found.plan, Console()
     console = console if console.is_terminal else Console(width=200)
     device = device_of(plan.config, plan.world_size)
-    ranks = "all ranks" if len(found.ranks) == found.world_size else f"ranks {', '.join(map(str, found.ranks))}"
+    ranks = "all ranks" if len(found.ranks) == found.plan.world_size else f"ranks {', '.join(map(str, found.ranks))}"
     console.print(
-        f"{escape(' '.join(overrides))}: {ranks} of {found.world_size} x {device.name}, {_mesh(plan.mesh)}, rehearsed"
-        f" in {found.seconds:.0f} s",
+        f"{escape(' '.join(overrides))}: {ranks} of {found.plan.world_size} x {device.name}, {_mesh(plan.mesh)},"
+        f" rehearsed in {found.seconds:.0f} s",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     table = Table(box=None, padding=(0, 2, 0, 0))
@@ -151,8 +151,8 @@ def write(found: Found, overrides: Sequence[str], path: Path) -> None:
     """`rehearsal.json`: the lines of the table, and everything that every rank did."""
     table = [vars(line) | {"total": line.total} for line in lines(found)]
     about = {
-        "overrides": list(overrides), "device": device_of(found.plan.config, found.world_size).name,
-        "world": found.world_size,
+        "overrides": list(overrides), "device": device_of(found.plan.config, found.plan.world_size).name,
+        "world": found.plan.world_size,
         "ranks": found.ranks, "seconds": found.seconds, "faults": found.faults, "stages": table,
         "attempts": found.attempts,
     }  # fmt: skip

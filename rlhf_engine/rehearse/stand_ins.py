@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import default_planner
 
 from .. import checkpoint, mesh, trainer, watchdog
-from ..algorithms import ppo
+from ..algorithms import ppo, samples
 from ..config import RunConfig
 from ..data.dataset import Dataset, Example
 from ..hf import files
@@ -24,7 +24,7 @@ from ..hf.rows import Window
 from ..models import residency, role, stream
 from ..models.optim import gradient_tensors, optimizer_tensors
 from ..preflight import Plan
-from ..rollout import cache, decoder, fold, graphs, sampling
+from ..rollout import cache, decoder, fold, generate, graphs, sampling
 from .device import CUDA, FakeGPU, Refused, put
 
 _STEPS = 8  # of a number of rows: those before a graph is captured, its capture, and some that replay it
@@ -47,6 +47,8 @@ def stand_in(gpu: FakeGPU, part: Part, plan: Plan) -> None:
         _few_steps()
     if part.stops_in is not None:
         _stop(part)
+    if len(part.present) < part.world_size:
+        _own_share()
     if not part.writes:
         _without_disk()
 
@@ -197,6 +199,26 @@ def _few_steps() -> None:
     put(graphs.DecodeGraphs, __call__=few(graphs.DecodeGraphs.__call__))
     put(decoder.Decoder, decode=few(decoder.Decoder.decode))
     put(sampling.Sampler, __call__=few(sampling.Sampler.__call__))
+
+
+def _own_share() -> None:
+    """A replica generates for its own prompts, and takes their responses for those of replicas that are not rehearsed."""
+    rollout = generate.rollout
+
+    def rollout_own(role, prompts, keys, config, end_ids, *, limits=None, **options) -> list[generate.Response]:
+        replicas = role.mesh.num_replicas
+        need = [len(prompt) for prompt in prompts]
+        own = generate.split(prompts, need, replicas)[role.mesh.replica] or list(range(len(prompts)))[:1]
+        found = rollout(
+            role, [prompts[i] for i in own], keys[own], config, end_ids,
+            limits=None if limits is None else [limits[i] for i in own], **options,
+            shares=[range(len(own))] * replicas,
+        )  # fmt: skip
+        place = {i: k for k, i in enumerate(own)}
+        return [found[place.get(i, i % len(found))] for i in range(len(prompts))]
+
+    for module in (generate, ppo, samples):
+        put(module, rollout=rollout_own)
 
 
 def _stop(part: Part) -> None:

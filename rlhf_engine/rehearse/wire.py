@@ -418,6 +418,8 @@ def install(wire: Wire, rank: int, world_size: int) -> None:
 
     def make_group(ranks=None, timeout=None, backend=None, *args, group_desc=None, **kwargs):
         asked.update(kind=backend or default, label=_LABELS.get(group_desc, (group_desc or "other").lower()))
+        every = c10d._get_default_group()
+        wire.post(every.at_exchange, f"new_group of {ranks}", None, waits=False)
         return new_group(ranks, timeout, _BACKEND, group_desc=group_desc)
 
     def object_device(group=None) -> str:
