@@ -202,7 +202,7 @@ def _few_steps() -> None:
 
 
 def _own_share() -> None:
-    """A replica generates for its own prompts, and takes their responses for those of replicas that are not rehearsed."""
+    """A replica takes the responses to its own prompts for those of replicas that are not rehearsed."""
     rollout = generate.rollout
 
     def rollout_own(role, prompts, keys, config, end_ids, *, limits=None, **options) -> list[generate.Response]:
@@ -217,8 +217,8 @@ def _own_share() -> None:
         place = {i: k for k, i in enumerate(own)}
         return [found[place.get(i, i % len(found))] for i in range(len(prompts))]
 
-    for module in (generate, ppo, samples):
-        put(module, rollout=rollout_own)
+    put(samples, rollout=rollout_own)
+    put(ppo, generate=rollout_own)
 
 
 def _stop(part: Part) -> None:
