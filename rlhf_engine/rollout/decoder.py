@@ -228,8 +228,8 @@ class Decoder:
             weights = scores.softmax(-1)
         # rows by expert; the number of each one's is all that is waited for
         chosen, order = chosen.flatten().sort(stable=True)
-        counts = torch.zeros(len(mlp.experts.local_experts), dtype=torch.int64, device=x.device)
-        counts = counts.index_add_(0, chosen, torch.ones_like(chosen)).tolist()
+        totals = torch.zeros(len(mlp.experts.local_experts), dtype=torch.int64, device=x.device)
+        counts = totals.index_add_(0, chosen, torch.ones_like(chosen)).tolist()
         rows, weights = order // top, weights.flatten()[order].unsqueeze(1)
         out = torch.zeros_like(x)
         parts = zip(mlp.experts.local_experts, rows.split(counts), weights.split(counts), strict=True)
