@@ -60,7 +60,7 @@ class Sleeper:
         self.input = None
 
     def set_input_tensor(self, tensors) -> None:
-        self.input = tensors[0]
+        self.input = tensors and tensors[0]
 
     def __call__(self, tokens, positions, mask):
         rows, length = tokens.shape

@@ -6,17 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from megatron.core.optimizer import clip_grads
+from megatron.core.tensor_parallel import layers as megatron_layers
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf_engine.config import ConfigError, MeshConfig, ModelConfig
 from rlhf_engine.hf.convert import one_rank
 from rlhf_engine.mesh import ParallelMesh
-from rlhf_engine.models import layers, optim
+from rlhf_engine.models import layers
 from rlhf_engine.models.build import build_model
 from rlhf_engine.rollout import generate
-from rlhf_engine.rollout.graphs import DecodeGraphs
 
 SIZES = dict(num_layers=1, hidden_size=16, intermediate_size=16, num_attention_heads=2, num_key_value_heads=2)
 MODELS = {
@@ -45,7 +43,9 @@ def test_all_of_a_model_is_on_its_device(monkeypatch, model):
     meta = torch.device("meta")
     with one_rank() as mesh, Moves() as moves:
         mesh.device = meta
-        monkeypatch.setattr(clip_grads.torch.cuda, "current_device", lambda: meta)  # the stand-in of all of megatron
+        monkeypatch.setattr(
+            megatron_layers.torch.cuda, "current_device", lambda: meta
+        )  # the stand-in of all of megatron
         monkeypatch.setattr(layers, "parameter_device", lambda: meta)
         gpt = build_model(model, mesh, "lm", torch.bfloat16)
         mesh.device = torch.device("cpu")
@@ -106,37 +106,3 @@ def test_the_gpu_of_a_rank(monkeypatch, count, taken):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(Taken, match=str(taken)):
         ParallelMesh(MeshConfig(1, 1, 1), "cuda")
-
-
-class Calls(TorchDispatchMode):
-    """Notes the operations of a device."""
-
-    def __init__(self):
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.overloadpacket.__name__)
-        return func(*args, **kwargs or {})
-
-
-def test_the_host_waits_for_one_norm():
-    """Of all gradients together, which are scaled by one operation."""
-    assert optim._l2_norm is clip_grads.l2_norm_impl or torch.cuda.is_available()
-    grads = [torch.full((n,), 2.0) for n in range(1, 51)]
-    noop = torch.zeros(1)
-    with one_rank(), Calls() as calls:
-        norm = clip_grads.get_grad_norm_fp32(grads)
-    assert norm == pytest.approx((4 * sum(range(1, 51))) ** 0.5) and calls.names.count("_local_scalar_dense") == 1
-    with Calls() as calls:
-        clip_grads.multi_tensor_applier(clip_grads.multi_tensor_scale_impl, noop, [grads, grads], 0.5)
-    assert all(torch.equal(grad, torch.ones(len(grad))) for grad in grads) and calls.names == ["_foreach_mul_"]
-
-
-@pytest.mark.parametrize(
-    ("most", "sizes"),
-    [(6, [6]), (48, [8, 16, 32, 48]), (300, [8, 16, 32, 64, 128, 256, 300])],
-    ids=str,
-)
-def test_few_graphs_are_captured(most, sizes):
-    assert DecodeGraphs(None, SimpleNamespace(flat=torch.zeros(1), spare=0), most).sizes == sizes  # type: ignore[arg-type]

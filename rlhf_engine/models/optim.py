@@ -9,28 +9,14 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import MegatronOptimizer, clip_grads, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.utils import local_multi_tensor_l2_norm
 from torch import Tensor
 
 from ..config import OptimizerConfig
 from ..cpu import cuda_type_names
-
-
-def _l2_norm(chunk_size: int, noop: Tensor, tensors: list[list[Tensor]], per_tensor: bool) -> tuple[Tensor, None]:
-    return torch.stack(torch._foreach_norm(tensors[0])).norm()[None], None
-
-
-def _scale(chunk_size: int, noop: Tensor, tensors: list[list[Tensor]], factor: float) -> None:
-    torch._foreach_mul_(tensors[1], factor)  # which are those of tensors[0]
-
-
-# Without transformer-engine or apex megatron has the host wait for the norm of each parameter, and launches for each.
-if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
-    clip_grads.l2_norm_impl, clip_grads.multi_tensor_scale_impl = _l2_norm, _scale
 
 
 def wrap_ddp(chunk: GPTModel, config: OptimizerConfig) -> DistributedDataParallel:
@@ -69,7 +55,8 @@ def build_optimizer(
         params_dtype=dtype,
         use_distributed_optimizer=config.distributed,
     )
-    with contextlib.nullcontext() if params[0].is_cuda else cuda_type_names(params):
+    on_cpu = not params[0].is_cuda
+    with cuda_type_names(params) if on_cpu else contextlib.nullcontext():
         optimizer = get_megatron_optimizer(settings, list(modules), use_gloo_process_groups=gloo_groups)
     for inner in _torch_optimizers(optimizer):
         # torch makes Adam's state in the first step, and megatron can neither save nor load what is not there

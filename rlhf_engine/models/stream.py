@@ -325,12 +325,12 @@ class _Stream(Module):
         """
         tokens = batch["tokens"]
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        work.role.chunks[self.chunk].set_input_tensor(self.input)
+        gpt = work.role.chunks[self.chunk]
+        gpt.set_input_tensor(self.input)
         with self.trace.span(work.role.name, "forward"):
             # right padding and a causal model: no real token sees padding, so there is no mask
             output = work.role.modules[self.chunk](tokens, positions, None)
-        self.input = None
-        work.role.chunks[self.chunk].set_input_tensor([None])  # megatron would keep it until the role's next forward
+        gpt.set_input_tensor(None)  # which would be kept as long as the role
 
         def begins(gradient: Tensor) -> None:
             if is_last:

@@ -43,8 +43,9 @@ class DecodeGraphs:
 
     def __init__(self, decoder: Decoder, cache: KVCache, most: int):
         self.decoder, self.cache = decoder, cache
-        # each costs a capture in each rollout; up to 128 rows a step takes the time in which weights are read
-        self.sizes = sorted({min(most, size) for size in (8, 16, 32, 64, *range(128, most + 128, 128))})
+        doubles = [2**i for i in range(most.bit_length())]
+        # between a power of two and the next one more, so that at most a third of the rows is filling
+        self.sizes = sorted({min(most, size) for n in doubles for size in (n, 3 * n // 2)} | {most})
         # tokens, positions, starts and strides of all rows, of which a graph reads the first ones
         self.inputs = torch.zeros(4, most, dtype=torch.int64, device=cache.flat.device)
         self.spare = torch.tensor([[0], [0], [cache.spare], [1]], device=cache.flat.device)
