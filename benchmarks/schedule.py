@@ -55,12 +55,12 @@ class Sleeper:
 
         self.name, self.mesh, self.seconds = name, mesh, seconds / mesh.virtual_pp
         self.chunks = self.modules = [self] * mesh.virtual_pp
-        model = ModelConfig(num_layers=mesh.pp * mesh.virtual_pp, hidden_size=8)
-        self.config = transformer_config(model, mesh, torch.float32)
+        self.model = ModelConfig(num_layers=mesh.pp * mesh.virtual_pp, hidden_size=8)
+        self.config = transformer_config(self.model, mesh, torch.float32)
         self.input = None
 
     def set_input_tensor(self, tensors) -> None:
-        self.input = tensors[0]
+        self.input = tensors and tensors[0]
 
     def __call__(self, tokens, positions, mask):
         rows, length = tokens.shape
@@ -100,6 +100,7 @@ def rank_main(rank: int, stages: int, chunks: int, micro_batches: int, seconds: 
                             _run(group, trace, forward_only=kind == "infer")
                         mesh.barrier()
                 length = time.perf_counter() - started
+                trace.finish()
                 idle = trace.idle_shares(mesh)[f"idle/{kind}"]
                 if rank == 0:
                     queue.put((kind, how, idle, length))

@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 from rlhf_engine.compose import compose
 from rlhf_engine.config import JOBS, ConfigError
-from rlhf_engine.environment import check_meeting, launched_world, num_threads
+from rlhf_engine.environment import check_meeting, launched_world, num_threads, set_defaults
 from rlhf_engine.places import ATTEMPT, LAUNCH
 from rlhf_engine.preflight import Plan, lock, plan
 from rlhf_engine.ranks import FINAL, PARENT, Ranks, end_with_parent, free_port
@@ -69,6 +69,7 @@ def run_rank(checked: Plan, job: Callable[[Plan], int] = train) -> int:
     import warnings
 
     say_errors_once()
+    set_defaults(checked.device, checked.mesh.tp)
     warnings.simplefilter("ignore")  # megatron's, about packages that are optional here
     logging.getLogger("megatron").setLevel(logging.ERROR)
     import torch

@@ -17,8 +17,11 @@ from .ranks import environment, free_port
 _READ = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS",
     "SLURM_STEP_NUM_TASKS", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TORCH_DISTRIBUTED_DEBUG", "RLHF_KERNELS",
+    "SLURM_CPUS_PER_TASK", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "NCCL_GRAPH_REGISTER",
+    "CUDA_DEVICE_MAX_CONNECTIONS",
 )  # fmt: skip
 _ONE_OF = {"TORCH_DISTRIBUTED_DEBUG": ("OFF", "INFO", "DETAIL"), "RLHF_KERNELS": ("reference", "triton")}
+_ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # torch's older name and its newer one
 _AGENT = "TORCHELASTIC_USE_AGENT_STORE"  # torchrun has a store already, at MASTER_ADDR and MASTER_PORT
 
 
@@ -45,6 +48,52 @@ def num_threads() -> int:
     if not all(part.isdecimal() and 0 < int(part) < 2**15 for part in numbers):
         raise ConfigError(f"OMP_NUM_THREADS={value} in the environment is not a number of threads, such as 1")
     return int(numbers[0])
+
+
+def cores() -> int:
+    """That this rank has: of a Slurm task those that Slurm gave it, else its share of what all ranks here run on."""
+    if number("SLURM_STEP_NUM_TASKS", 1, 1) > 1 and "SLURM_CPUS_PER_TASK" in os.environ:
+        return number("SLURM_CPUS_PER_TASK", 1)
+    return max(1, len(os.sched_getaffinity(0)) // number("LOCAL_WORLD_SIZE", 1, 1))
+
+
+def set_defaults(device: str, tp: int) -> None:
+    """What a rank's libraries read when they are imported, where nobody has said it.
+
+    Args:
+        tp: tensor parallel ranks.
+    """
+    env = os.environ
+    if device != "cuda":
+        env.setdefault("OMP_NUM_THREADS", "1")
+        return
+    env.setdefault("OMP_NUM_THREADS", str(cores()))  # torch copies between places of the host with them
+    if tp > 1:  # for megatron's backward, whose collectives else may begin behind what they are to overlap with
+        env.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # Buffers of many GB come and go between small ones that stay. NCCL's registration of the buffers of captured graphs
+    # hangs with such segments (pytorch#158029).
+    if not any(name in env for name in _ALLOCATOR) and env.get("NCCL_GRAPH_REGISTER", "0") == "0":
+        env[_ALLOCATOR[0]] = "expandable_segments:True"
+    if has_expandable_segments():
+        env.setdefault("NCCL_GRAPH_REGISTER", "0")
+
+
+def has_expandable_segments() -> bool:
+    return any("expandable_segments:true" in os.environ.get(name, "").lower().replace(" ", "") for name in _ALLOCATOR)
+
+
+def check_graphs(tp: int) -> None:
+    """Of a run on GPUs that captures graphs.
+
+    Raises:
+        ConfigError: they would hang.
+    """
+    register = os.environ.get("NCCL_GRAPH_REGISTER", "0")
+    if tp > 1 and register != "0" and has_expandable_segments():
+        raise ConfigError(
+            f"NCCL_GRAPH_REGISTER={register} and expandable_segments:True in the environment: decoding with"
+            f" mesh.tp={tp} would hang: unset the first, or use rollout.cuda_graphs=false"
+        )
 
 
 def launched_world() -> int | None:

@@ -19,7 +19,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch import Tensor
 
-from .config import MeshConfig
+from .config import ConfigError, MeshConfig
 from .cpu import use_cpu
 from .signals import RunError
 
@@ -30,21 +30,24 @@ class ParallelMesh:
     Args:
         config: resolved, so that tp x pp x dp is the world.
         device: "cpu" (gloo) or "cuda" (NCCL).
-        timeout: seconds that a collective may take.
+        timeout: seconds that a collective may take, in any group.
+        gloo_groups: whether replicas get groups for tensors on the CPU besides, which take a connection more between
+            any two of them.
+
+    Raises:
+        ConfigError: this rank has no GPU of its own.
     """
 
-    def __init__(self, config: MeshConfig, device: str, timeout: float = 3600.0):
-        self.config = config
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    def __init__(self, config: MeshConfig, device: str, timeout: float = 3600.0, gloo_groups: bool = False):
+        self.config, self.has_gloo_groups = config, gloo_groups
         if device == "cuda":
-            # a launcher may show each rank its own device alone
-            self.device = torch.device("cuda", local_rank % torch.cuda.device_count())
+            self.device = torch.device("cuda", own_gpu())
             torch.cuda.set_device(self.device)
         else:
             use_cpu()
             self.device = torch.device("cpu")
+        limit = timedelta(seconds=timeout)
         if not dist.is_initialized():
-            limit = timedelta(seconds=timeout)
             found = {} if "TORCHELASTIC_USE_AGENT_STORE" in os.environ else meeting_place(limit)
             dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=limit, **found)
         parallel_state.initialize_model_parallel(
@@ -53,6 +56,8 @@ class ParallelMesh:
             config.virtual_pp if config.virtual_pp > 1 else None,
             expert_model_parallel_size=config.ep,
             expert_tensor_parallel_size=config.tp,
+            distributed_timeout_minutes=timeout / 60,  # type: ignore[arg-type]
+            create_gloo_process_groups=gloo_groups,
         )
         if device == "cuda":  # megatron asks for its states around dropout, of which no role has any
             model_parallel_cuda_manual_seed(1)
@@ -68,12 +73,13 @@ class ParallelMesh:
         self.dp_group = parallel_state.get_data_parallel_group()
         self.ep_group = parallel_state.get_expert_model_parallel_group()
         # every rank takes part in making each group; these are for the copies that generate
-        self._alone = [dist.new_group([rank]) for rank in range(self.world_size)] if self.is_folded_to_generate else []
+        alone = range(self.world_size) if self.is_folded_to_generate else ()
+        self._alone = [dist.new_group([rank], limit) for rank in alone]
         self.self_group = self._alone[self.rank] if self._alone else self.pp_group
         # Two stages with several chunks each are both before and behind each other, and messages bear no names: those
         # that go back take groups of their own.
         apart, is_both = self.world_size // self.pp, self.pp == 2 and self.virtual_pp > 1
-        self._back = [dist.new_group([i, i + apart]) for i in range(apart)] if is_both else []
+        self._back = [dist.new_group([i, i + apart], limit) for i in range(apart)] if is_both else []
         self.pp_back_group = self._back[self.rank % apart] if is_both else None
 
     @property
@@ -185,6 +191,27 @@ class ParallelMesh:
 
     def barrier(self) -> None:
         dist.barrier()
+
+
+def own_gpu() -> int:
+    """The number of this rank's device. A launcher may show each rank its own alone.
+
+    Raises:
+        ConfigError: torch sees none, or fewer than there are ranks on this machine.
+    """
+    rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if count == 0:
+        why = (
+            "its build is for CPUs" if torch.version.cuda is None else "its CUDA needs another driver, or has no device"
+        )
+        raise ConfigError(
+            f"device=cuda, and torch {torch.__version__} sees no GPU ({why}): install torch for the driver that"
+            " nvidia-smi shows, or use device=cpu"
+        )
+    if ranks > count > 1:
+        raise ConfigError(f"{ranks} ranks on a machine with {count} GPUs: start one rank for each GPU, {count} at most")
+    return rank % count
 
 
 def meeting_place(timeout: timedelta) -> dict[str, Any]:

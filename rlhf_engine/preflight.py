@@ -19,6 +19,7 @@ from .data.messages import read_messages
 from .data.sources import HH_MINI, Source, check_sources, parse_spec, read_sources
 from .data.tokenizer import Tokenizer
 from .data.vocabulary import has_tokenizer, read_vocabulary
+from .environment import check_graphs, cores
 from .hf.config import ARCHITECTURES, family, read_json, read_model_config
 from .hf.index import check_adapter, index, unread_files
 from .parts import Parts, folder_digest, rows_digest
@@ -87,6 +88,9 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
         world_size = config.plan.world or model_ranks * (config.mesh.dp or max(1, 2 // model_ranks))
     elif device == "cuda" and not num_gpus():
         raise ConfigError("device=cuda, and there is no GPU: use device=cpu or device=auto")
+    generates = bool({"ppo", "generate"} & set(config.phases))
+    if device == "cuda" and generates and config.rollout.cuda_graphs and not config.starts_nothing:
+        check_graphs(config.mesh.tp)
     if device == "cpu" and os.environ.get("RLHF_KERNELS") == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ConfigError("RLHF_KERNELS=triton in the environment needs a GPU, or TRITON_INTERPRET=1")
     if world_size is None:
@@ -143,6 +147,11 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
             check_output_dir(config)
     check_reward(config, reward)
     notes = [*folder_notes(config, policy, reward, tokenizer), *unusual_rates(config)]
+    if device == "cuda" and is_main and cores() == 1:
+        notes.append(
+            "one core for each GPU, which its threads for autograd, NCCL and checkpoints share: more are faster"
+            " (Slurm's --cpus-per-task)"
+        )
     if config.log.wandb.project is not None and not has_wandb():
         notes.append(
             f"log.wandb.project={config.log.wandb.project}: wandb is not installed (pip install -e '.[wandb]'):"

@@ -68,7 +68,6 @@ class Ranks:
     ):
         shared = {
             PARENT: str(os.getpid()),
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or "1",
             "PYTHONWARNINGS": "ignore",
         }
         self.first, self.output = first, output

@@ -1,19 +1,28 @@
-"""What each rank did and when: idle time of the pipelines, and a trace that Perfetto (ui.perfetto.dev) reads."""
+"""What each rank did and when: idle time of the pipelines, and a trace that Perfetto (ui.perfetto.dev) reads.
+
+On a GPU it is the device's time that counts: the host is done with a forward when its kernels are queued, and with a
+message before that has come. There a moment is an event in the device's stream, known when the device has passed it.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import torch
 
 from .mesh import ParallelMesh
 
 Kind = Literal["stage", "forward", "backward", "wait", "move"]
+_CPU = torch.device("cpu")
+Moment = Any  # seconds of the host's clock, or a torch.cuda.Event
 
 
 @dataclass(frozen=True)
@@ -36,13 +45,27 @@ class Stream:
 
 
 class Trace:
-    """Collects the spans of an iteration on this rank."""
+    """Collects the spans of an iteration on this rank.
 
-    def __init__(self) -> None:
+    Attributes:
+        spans, streams: what there was before the last `finish`.
+        flops: of the models in each stage's updates, over all ranks.
+
+    Args:
+        device: whose time it is.
+    """
+
+    def __init__(self, device: torch.device = _CPU) -> None:
+        self.device, self._stage = device, ""
+        self.clear()
+
+    def clear(self) -> None:
         self.spans: list[Span] = []
         self.streams: list[Stream] = []
-        self.flops: Counter[str] = Counter()  # of the models in each stage's updates, over all ranks
-        self._stage = ""
+        self.flops: Counter[str] = Counter()
+        self._noted: list[tuple[str, Kind, Moment, Moment]] = []
+        # stage, whether it has a backward, its part of what was noted, when it began and ended
+        self._pipelines: list[tuple[str, bool, slice, Moment, Moment]] = []
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -57,28 +80,48 @@ class Trace:
 
     @contextlib.contextmanager
     def span(self, name: str, kind: Kind) -> Iterator[None]:
-        started = time.perf_counter()
+        started = self._moment()
         try:
             yield
         finally:
-            self.spans.append(Span(name, kind, started, time.perf_counter()))
+            self._noted.append((name, kind, started, self._moment()))
 
     @contextlib.contextmanager
     def stream(self, has_backward: bool) -> Iterator[None]:
         """A pipeline. What within it is neither a forward nor waiting for a neighbour is backward."""
-        name, first, started = self._stage, len(self.spans), time.perf_counter()
+        first, started = len(self._noted), self._moment()
         yield
-        stopped, last = time.perf_counter(), started
-        gaps, waited = [], 0.0
-        for span in sorted(self.spans[first:], key=lambda span: span.start):
-            if has_backward and span.start > last:
-                gaps.append(Span("backward", "backward", last, span.start))
-            last = max(last, span.stop)
-            waited += span.stop - span.start if span.kind == "wait" else 0.0
-        if has_backward and stopped > last:
-            gaps.append(Span("backward", "backward", last, stopped))
-        self.spans += gaps
-        self.streams.append(Stream(name, stopped - started, waited))
+        within = slice(first, len(self._noted))
+        self._pipelines.append((self._stage, has_backward, within, started, self._moment()))
+
+    def _moment(self) -> Moment:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def finish(self) -> None:
+        """Works out `spans` and `streams`, once an iteration: it waits for the device."""
+        last = self._moment()
+        if self.device.type == "cuda":
+            last.synchronize()
+        now = time.perf_counter()
+
+        def seconds(moment: Moment) -> float:
+            return moment if self.device.type != "cuda" else now - moment.elapsed_time(last) / 1e3
+
+        spans = [Span(name, kind, seconds(start), seconds(stop)) for name, kind, start, stop in self._noted]
+        for name, has_backward, within, start, stop in self._pipelines:
+            started, stopped = seconds(start), seconds(stop)
+            found = sorted(spans[within], key=lambda span: span.start)
+            if has_backward:
+                ends = itertools.accumulate((span.stop for span in found), max, initial=started)
+                gaps = zip(ends, [*(span.start for span in found), stopped], strict=True)
+                self.spans += [Span("backward", "backward", end, begin) for end, begin in gaps if begin > end]
+            waited = sum(span.stop - span.start for span in found if span.kind == "wait")
+            self.streams.append(Stream(name, stopped - started, waited))
+        self.spans += spans
 
     def idle_shares(self, mesh: ParallelMesh) -> dict[str, float]:
         """For each stream of the iteration, the mean share of its length that a rank had nothing to do.
@@ -92,9 +135,6 @@ class Trace:
             busy = sum(stream.seconds - stream.waited for stream in streams) / len(streams)
             shares.setdefault(streams[0].name, []).append(1 - busy / length)
         return {f"idle/{name}": sum(found) / len(found) for name, found in shares.items()}
-
-    def clear(self) -> None:
-        self.spans, self.streams, self.flops = [], [], Counter()
 
 
 def append_events(path: Path, ranks: Sequence[Sequence[Span]], iteration: int) -> None:

@@ -36,7 +36,7 @@ from .provenance import data_digest, say_finished, write_config
 from .report import write_report
 from .schedule import Schedule
 from .signals import RunError, Stop
-from .trace import append_events
+from .trace import Trace, append_events
 from .watchdog import Watchdog
 
 
@@ -252,6 +252,7 @@ def close_trace(ctx: Context, folder: Path, times: Mapping[str, float], peak: fl
         times: `time/<stage>` of the iteration.
         peak: FLOP/s of one rank's device; None where it is not known, and then there is no utilisation.
     """
+    ctx.trace.finish()
     figures = ctx.trace.idle_shares(ctx.mesh) if ctx.mesh.pp > 1 else {}
     if peak is not None:
         for stage, flops in ctx.trace.flops.items():
@@ -330,7 +331,7 @@ def build_context(plan: Plan, mesh: ParallelMesh) -> Context:
     reward_fn = None
     if config.reward.kind == "function" and "ppo" in config.phases:
         reward_fn = load_function(config.reward.fn or "")
-    return Context(config, bases, mesh, tokenizer, datasets, gold_rule(sources), reward_fn)
+    return Context(config, bases, mesh, tokenizer, datasets, gold_rule(sources), reward_fn, trace=Trace(mesh.device))
 
 
 def trained_tokenizer(config: RunConfig, mesh: ParallelMesh, sources: list[data_sources.Source]) -> Tokenizer:

@@ -296,6 +296,44 @@ def groups_closed(layout: tuple) -> list[tuple[str, int]]:
     return closed
 
 
+def groups_made(layout: tuple) -> list[tuple[float, str | None]]:
+    """Makes a mesh of that layout. Gives seconds that collectives of its groups may take, and their backends."""
+    from torch import distributed as dist
+
+    found = []
+
+    def new_group(ranks=None, timeout=None, backend=None, **others):
+        found.append((timeout and timeout.total_seconds(), backend))
+        return make(ranks, timeout, backend, **others)
+
+    worlds.close_mesh()
+    make = dist.new_group
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "new_group", new_group)
+        worlds.mesh(*layout)
+    return found
+
+
+def messages(overrides: list[str], layout: tuple, phase: str) -> tuple[list[str], int]:
+    """Of the pipelines of a first iteration: the types of what was sent or received, and how often the host waited for
+    all of the device."""
+    from megatron.core.pipeline_parallel import p2p_communication
+    from torch import distributed as dist
+
+    found, waits = [], []
+
+    def message(op, tensor, *others):
+        found.append(str(tensor.dtype))
+        return make(op, tensor, *others)
+
+    make = dist.P2POp
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "P2POp", message)
+        patch.setattr(p2p_communication.torch.cuda, "synchronize", lambda *args: waits.append(1))
+        first_iteration(overrides, layout, phase)
+    return found, len(waits)
+
+
 def num_models() -> int:
     """Models that this process still holds."""
     import gc

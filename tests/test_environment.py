@@ -131,6 +131,83 @@ def test_threads(env):
     assert environment.num_threads() == 1
 
 
+ALLOCATOR, GRAPHS, QUEUES = "PYTORCH_CUDA_ALLOC_CONF", "NCCL_GRAPH_REGISTER", "CUDA_DEVICE_MAX_CONNECTIONS"
+SEGMENTS = "expandable_segments:True"
+
+
+@pytest.mark.parametrize(
+    ("device", "tp", "variables", "added"),
+    [
+        ("cpu", 2, {}, {"OMP_NUM_THREADS": "1"}),
+        ("cuda", 1, {}, {"OMP_NUM_THREADS": "12", ALLOCATOR: SEGMENTS, GRAPHS: "0"}),
+        ("cuda", 2, {"OMP_NUM_THREADS": "3"}, {ALLOCATOR: SEGMENTS, GRAPHS: "0", QUEUES: "1"}),
+        ("cuda", 1, {"LOCAL_WORLD_SIZE": "4"}, {"OMP_NUM_THREADS": "3", ALLOCATOR: SEGMENTS, GRAPHS: "0"}),
+        ("cuda", 1, {**SLURM, "LOCAL_WORLD_SIZE": "4"}, {"OMP_NUM_THREADS": "3", ALLOCATOR: SEGMENTS, GRAPHS: "0"}),
+        (
+            "cuda", 1, {**SLURM, "LOCAL_WORLD_SIZE": "4", "SLURM_CPUS_PER_TASK": "12"},
+            {"OMP_NUM_THREADS": "12", ALLOCATOR: SEGMENTS, GRAPHS: "0"},
+        ),
+        # what somebody has said stays, and what it needs is added
+        ("cuda", 2, {"OMP_NUM_THREADS": "3", ALLOCATOR: SEGMENTS, QUEUES: "8"}, {GRAPHS: "0"}),
+        ("cuda", 1, {"OMP_NUM_THREADS": "3", "PYTORCH_ALLOC_CONF": "backend:cudaMallocAsync"}, {}),
+        ("cuda", 1, {"OMP_NUM_THREADS": "3", GRAPHS: "1"}, {}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_libraries_are_told(env, monkeypatch, device, tp, variables, added):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)))
+    env(**variables)
+    before = dict(os.environ)
+    environment.set_defaults(device, tp)
+    assert {name: value for name, value in os.environ.items() if before.get(name) != value} == added
+
+
+@pytest.mark.parametrize(
+    ("variables", "overrides", "is_refused"),
+    [
+        ({ALLOCATOR: SEGMENTS, GRAPHS: "1"}, [], True),
+        ({"PYTORCH_ALLOC_CONF": f"max_split_size_mb:512, {SEGMENTS}", GRAPHS: "1"}, [], True),
+        ({ALLOCATOR: SEGMENTS}, [], False),
+        ({GRAPHS: "1"}, [], False),
+        ({ALLOCATOR: SEGMENTS, GRAPHS: "1"}, ["rollout.cuda_graphs=false"], False),
+        ({ALLOCATOR: SEGMENTS, GRAPHS: "1"}, ["mesh.tp=1"], False),
+        ({ALLOCATOR: SEGMENTS, GRAPHS: "1"}, ["phases=[sft]"], False),
+    ],
+    ids=str,
+)
+def test_graphs_that_would_hang(env, monkeypatch, capsys, variables, overrides, is_refused):
+    monkeypatch.setattr(preflight, "num_gpus", lambda: 2)
+    monkeypatch.setattr(worlds.launcher, "start_ranks", lambda *args: 0)
+    env(**variables)
+    run = ["+exp=hh_rlhf", "device=cuda", "mesh.tp=2", "mesh.dp=1", "data.num_rows=400", *overrides]
+    assert worlds.launcher.main(run) == (2 if is_refused else 0)
+    words = ["NCCL_GRAPH_REGISTER=1", "expandable_segments", "mesh.tp=2", "rollout.cuda_graphs=false"]
+    assert all((word in capsys.readouterr().err) == is_refused for word in words[:1])
+
+
+@pytest.mark.parametrize("count", ["1", "8"])
+def test_a_gpu_with_one_core_is_told(env, monkeypatch, count):
+    monkeypatch.setattr(preflight, "num_gpus", lambda: 4)
+    env(**SLURM | {"SLURM_CPUS_PER_TASK": count, "SLURM_PROCID": "0", "SLURM_NODEID": "0", "SLURM_LOCALID": "0"})
+    config = worlds.launcher.compose(["+exp=hh_rlhf", "device=cuda", "data.num_rows=400"])
+    notes = preflight.plan(config, 4).notes
+    assert any("--cpus-per-task" in note for note in notes) == (count == "1")
+
+
+def test_srun_gives_a_task_the_cores_of_sbatch(tmp_path, monkeypatch):
+    """Which it no longer does by itself."""
+    srun = tmp_path / "srun"
+    srun.write_text('#!/bin/sh\necho "cores ${SRUN_CPUS_PER_TASK-none}"\n')
+    srun.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for given, said in (("12", "cores 12\n"), (None, "cores none\n")):
+        monkeypatch.delenv("SRUN_CPUS_PER_TASK", raising=False)
+        monkeypatch.setenv("SLURM_CPUS_PER_TASK", given) if given else monkeypatch.delenv("SLURM_CPUS_PER_TASK")
+        script = [str(worlds.ROOT / "launch" / "slurm" / "train.sbatch"), "+exp=hh_rlhf"]
+        found = subprocess.run(["bash", *script], capture_output=True, text=True, check=True)
+        assert found.stdout == said
+
+
 def test_a_host_that_does_not_resolve(env, monkeypatch):
     def unknown(*args, **kwargs):
         raise socket.gaierror(-2, "Name or service not known")

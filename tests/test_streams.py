@@ -10,11 +10,13 @@ from types import SimpleNamespace
 
 import cases
 import pytest
+import torch
 from conftest import SMALL, launch
 from test_hf_architectures import SIZES, make
 
 from rlhf_engine.algorithms.ppo import PPO, stage_table
 from rlhf_engine.config import RunConfig, ScheduleConfig
+from rlhf_engine.models.stream import Work, _Stream
 from rlhf_engine.schedule import Schedule
 from rlhf_engine.trace import Stream, Trace
 
@@ -80,6 +82,33 @@ def test_groups_end_in_one_order(worlds, layout):
     assert all(sum(size > 1 for _, size in mine) > 3 for mine in closed)
 
 
+@pytest.mark.parametrize("layout", [(1, 2, 1, False, 1, 2), (1, 1, 2, False, 2)], ids=str)
+def test_groups_wait_as_long_as_the_mesh(worlds, layout):
+    """All of them, or NCCL would end a rank before the watchdog has said what it waits for. None is made for tensors on
+    the CPU besides, where nobody asks."""
+    assert set(worlds(2).run(cases.groups_made, layout)[0]) == {(3600.0, None)}
+
+
+@pytest.mark.parametrize(("layout", "crossings"), [((1, 2, 1), 1), ((1, 2, 1, False, 1, 2), 3)], ids=str)
+def test_neighbours_exchange_nothing_but_activations_and_gradients(worlds, settings, layout, crossings):
+    """Of 16 micro-batches, whose widths differ, at each place where a rank's chunks meet the other's; and no host waits
+    for the device."""
+    alone = [*settings, "schedule.micro_batch_tokens=1", "phases=[sft]"]
+    for found in worlds(2).run(cases.messages, alone, layout, "sft"):
+        assert found == (["torch.float32"] * (16 * crossings * 2), 0)
+
+
+def test_no_activation_is_kept_for_the_next_stage():
+    """What a stage received lives as long as its micro-batch."""
+    held: list = []
+    chunk = SimpleNamespace(set_input_tensor=held.append)
+    role = SimpleNamespace(name="policy", chunks=[chunk], modules=[lambda *inputs: held[-1][0] + 1])
+    stream = _Stream(None, 0, Trace())
+    stream.set_input_tensor([received := torch.ones(2)])
+    output, _ = stream.step(Work(role, {}, None, 1), {"tokens": torch.ones(1, 2)}, True, forward_only=True)
+    assert torch.equal(output, received + 1) and held[-1] is None
+
+
 ROLES = ("policy", "reference", "reward", "critic")
 
 
@@ -141,6 +170,42 @@ def test_what_is_not_forward_is_backward():
         time.sleep(0.02)
         with trace.span("neighbours", "wait"):
             time.sleep(0.01)
+    trace.finish()
     seconds = {kind: sum(s.stop - s.start for s in trace.spans if s.kind == kind) for kind in ("backward", "wait")}
     (stream,) = trace.streams
     assert 0.02 <= seconds["backward"] < stream.seconds - 0.02 and stream.waited == seconds["wait"] >= 0.01
+
+
+def test_a_gpus_time_is_the_devices(monkeypatch):
+    """The host queues three seconds of forward, four of backward and a message that comes a second later, and is done
+    with each at once."""
+    clock = 100.0
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = clock
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return 1e3 * (end.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    trace = Trace(torch.device("cuda"))
+    with trace.stage("s"), trace.stream(has_backward=True):
+        with trace.span("policy", "forward"):
+            clock += 3
+        with trace.span("neighbours", "wait"):
+            clock += 1
+        clock += 4
+    trace.finish()
+    assert trace.streams == [Stream("s", pytest.approx(8), pytest.approx(1))]
+    seconds = {span.kind: span.stop - span.start for span in trace.spans}
+    assert seconds == pytest.approx({"stage": 8, "forward": 3, "wait": 1, "backward": 4})
+    assert trace.idle_shares(SimpleNamespace(all_gather_object=lambda mine: [mine])) == {"idle/s": pytest.approx(1 / 8)}
+    starts = {span.kind: span.start for span in trace.spans}
+    assert starts["wait"] - starts["forward"] == pytest.approx(3) and starts["backward"] < time.perf_counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -159,8 +160,8 @@ def build_model(
     if model.rope_scaling is not None:
         gpt.rotary_pos_emb.inv_freq = scaled_frequencies(gpt.rotary_pos_emb.inv_freq, model.rope_scaling)
     if model.positions == "learned" and gpt.pre_process:
-        table = gpt.embedding.position_embeddings.weight  # megatron leaves it on the CPU, in float32
-        table.data = table.data.to(device=mesh.device, dtype=dtype)
+        table = gpt.embedding.position_embeddings.weight  # megatron leaves it in float32
+        table.data = table.data.to(dtype=dtype)
     for block in gpt.decoder.layers:
         if block.layer_number > model.first_sliding_layer:
             block.self_attention.core_attention.window = model.sliding_window
@@ -168,6 +169,8 @@ def build_model(
         gpt.output_layer.__class__ = LMHead  # megatron builds the layer itself, and only its forward is another
     if head == "scalar" and gpt.post_process:
         gpt.output_layer = ScalarHead(config, mesh.tp_group)
+    for tensor in itertools.chain(gpt.parameters(), gpt.buffers()):
+        tensor.data = tensor.data.to(device=mesh.device)  # megatron makes some on the CPU: positions, experts' routers
     _mark_parameters(gpt)
     return gpt
 

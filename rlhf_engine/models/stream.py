@@ -3,7 +3,7 @@
 Megatron's schedules run one model; here they run a stand-in that hands each micro-batch to the role that it belongs
 to. P stages and M micro-batches leave (P - 1) / (M + P - 1) of the time idle, so four roles of M micro-batches idle
 less in one stream of 4 M than one after the other: 16% for 43% at P = M = 4. With V chunks on each stage a micro-batch
-counts V times (`mesh.virtual_pp`). Roles may differ in depth and width: neighbouring stages tell each other the shapes.
+counts V times (`mesh.virtual_pp`). Roles may differ in depth and width; every rank knows the shapes of all messages.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.enums import ModelType
@@ -31,7 +32,7 @@ from ..hf.weights import parameters
 from ..mesh import ParallelMesh
 from ..metrics import Metrics
 from ..plan.flops import BACKWARD, forward_flops
-from ..plan.pipeline import chunk_group
+from ..plan.pipeline import chunk_group, forward_order
 from ..trace import Trace
 from .optim import gradient_tensors
 from .residency import Presence
@@ -261,11 +262,10 @@ def _run(works: Sequence[Work], trace: Trace, forward_only: bool) -> list[list[A
     roles = list(dict.fromkeys(work.role for work in works))
     last = {id(work.role): i for i, (work, _) in enumerate(micro_batches)}
     steps = [(work, batch, last[id(work.role)] == i) for i, (work, batch) in enumerate(micro_batches)]
-    shapes = [batch["tokens"].shape for _, batch in micro_batches]
-    config = _config(roles, len(micro_batches), varies=len(roles) > 1 or len(set(shapes)) > 1)
+    config = _config(roles, len(micro_batches))
     neighbours: dict[str, Any] = {}
     if mesh.pp > 1:
-        neighbours["p2p_communicator"] = _Neighbours(mesh, config, trace)
+        neighbours["p2p_communicator"] = _Neighbours(mesh, config, trace, [_hidden(*each) for each in micro_batches])
         neighbours["pg_collection"] = ProcessGroupCollection.use_mpu_process_groups()
     with trace.stream(has_backward=not forward_only), _without_sync(() if forward_only else roles):
         results = get_forward_backward_func()(
@@ -273,8 +273,8 @@ def _run(works: Sequence[Work], trace: Trace, forward_only: bool) -> list[list[A
             data_iterator=[iter(steps) for _ in range(mesh.virtual_pp)],
             model=[_Stream(config, chunk, trace) for chunk in range(mesh.virtual_pp)],
             num_microbatches=len(micro_batches),
-            seq_length=shapes[0][1],
-            micro_batch_size=shapes[0][0],
+            seq_length=batch["tokens"].shape[1],  # of the first, which nobody reads: `_Neighbours` knows all of them
+            micro_batch_size=batch["tokens"].shape[0],
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
             **neighbours,
@@ -288,13 +288,19 @@ def _nothing(output: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Mapping[str,
     return 0 * output.sum(), torch.zeros([], device=output.device), {}
 
 
-def _config(roles: Sequence[RoleModel], micro_batches: int, varies: bool) -> TransformerConfig:
-    """What megatron's schedules ask of a model. `varies`: its micro-batches differ in shape."""
+def _hidden(work: Work, batch: Batch) -> tuple[int, int, int]:
+    """Shape `(S, B, H)` of what a stage passes on of a micro-batch; S is of this rank under sequence parallelism."""
+    rows, width = batch["tokens"].shape
+    mesh = work.role.mesh
+    return width // mesh.tp if mesh.config.sequence_parallel else width, rows, work.role.model.hidden_size
+
+
+def _config(roles: Sequence[RoleModel], micro_batches: int) -> TransformerConfig:
+    """What megatron's schedules ask of a model."""
     config = copy.copy(roles[0].chunks[0].config)
     # `train_step` finalises the gradients of each role by itself
     config.finalize_model_grads_func = config.grad_scale_func = None
     config.no_sync_func = contextlib.nullcontext  # and each has a last micro-batch of its own
-    config.variable_seq_lengths = varies
     config.microbatch_group_size_per_vp_stage = chunk_group(roles[0].mesh.pp, micro_batches)
     return config
 
@@ -347,21 +353,47 @@ class _Stream(Module):
 
 
 class _Neighbours(P2PCommunicator):
-    """Megatron's exchange with the stages before and behind, its time noted as waiting."""
+    """The exchange with the stages before and behind, its time noted as waiting.
 
-    def __init__(self, mesh: ParallelMesh, config: TransformerConfig, trace: Trace):
+    In place of megatron's, which has neighbours tell each other the shapes that differ, and the host wait for all of
+    the device after each message. Here the device's stream alone waits, and shapes are known beforehand.
+
+    Args:
+        shapes: of what is passed on of each micro-batch.
+    """
+
+    def __init__(
+        self, mesh: ParallelMesh, config: TransformerConfig, trace: Trace, shapes: Sequence[tuple[int, int, int]]
+    ):
         super().__init__(mesh.pp_group, config)
         self.mesh, self.trace = mesh, trace
+        order = forward_order(mesh.pp, len(shapes), mesh.virtual_pp)
+        # all but the first chunk of the first stage are sent activations, all but the last of the last one gradients
+        first, last = (0 if mesh.is_first_stage else None), (0 if mesh.is_last_stage else None)
+        self.activations = iter([shapes[i] for i, chunk in order if chunk != first])
+        self.gradients = iter([shapes[i] for i, chunk in order if chunk != last])  # chunks in reverse
 
-    def _communicate(self, **tensors):
+    def _communicate(self, *, tensor_send_next, tensor_send_prev, recv_prev, recv_next, **_):
         with self.trace.span("neighbours", "wait"):
+            activation = self._room(self.activations) if recv_prev else None
+            gradient = self._room(self.gradients) if recv_next else None
+            # Messages bear no names. A group's operations have one order, which both sides go by.
+            onward = [(dist.irecv, activation, self.prev_rank), (dist.isend, tensor_send_next, self.next_rank)]
+            back = [(dist.isend, tensor_send_prev, self.prev_rank), (dist.irecv, gradient, self.next_rank)]
             if self.mesh.pp_back_group is None:
-                return super()._communicate(**tensors)
-            received, _, handles = super()._communicate(**tensors | dict(tensor_send_prev=None, recv_next=False))
-            self.pp_group = self.mesh.pp_back_group
-            _, gradient, _ = super()._communicate(**tensors | dict(tensor_send_next=None, recv_prev=False))
-            self.pp_group = self.mesh.pp_group
-            return received, gradient, handles
+                batches = [(self.mesh.pp_group, onward + back)]
+            else:
+                batches = [(self.mesh.pp_group, onward), (self.mesh.pp_back_group, back)]
+            requests = []
+            for group, messages in batches:
+                ops = [dist.P2POp(op, tensor, peer, group) for op, tensor, peer in messages if tensor is not None]
+                requests += dist.batch_isend_irecv(ops) if ops else []
+            for request in requests:
+                request.wait()
+        return activation, gradient, None
+
+    def _room(self, shapes: Iterator[tuple[int, int, int]]) -> Tensor:
+        return torch.empty(next(shapes), dtype=self.config.pipeline_dtype, device=self.mesh.device, requires_grad=True)
 
 
 @contextlib.contextmanager

@@ -14,15 +14,20 @@ def chunk_group(stages: int, micro_batches: int) -> int:
     return next((n for n in sizes if micro_batches % n == 0 or micro_batches % n >= stages), micro_batches)
 
 
-def orders(stages: int, micro_batches: int, has_backward: bool, chunks: int = 1) -> Orders:
-    """What each stage does, in its order: all forwards, or one forward and one backward in turn (1F1B).
+def forward_order(stages: int, micro_batches: int, chunks: int = 1) -> list[tuple[int, int]]:
+    """(micro-batch, chunk) of a stage's forwards; its backwards have the chunks in reverse.
 
     Of several chunks of layers a stage takes the first for a group of micro-batches, then the next for the same ones
     (Narayanan et al. 2021, section 2.2).
     """
     size = chunk_group(stages, micro_batches) if chunks > 1 else 1
     groups = [range(first, min(first + size, micro_batches)) for first in range(0, micro_batches, size)]
-    forward = [(i, chunk) for group in groups for chunk in range(chunks) for i in group]
+    return [(i, chunk) for group in groups for chunk in range(chunks) for i in group]
+
+
+def orders(stages: int, micro_batches: int, has_backward: bool, chunks: int = 1) -> Orders:
+    """What each stage does, in its order: all forwards, or one forward and one backward in turn (1F1B)."""
+    forward = forward_order(stages, micro_batches, chunks)
     backward = [(i, chunks - 1 - chunk) for i, chunk in forward]
     found: Orders = []
     for stage in range(stages):

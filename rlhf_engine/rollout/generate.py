@@ -129,6 +129,7 @@ def _free_tokens(role: RoleModel) -> int:
     """Positions of cache that this rank's share of the free memory holds; the same on all tensor parallel ranks."""
     mesh, model = role.mesh, role.model
     if mesh.device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps and nobody uses is not free to the driver
         free = torch.cuda.mem_get_info(mesh.device)[0]
     else:
         free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world_size))
