@@ -31,15 +31,13 @@ class ParallelMesh:
         config: resolved, so that tp x pp x dp is the world.
         device: "cpu" (gloo) or "cuda" (NCCL).
         timeout: seconds that a collective may take, in any group.
-        gloo_groups: whether replicas get groups for tensors on the CPU besides, which take a connection more between
-            any two of them.
 
     Raises:
         ConfigError: this rank has no GPU of its own.
     """
 
-    def __init__(self, config: MeshConfig, device: str, timeout: float = 3600.0, gloo_groups: bool = False):
-        self.config, self.has_gloo_groups = config, gloo_groups
+    def __init__(self, config: MeshConfig, device: str, timeout: float = 3600.0):
+        self.config = config
         if device == "cuda":
             self.device = torch.device("cuda", own_gpu())
             torch.cuda.set_device(self.device)
@@ -57,7 +55,7 @@ class ParallelMesh:
             expert_model_parallel_size=config.ep,
             expert_tensor_parallel_size=config.tp,
             distributed_timeout_minutes=timeout / 60,  # type: ignore[arg-type]
-            create_gloo_process_groups=gloo_groups,
+            create_gloo_process_groups=False,  # nothing is sent from CPUs beside NCCL
         )
         if device == "cuda":  # megatron asks for its states around dropout, of which no role has any
             model_parallel_cuda_manual_seed(1)

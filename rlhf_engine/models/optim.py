@@ -48,13 +48,12 @@ def wrap_ddp(chunk: GPTModel, config: OptimizerConfig) -> DistributedDataParalle
 
 
 def build_optimizer(
-    modules: Sequence[DistributedDataParallel], config: OptimizerConfig, total_steps: int, gloo_groups: bool = False
+    modules: Sequence[DistributedDataParallel], config: OptimizerConfig, total_steps: int
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """Adam over the role's parameters and the schedule of its learning rate over `total_steps` updates.
 
     Args:
         modules: the role's chunks in DDP.
-        gloo_groups: whether a save may gather states through `ParallelMesh`'s gloo groups.
     """
     params = [param for ddp in modules for param in ddp.parameters()]
     dtype = params[0].dtype
@@ -73,7 +72,7 @@ def build_optimizer(
     )
     on_cpu = not params[0].is_cuda
     with cuda_type_names(params) if on_cpu else contextlib.nullcontext():
-        optimizer = get_megatron_optimizer(settings, list(modules), use_gloo_process_groups=gloo_groups)
+        optimizer = get_megatron_optimizer(settings, list(modules), use_gloo_process_groups=False)
     for part in optimizer_parts(optimizer):
         # Adam makes its state in the first step, and megatron can neither save nor load what is not there
         part.init_state_fn(part.optimizer, part.config)

@@ -92,9 +92,7 @@ class RoleModel:
         # that no garbage collector sees: left alone, a finished phase would keep its memory
         for module in self.modules:
             weakref.finalize(self, vars(module).clear)
-        self.optimizer, self.scheduler = build_optimizer(
-            self.modules, config, self._total_steps, self.mesh.has_gloo_groups
-        )
+        self.optimizer, self.scheduler = build_optimizer(self.modules, config, self._total_steps)
 
     def gather(self) -> None:
         """Waits for weights of the last update that other replicas hold (`overlap` gathers them when a forward comes to
