@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 import types
 import weakref
 from typing import Any
@@ -24,24 +25,45 @@ _NAMES = {
 _FAST_HEADS = 256  # channels of a head that the flash kernel takes
 
 
+class _Event:
+    """An event, which has happened as soon as it is recorded."""
+
+    def __init__(self, *args, **kwargs):
+        self.at = 0.0
+
+    def record(self, stream=None) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, other: _Event) -> float:
+        return 1e3 * (other.at - self.at)
+
+    def query(self) -> bool:
+        return True
+
+    def wait(self, stream=None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
 class _Stream:
-    """A stream or an event, where everything has happened already."""
+    """A stream, on which everything has happened already."""
 
     def __init__(self, *args, **kwargs):
         self.device, self.cuda_stream = CUDA, 0
 
-    def __getattr__(self, name: str):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return lambda *args, **kwargs: _Event() if name == "record_event" else None
-
-
-class _Event(_Stream):
-    def elapsed_time(self, other) -> float:
-        return 1.0
+    def record_event(self, event: _Event | None = None) -> _Event:
+        event = event or _Event()
+        event.record()
+        return event
 
     def query(self) -> bool:
         return True
+
+    def wait_stream(self, stream) -> None: ...
+
+    def wait_event(self, event) -> None: ...
+
+    def synchronize(self) -> None: ...
 
 
 class _Pool:
@@ -183,6 +205,18 @@ def _install_tensors(gpu: FakeGPU) -> None:
         return make(plain(data) if isinstance(data, list | tuple) else data, *args, **kwargs)
 
     put(torch, tensor=tensor)
+
+    def assign(parameter: torch.nn.Parameter, value: Tensor) -> None:
+        """A host parameter moves to the device; a tensor with numbers cannot become one without by assignment."""
+        if not isinstance(value, FakeTensor):
+            torch.Tensor.data.__set__(parameter, value)  # type: ignore[attr-defined]
+            return
+        moved = torch.nn.Parameter(value, parameter.requires_grad)
+        parameter.__class__, moved.__class__ = moved.__class__, parameter.__class__
+        parameter.__dict__.update(moved.__dict__)
+        torch._C._swap_tensor_impl(parameter, moved)  # type: ignore[attr-defined]
+
+    put(torch.nn.Parameter, data=property(torch.Tensor.data.__get__, assign))  # type: ignore[attr-defined]
     torch._C._set_only_lift_cpu_tensors(True)
 
 

@@ -29,7 +29,7 @@ from ..signals import RunError
 aten = torch.ops.aten
 CUDA = torch.device("cuda", 0)
 VALUED = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
-_MOST_VALUES = 1 << 26  # of one tensor; larger ones have none
+_MOST_VALUES = 1 << 29  # bytes of one tensor; larger ones have none
 _LARGE = 1 << 20  # bytes from which a host copy is memory that nobody has touched
 _HUGE = 1 << 28  # and from which host memory has no numbers where nothing is written
 _MOST_PLACES = 12
