@@ -260,7 +260,7 @@ def test_an_optimizer_that_makes_its_state_in_its_first_step(tmp_path):
     env |= {"MASTER_PORT": str(launching.launcher.free_port()), "PYTHONPATH": os.pathsep.join(paths)}
     code = f"import test_saves; test_saves.before_the_first_step({str(tmp_path)!r})"
     command = [sys.executable, "-W", "ignore", "-c", code]
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=launching.TIMEOUT_SECONDS)
     assert result.returncode == 0, result.stderr
     assert result.stdout == "FusedAdam 0.0 1 True\n"
 

@@ -4,7 +4,7 @@ import torch
 
 
 class FusedAdam(torch.optim.Optimizer):
-    def __init__(self, params, lr, weight_decay, betas, eps, adam_w_mode=True):
+    def __init__(self, params, lr, weight_decay, betas, eps, adam_w_mode=True, capturable=False):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, betas=betas, eps=eps))
 
     @torch.no_grad()
