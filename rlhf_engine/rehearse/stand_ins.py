@@ -25,6 +25,7 @@ from ..models import residency, role, stream
 from ..models.optim import gradient_tensors, optimizer_tensors
 from ..preflight import Plan
 from ..rollout import cache, decoder, fold, generate, graphs, sampling
+from . import wire
 from .device import CUDA, FakeGPU, Refused, put
 
 _STEPS = 8  # of a number of rows: those before a graph is captured, its capture, and some that replay it
@@ -54,7 +55,7 @@ def stand_in(gpu: FakeGPU, part: Part, plan: Plan) -> None:
 
 
 def _mark_memory(gpu: FakeGPU) -> None:
-    start, folded, new = role.RoleModel.start, fold._fold, cache.KVCache.__init__
+    start, folded, new, exchange = role.RoleModel.start, fold._fold, cache.KVCache.__init__, fold._exchange
 
     def started(self: role.RoleModel) -> None:
         for name, parameter in self.chunks.named_parameters():
@@ -72,6 +73,10 @@ def _mark_memory(gpu: FakeGPU) -> None:
         gpu.mark(gpt.parameters(), "weights")
         return gpt
 
+    def exchange_alike(mine, *args) -> None:
+        wire.Group.wire.assumed = [list(mine)]  # a stage that is not rehearsed has layers of its own, as many
+        exchange(mine, *args)
+
     def new_cache(self, *args, **kwargs) -> None:
         new(self, *args, **kwargs)
         gpu.mark([self.flat], "kv_cache")
@@ -82,7 +87,7 @@ def _mark_memory(gpu: FakeGPU) -> None:
 
     put(role.RoleModel, start=started)
     put(residency, _bytes=as_bytes)
-    put(fold, _fold=fold_marked)
+    put(fold, _fold=fold_marked, _exchange=exchange_alike)
     put(cache.KVCache, __init__=new_cache)
 
 

@@ -1,0 +1,161 @@
+"""Rehearsals: GPU runs on devices that are not there. What would not run is refused by name."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from rlhf_engine.config import ConfigError
+from rlhf_engine.rehearse import rehearsal
+from rlhf_engine.rehearse.exchange import Exchange, Post
+from rlhf_engine.rehearse.report import lines, show, write
+
+SMALL = [
+    "+exp=hh_rlhf", "model.num_layers=2", "model.hidden_size=64", "model.intermediate_size=64", "data.num_rows=64",
+    "data.num_eval_rows=8", "data.max_seq_len=96", "data.max_prompt_len=64", "rollout.max_new_tokens=8",
+    "sft.batch_size=8", "sft.micro_batch_size=4", "reward.batch_size=8", "reward.micro_batch_size=2",
+    "ppo.prompts_per_iteration=8", "ppo.micro_batch_size=2", "ppo.epochs=1", "ppo.num_minibatches=2",
+    "ppo.eval_prompts=4",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    here = str(Path(__file__).parent)
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = f"{here}:{before}" if before else here
+    started = rehearsal.Ranks()
+    if before is None:
+        del os.environ["PYTHONPATH"]
+    else:
+        os.environ["PYTHONPATH"] = before
+    yield started
+    started.close()
+
+
+def run(ranks, tmp_path, *overrides: str, before: str | None = None) -> rehearsal.Found:
+    return rehearsal.rehearse([*SMALL, f"output_dir={tmp_path / 'run'}", *overrides], before, ranks)
+
+
+LAYOUTS = {
+    "one": [],
+    "sequence": ["mesh.tp=2", "mesh.sequence_parallel=true", "schedule.recompute=selective"],
+    "chunks": ["mesh.pp=2", "mesh.virtual_pp=2", "model.num_layers=4"],
+    "experts": ["mesh.dp=2", "mesh.ep=2", "model.num_experts=4", "model.architecture=mixtral"],
+    "offload": ["schedule.residency=offload", "schedule.recompute=full", "schedule.micro_batch_tokens=512",
+                "rollout.cuda_graphs=false"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_run_starts_saves_stops_and_resumes(ranks, tmp_path, layout):
+    found = run(ranks, tmp_path, *LAYOUTS[layout])
+    assert found.faults == []
+    stopped, resumed = found.attempts
+    assert len(stopped) == len(resumed) == found.plan.world_size
+    names = [stage["name"] for stage in resumed[0]["stages"] if stage["phase"] == "ppo"]
+    assert "the save within iteration 0" in [stage["name"] for stage in stopped[0]["stages"]]
+    assert {"the loading of ppo", "rollout of iteration 1", "the export of ppo"} <= set(names)
+    by_name = {(line.phase, line.stage): line for line in lines(found)}
+    policy = by_name["sft", "train_policy"]
+    assert policy.peak["weights"] and 1.9 < policy.peak["gradients"] / policy.peak["weights"] < 2.1
+    # the host is waited for once in a micro-batch of no kind
+    assert not [place for place in policy.waits if "kernels/" in place or "heads.py" in place]
+    show(found, [])
+    write(found, [], tmp_path / "rehearsal.json")
+    assert json.loads((tmp_path / "rehearsal.json").read_text())["faults"] == []
+
+
+def test_eight_ranks(ranks, tmp_path):
+    found = run(ranks, tmp_path, "mesh.tp=2", "mesh.pp=2", "mesh.dp=2", "mesh.sequence_parallel=true", "phases=[sft]")
+    assert found.faults == [] and found.ranks == list(range(8))
+    assert all(report["stages"] for attempt in found.attempts for report in attempt)
+
+
+def test_a_rank_of_each_stage_of_many(ranks, tmp_path):
+    found = run(
+        ranks, tmp_path, "mesh.tp=2", "mesh.pp=8", "mesh.dp=4", "mesh.sequence_parallel=true", "model.num_layers=16",
+        "phases=[sft]", "sft.batch_size=64", "sft.micro_batch_size=1", "rehearse.micro_batches=2",
+    )  # fmt: skip
+    assert found.faults == []
+    assert found.ranks == [0, 8, 48, 63] and len(found.attempts) == 1
+
+
+FAULTS = {
+    "host_tensor": "layers|planted.py:\\d+: mul of tensors on two devices: .* on cuda:0, .* on cpu",
+    "host_collective": "planted.py:\\d+: all_reduce MAX of a tensor .* on cpu through nccl",
+    "host_parameter": "input_layernorm.weight of policy is left on the host",
+    "item_in_capture": "the host waits within the capture",
+    "other_order": "new_group of",
+    "missing": "all_reduce MAX",
+    "other_size": "is all_reduce MAX of 1 int32 on rank 0 .* all_reduce MAX of 2 int32 on rank 1",
+    "too_many_rows": "combine_kernel on a grid of .*65536",
+    "specialised": "planted.py:\\d+: _count does not compile for h100: ",
+    "not_contiguous": "is not contiguous",
+    "much": "needs more than the 80 GB of h100 in train_policy of iteration 0, at .*planted.py",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_refused_by_name(ranks, tmp_path, fault):
+    many = fault in ("other_order", "missing", "other_size")
+    layout = ["mesh.dp=2"] if many else ["mesh.dp=1"]
+    found = run(ranks, tmp_path, "phases=[sft]", *layout, before=f"planted:{fault}")
+    assert re.search(FAULTS[fault], " ".join(found.faults)), found.faults
+
+
+def test_a_role_that_stays_needs_room(ranks, tmp_path):
+    """Where it leaves, the fullest moment has the memory of fewer roles."""
+    options = ["mesh.dp=1", "schedule.residency=offload"]
+    leaves = run(ranks, tmp_path, *options)
+    stays = run(ranks, tmp_path, *options, before="planted:stays")
+    assert leaves.faults == []
+    peaks = [max(line.total for line in lines(each) if line.phase == "ppo") for each in (leaves, stays)]
+    assert peaks[1] > 1.1 * peaks[0]
+
+
+def test_what_is_refused_before_it_starts(tmp_path):
+    with pytest.raises(ConfigError, match=r"rehearse.ranks=\[9\]: the world has ranks 0 to 1"):
+        rehearsal.rehearse([*SMALL, f"output_dir={tmp_path}", "mesh.dp=2", "rehearse.ranks=[9]"])
+    with pytest.raises(ConfigError, match="trains nothing"):
+        rehearsal.rehearse(["+exp=score", "policy.path=x", "data.sources=[x]", "output=x"])
+
+
+def test_ranks_of_a_larger_world(tmp_path):
+    config = ["+exp=ppo_large", "model=llama_70b", "mesh.tp=8", "mesh.pp=8", "plan.device=h100"]
+    plan = rehearsal.settle(config, 64, str(tmp_path))
+    assert rehearsal.chosen(plan) == [0, 8, 48, 63] and not rehearsal.is_small(plan)
+
+
+class Line:
+    """A rank's end of a connection to the exchange."""
+
+    def __init__(self) -> None:
+        self.got: list = []
+
+    def send(self, value) -> None:
+        self.got.append(value)
+
+
+def test_the_exchange_knows_a_hang():
+    exchange, one, other = Exchange([0, 1]), Line(), Line()
+    world, tp = ((0, 1), ("world", 2, 1)), ((0, 1), ("tp", 2, 1))
+    exchange._take(0, Post(world, 1, "barrier", "a.py:1", waits=True), one)
+    exchange._take(1, Post(tp, 1, "all_reduce", "b.py:2", waits=True), other)
+    assert exchange.fault == (
+        "rank 0 waits in barrier, call 1 of world [0, 1], at a.py:1, and rank 1 waits in all_reduce, call 1 of"
+        " tp [0, 1], at b.py:2"
+    )
+    assert one.got == other.got == [None]
+
+
+def test_the_exchange_knows_what_is_left_over():
+    exchange = Exchange([0, 1])
+    exchange._take(0, Post(((0, 1), ("dp", 2, 1)), 1, "all_reduce", "a.py:1"), Line())
+    assert exchange.left_over() == "call 1 of dp [0, 1] is all_reduce on rank 0 at a.py:1, and rank 1 never makes it"
