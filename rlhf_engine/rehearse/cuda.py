@@ -205,6 +205,7 @@ def _install_tensors(gpu: FakeGPU) -> None:
         return make(plain(data) if isinstance(data, list | tuple) else data, *args, **kwargs)
 
     put(torch, tensor=tensor)
+    put(FakeTensor, tolist=lambda self: self.cpu().tolist())  # torch reads them one by one
 
     def assign(parameter: torch.nn.Parameter, value: Tensor) -> None:
         """A host parameter moves to the device; a tensor with numbers cannot become one without by assignment."""
