@@ -153,6 +153,8 @@ def test_a_role_that_stays_needs_room(ranks, tmp_path):
 def test_what_is_refused_before_it_starts(tmp_path):
     with pytest.raises(ConfigError, match=r"rehearse.ranks=\[9\]: the world has ranks 0 to 1"):
         rehearsal.rehearse([*SMALL, f"output_dir={tmp_path}", "mesh.dp=2", "rehearse.ranks=[9]"])
+    with pytest.raises(ConfigError, match="two are of one pipeline stage of 4 ranks"):
+        rehearsal.rehearse([*SMALL, f"output_dir={tmp_path}", "mesh.pp=2", "mesh.dp=4", "rehearse.ranks=[1,7]"])
     with pytest.raises(ConfigError, match="trains nothing"):
         rehearsal.rehearse(["+exp=score", "policy.path=x", "data.sources=[x]", "output=x"])
 

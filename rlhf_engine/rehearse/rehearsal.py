@@ -57,13 +57,19 @@ def chosen(plan: preflight.Plan) -> list[int]:
     """The ranks that are rehearsed, in order.
 
     Raises:
-        ConfigError: there is no such rank.
+        ConfigError: there is no such rank, or two of one pipeline stage are named.
     """
     world_size, pp, asked = plan.world_size, plan.mesh.pp, plan.config.rehearse.ranks
     if asked is not None:
         ranks = sorted({0, *asked})  # the main rank writes
         if ranks[-1] >= world_size or ranks[0] < 0:
             raise ConfigError(f"rehearse.ranks={asked}: the world has ranks 0 to {world_size - 1}")
+        of_stages = {rank // (world_size // pp) for rank in ranks}
+        if pp > 1 and len(of_stages) < len(ranks) < world_size:
+            raise ConfigError(
+                f"rehearse.ranks={asked}: with rank 0, which writes, two are of one pipeline stage of"
+                f" {world_size // pp} ranks: name one of each, or all"
+            )
         return ranks
     if is_small(plan):
         return list(range(world_size))
