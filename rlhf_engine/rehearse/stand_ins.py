@@ -55,7 +55,7 @@ def stand_in(gpu: FakeGPU, part: Part, plan: Plan) -> None:
 
 
 def _mark_memory(gpu: FakeGPU) -> None:
-    start, folded, new, exchange = role.RoleModel.start, fold._fold, cache.KVCache.__init__, fold._exchange
+    start, new, build, exchange = role.RoleModel.start, cache.KVCache.__init__, fold.build_model, fold._exchange
 
     def started(self: role.RoleModel) -> None:
         for name, parameter in self.chunks.named_parameters():
@@ -68,8 +68,8 @@ def _mark_memory(gpu: FakeGPU) -> None:
             gpu.mark(gradient_tensors(self.modules), "gradients")
             gpu.mark(optimizer_tensors(self.optimizer, weights), "optimizer")
 
-    def fold_marked(*args):
-        gpt = folded(*args)
+    def build_marked(*args, **kwargs):
+        gpt = build(*args, **kwargs)
         gpu.mark(gpt.parameters(), "weights")
         return gpt
 
@@ -87,7 +87,7 @@ def _mark_memory(gpu: FakeGPU) -> None:
 
     put(role.RoleModel, start=started)
     put(residency, _bytes=as_bytes)
-    put(fold, _fold=fold_marked, _exchange=exchange_alike)
+    put(fold, build_model=build_marked, _exchange=exchange_alike)
     put(cache.KVCache, __init__=new_cache)
 
 
