@@ -20,6 +20,8 @@ from unittest import mock
 from .. import preflight
 from ..compose import compose
 from ..config import JOBS, ConfigError, LogConfig, RunConfig
+from ..hf.config import family, read_json
+from ..hf.index import index
 from ..plan.partition import num_parameters
 from ..ranks import PARENT
 from ..signals import STOPPED, RunError
@@ -78,6 +80,17 @@ def chosen(plan: preflight.Plan) -> list[int]:
     return sorted({stage * (world_size // pp) for stage in stages[:-1]} | {0, world_size - 1})
 
 
+def named_tensors(path: str) -> dict[str, Any]:
+    """`hf.index.index` of a folder. Of one that has no weights yet, its config.json says whether they will have a
+    score's head, which is all that is asked."""
+    folder = Path(path)
+    if any(path.name.endswith((".safetensors", ".bin", ".index.json")) for path in folder.iterdir()):
+        return index(path)
+    where = folder / "config.json"
+    architecture, head = family(read_json(where), str(where))
+    return {architecture.score: None} if head == "scalar" else {}
+
+
 def settle(overrides: Sequence[str], world_size: int, output_dir: str) -> preflight.Plan:
     """The run as it is rehearsed: each phase as many iterations, saved after each."""
     config = compose(overrides)
@@ -87,7 +100,8 @@ def settle(overrides: Sequence[str], world_size: int, output_dir: str) -> prefli
         phase.save_every = 1
     config.log = LogConfig()
     config.timeout.stage = 1e9
-    with mock.patch.object(preflight, "num_gpus", lambda: world_size):
+    stand_ins = dict(num_gpus=lambda: world_size, index=named_tensors, unread_files=lambda path: [])
+    with mock.patch.multiple(preflight, **stand_ins):
         return preflight.plan(config, world_size)
 
 
