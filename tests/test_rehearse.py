@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("triton")
 
 from conftest import launch
+from test_hf_architectures import SIZES, make
 
 from rlhf_engine.config import ConfigError
 from rlhf_engine.rehearse import rehearsal
@@ -100,6 +101,20 @@ def test_its_stages_are_those_of_a_run(ranks, tmp_path):
         planned.discard((phase, "the save"))
         ran.discard((phase, "save"))
     assert planned == ran
+
+
+def test_folders_need_no_weights(ranks, tmp_path, small_run):
+    """Those of a model that is yet to be fetched: its configurations and the tokenizer are."""
+    sizes = SIZES | dict(vocab_size=768, max_position_embeddings=256)
+    policy = make(tmp_path / "policy", "LlamaForCausalLM", sizes)
+    reward = make(tmp_path / "reward", "LlamaForSequenceClassification", sizes | dict(num_labels=1))
+    for weights in [*policy.glob("*.safetensors"), *reward.glob("*.safetensors")]:
+        weights.unlink()
+    tokenizer = small_run / "tokenizer" / "tokenizer.model"
+    found = run(
+        ranks, tmp_path, f"policy.path={policy}", f"reward.path={reward}", f"tokenizer.path={tokenizer}", "phases=[ppo]"
+    )
+    assert found.faults == [] and len(found.attempts) == 2
 
 
 def test_eight_ranks(ranks, tmp_path):
