@@ -23,7 +23,7 @@ from rlhf_engine.places import ATTEMPT, LAUNCH
 from rlhf_engine.preflight import Plan, lock, plan
 from rlhf_engine.ranks import FINAL, PARENT, Ranks, end_with_parent, free_port
 from rlhf_engine.reference import text
-from rlhf_engine.signals import SIGNALS, RunError, leave_at_once, say_errors_once
+from rlhf_engine.signals import SIGNALS, RunError, ignore, leave_at_once, say_errors_once
 from rlhf_engine.xtuner import from_command_line
 
 _SECONDS_OF_SILENCE = 5.0  # of a rank that has only an echo of another one's failure to report
@@ -89,6 +89,7 @@ def run_rank(checked: Plan, job: Callable[[Plan], int] = train) -> int:
         print(f"error: {error}" if refused else traceback.format_exc(), file=sys.stderr, flush=True)
         # at once, and past every destructor: the other ranks may be waiting for this one in a collective
         os._exit(2 if isinstance(error, ConfigError) else getattr(error, "code", 1))
+    ignore()
     torch.distributed.destroy_process_group()
     return code
 

@@ -7,13 +7,13 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from .config import JOBS, Base, ConfigError, MeshConfig, RunConfig, check, resolve_mesh
+from .config import JOBS, Base, ConfigError, MeshConfig, ModelConfig, RunConfig, check, resolve_mesh
 from .data.files import read_rows
 from .data.messages import read_messages
 from .data.sources import HH_MINI, Source, check_sources, parse_spec, read_sources
@@ -52,9 +52,12 @@ class Plan:
         return self.mesh.tp * self.mesh.pp * self.mesh.dp
 
     @property
-    def vocab_size(self) -> int:
-        """Of a model that brings none: the tokenizer's."""
-        return self.tokenizer.vocab_size if self.tokenizer is not None else self.config.tokenizer.vocab_size
+    def models(self) -> dict[str, ModelConfig]:
+        """Of the bases; one that brings no vocabulary has the tokenizer's size of it."""
+        size = self.tokenizer.vocab_size if self.tokenizer is not None else self.config.tokenizer.vocab_size
+        return {
+            name: replace(base.model, vocab_size=base.model.vocab_size or size) for name, base in self.bases.items()
+        }
 
 
 def num_gpus() -> int:

@@ -122,16 +122,16 @@ class Schedule:
         first = self.groups(ctx.config.schedule, ctx.mesh.pp, offloaded)[0]
         groups = self.groups(ctx.config.schedule, ctx.mesh.pp, offloaded, experience.stages)
         try:
-            self._run(ctx, experience, groups, first)
+            self._run(ctx, experience, groups, first, bool(offloaded))
         except (Stop, NotFinite):
             _leave(ctx, first)  # so that a save finds the room that it has behind every iteration
             raise
         return experience
 
     def _run(
-        self, ctx: Context, experience: Experience, groups: Sequence[Sequence[Stage]], first: Sequence[Stage]
-    ) -> None:
-        offloaded = any(role.is_offloaded for role in ctx.roles.values())
+        self, ctx: Context, experience: Experience, groups: Sequence[Sequence[Stage]], first: Sequence[Stage],
+        offloaded: bool,
+    ) -> None:  # fmt: skip
         for i, group in enumerate(groups):
             # the next that works with roles, the next iteration's first behind the last of this one
             following = next((other for other in groups[i + 1 :] if needs(other)), first)

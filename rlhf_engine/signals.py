@@ -65,6 +65,13 @@ def take_note() -> None:
         signal.signal(signum, _note)
 
 
+def ignore() -> None:
+    """From now on a signal changes nothing: this process is about to exit with a code of its own. Python gives every
+    other answer back to the system when it ends, and a late signal would then be the end that is seen."""
+    for signum in SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+
+
 def noted() -> bool:
     """Whether this process was asked to stop."""
     return _noted

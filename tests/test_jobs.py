@@ -6,6 +6,9 @@ import json
 import os
 import random
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -229,3 +232,24 @@ def test_an_output_that_cannot_be_is_refused(small_run, rows, tmp_path, monkeypa
     out, err = capsys.readouterr()
     assert not out and err.count("\n") == 1 and f"output={tmp_path}/{place}" in err
     assert {p.name for p in tmp_path.iterdir()} == {"file", "folder"}
+
+
+LATE = """
+import os, signal, sys
+from rlhf_engine import signals
+
+class Last:
+    def __del__(self, kill=os.kill, pid=os.getpid(), signum=signal.SIGTERM):
+        kill(pid, signum)
+
+signals.take_note()
+last = Last()
+{act}
+sys.exit(signals.STOPPED)
+"""
+
+
+@pytest.mark.parametrize(("act", "code"), [("", -signal.SIGTERM), ("signals.ignore()", signals.STOPPED)])
+def test_a_signal_that_comes_while_python_ends(act, code):
+    """A launcher may tell a rank once more to stop that has already stopped."""
+    assert subprocess.run([sys.executable, "-c", LATE.format(act=act)]).returncode == code

@@ -133,7 +133,7 @@ def test_a_rank_of_each_stage_of_many(ranks, tmp_path):
 
 
 FAULTS = {
-    "host_tensor": "layers|planted.py:\\d+: mul of tensors on two devices: .* on cuda:0, .* on cpu",
+    "host_tensor": "planted.py:\\d+: mul of tensors on two devices: .* on cuda:0, .* on cpu",
     "host_collective": "planted.py:\\d+: all_reduce MAX of a tensor .* on cpu through nccl",
     "host_parameter": "input_layernorm.weight of policy is left on the host",
     "item_in_capture": "the host waits within the capture",

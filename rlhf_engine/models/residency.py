@@ -40,9 +40,7 @@ class Parcel:
         is_copied: whether what was copied off last is what they hold. Whoever changes them says that it is not.
     """
 
-    def __init__(
-        self, find: Callable[[], Iterable[Tensor]], device: torch.device, path: Path, is_kept: bool = True
-    ):  # fmt: skip
+    def __init__(self, find: Callable[[], Iterable[Tensor]], device: torch.device, path: Path, is_kept: bool = True):
         self.find, self.device, self.path, self.is_kept = find, device, path, is_kept
         self.is_copied = False
         self._away: list[tuple[UntypedStorage, int]] = []  # storages and their bytes

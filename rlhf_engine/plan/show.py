@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 
 from rich.console import Console
 from rich.table import Table
@@ -14,7 +14,7 @@ from ..preflight import Plan
 from ..schedule import Schedule
 from .calibrate import stage_factors
 from .devices import Device
-from .forecast import PhaseForecast, forecast, training_phases
+from .forecast import PhaseForecast, StageForecast, forecast, training_phases
 from .measure import device_of
 from .memory import Memory
 from .search import Choice, changed, mesh_text, remedy, residency, search
@@ -37,10 +37,7 @@ def show(plan: Plan) -> None:
             explain(console, phase, config, plan.mesh)
     if not (config.plan.show or config.plan.search):
         return
-    models = {
-        name: replace(base.model, vocab_size=base.model.vocab_size or plan.vocab_size)
-        for name, base in plan.bases.items()
-    }
+    models = plan.models
     device = device_of(config, plan.world_size)
     if config.schedule.residency == "auto":
         config = changed(config, residency(config, plan.mesh, models, device))
@@ -122,15 +119,19 @@ def _stage_table(phase: PhaseForecast) -> Table:
     sent = [sum(stage.sent.get(group, 0.0) for stage in stages) for group in groups]
     most = [max(getattr(memory, kind) for stage in stages for memory in stage.memory) for kind in kinds]
     totals = map(si, [*sent, *most, max(memory.total for stage in stages for memory in stage.memory)])
-    for stage in [*stages, phase.save]:
-        if stage is phase.save:
-            table.add_row("iteration", si(phase.seconds), si(flops), "", "", *totals, style="bold")
+
+    def add(stage: StageForecast) -> None:
         fullest = max(stage.memory, key=lambda memory: memory.total)
         mfu = stage.flops / (stage.seconds * phase.world * phase.device.peak)
         values = [*(stage.sent.get(group, 0.0) for group in groups), *(getattr(fullest, kind) for kind in kinds)]
         shares = (f"{mfu:.0%}", f"{stage.idle:.0%}") if stage.flops else ("", "")
         name = stage.name.replace("+", " + ")
         table.add_row(name, si(stage.seconds), si(stage.flops), *shares, *map(si, [*values, fullest.total]))
+
+    for stage in stages:
+        add(stage)
+    table.add_row("iteration", si(phase.seconds), si(flops), "", "", *totals, style="bold")
+    add(phase.save)
     return table
 
 

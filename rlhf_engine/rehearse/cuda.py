@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..plan.devices import Device
-from .device import CUDA, FakeGPU, Refused, place, put
+from .device import CUDA, FakeGPU, put
 
 _NAMES = {
     "a100": ("NVIDIA A100-SXM4-80GB", (8, 0), 108, 163 << 10),
@@ -91,11 +91,11 @@ def install(gpu: FakeGPU, device: Device) -> None:
 
     def register(address: int, size: int, flags: int) -> int:
         locked[address] = size
-        gpu.lock_host(size)
+        gpu.hold_on_host(size)
         return 0
 
     def unregister(address: int) -> int:
-        gpu.lock_host(-locked.pop(address))
+        gpu.hold_on_host(-locked.pop(address))
         return 0
 
     runtime = types.SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=unregister)
@@ -159,7 +159,7 @@ def _install_graphs(gpu: FakeGPU) -> None:
             self.graph.kernels = gpu.stage.kernels - self.kernels
             gpu.stage.captures += 1
             if error[0] is None and sum(gpu.stage.waits.values()) > self.waits:
-                raise Refused(f"rank {gpu.rank}, {gpu.stage.name}: the host waits within the capture at {place()}")
+                raise gpu.refusal("the host waits within the capture")
             # what a graph works in is its own as long as its pool lives
             worked, key = gpu.captured - self.before, id(self.graph.place)
             more = max(0, worked - pools.get(key, 0))
@@ -173,22 +173,14 @@ def _install_graphs(gpu: FakeGPU) -> None:
 
 
 def _install_storages(gpu: FakeGPU) -> None:
-    resize, empty = torch.UntypedStorage.resize_, torch.empty
+    resize = torch.UntypedStorage.resize_
 
     def resize_(self, size: int):
         found = resize(self, size)
         gpu.resized(self, size)
         return found
 
-    def on_host(*args, pin_memory: bool = False, **kwargs):
-        if not pin_memory:
-            return empty(*args, **kwargs)
-        shape = args[0] if len(args) == 1 and not isinstance(args[0], int) else args
-        return gpu.on_host(shape, kwargs.get("dtype") or torch.get_default_dtype())
-
     put(torch.UntypedStorage, resize_=resize_)
-    put(torch, empty=on_host)
-    put(torch.Tensor, pin_memory=lambda self, *args: self)
     put(torch.Tensor, record_stream=lambda self, stream: None)
 
 
@@ -293,13 +285,12 @@ def _install_triton(gpu: FakeGPU, device: Device) -> None:
 
     def launch(self, *args, grid, warmup, **kwargs):
         name = self.fn.__name__
-        where = f"rank {gpu.rank}, {gpu.stage.name}, {place()}: {name}"
         given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
         if away := [x for x in given if x.device.type != "cuda"]:
-            raise Refused(f"{where} of a tensor {tuple(away[0].shape)} on {away[0].device.type}")
+            raise gpu.refusal(f"{name} of a tensor {tuple(away[0].shape)} on {away[0].device.type}")
         size = (*grid, 1, 1)[:3] if not callable(grid) else (*grid(kwargs), 1, 1)[:3]
         if not (0 < size[0] < 2**31 and 0 < size[1] < 2**16 and 0 < size[2] < 2**16):
-            raise Refused(f"{where} on a grid of {size}, which CUDA does not have")
+            raise gpu.refusal(f"{name} on a grid of {size}, which CUDA does not have")
 
         def mock(x):
             return jit.MockTensor(x.dtype) if isinstance(x, Tensor) else x
@@ -308,11 +299,11 @@ def _install_triton(gpu: FakeGPU, device: Device) -> None:
             kernel = run(self, *map(mock, args), grid=size, warmup=True, **{key: mock(x) for key, x in kwargs.items()})
         except Exception as error:
             reason = str(error).strip().splitlines()[-1]
-            raise Refused(f"{where} does not compile for {device.name}: {type(error).__name__}: {reason}") from None
+            why = f"{type(error).__name__}: {reason}"
+            raise gpu.refusal(f"{name} does not compile for {device.name}: {why}") from None
         if kernel.metadata.shared > shared:
-            raise Refused(
-                f"{where} takes {kernel.metadata.shared} bytes of shared memory, and {device.name} has {shared}"
-            )
+            taken = kernel.metadata.shared
+            raise gpu.refusal(f"{name} takes {taken} bytes of shared memory, and {device.name} has {shared}")
         gpu.stage.launches[name] += 1
         gpu.stage.kernels += 1
 

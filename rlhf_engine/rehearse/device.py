@@ -33,7 +33,7 @@ _MOST_VALUES = 1 << 29  # bytes of one tensor; larger ones have none
 _LARGE = 1 << 20  # bytes from which a host copy is memory that nobody has touched
 _HUGE = 1 << 28  # and from which host memory has no numbers where nothing is written
 _MOST_PLACES = 12
-_KINDS = ("weights", "gradients", "optimizer", "activations", "kv_cache", "graphs")
+KINDS = ("weights", "gradients", "optimizer", "activations", "kv_cache", "graphs")
 # that launch nothing
 _VIEWS = {
     "view", "transpose", "permute", "slice", "expand", "unsqueeze", "squeeze", "as_strided", "detach", "alias", "t",
@@ -112,7 +112,7 @@ class FakeGPU(TorchDispatchMode):
         self.shapes = _Shapes(allow_non_fake_inputs=True)
         self.values: weakref.WeakKeyDictionary[UntypedStorage, Tensor] = weakref.WeakKeyDictionary()
         self.held: dict[int, list] = {}  # storage -> bytes, kind, where it was made
-        self.live = Counter(dict.fromkeys(_KINDS, 0))
+        self.live = Counter(dict.fromkeys(KINDS, 0))
         self.total = self.reserved = self.host = 0
         self.captured = 0  # the most there was since a capture began
         self.integer = 0  # what an integer is taken for that floats decide
@@ -138,6 +138,10 @@ class FakeGPU(TorchDispatchMode):
             self.stage, self._most = before, self.total
 
     _most = _noted = 0
+
+    def refusal(self, what: str) -> Refused:
+        """What cannot be, and which rank, stage and line asked for it."""
+        return Refused(f"rank {self.rank}, {self.stage.name}, {place()}: {what}")
 
     def wait(self, what: str) -> None:
         self.stage.waits[f"{what} {place()}"] += 1
@@ -216,16 +220,13 @@ class FakeGPU(TorchDispatchMode):
     def _note_on_host(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         size = storage.nbytes()
-        self.lock_host(size)
-        weakref.finalize(storage, self._leave_host, size)
+        self.hold_on_host(size)
+        weakref.finalize(storage, self.hold_on_host, -size)
 
-    def lock_host(self, size: int) -> None:
-        """Notes page-locked host memory; less where `size` is negative."""
+    def hold_on_host(self, size: int) -> None:
+        """Notes host memory for the device's numbers; less of it where `size` is negative."""
         self.host += size
         self.stage.host = max(self.stage.host, self.host)
-
-    def _leave_host(self, size: int) -> None:
-        self.host -= size
 
     # -- values of integers ------------------------------------------------------------------------------------------
 
@@ -295,13 +296,14 @@ class FakeGPU(TorchDispatchMode):
                 out = func(*args, **kwargs)
         except RuntimeError as error:
             if len({tensor.device for tensor in tensors}) > 1:
-                raise self._refusal(func, tensors) from error
+                places = ", ".join(f"{tuple(tensor.shape)} on {tensor.device}" for tensor in tensors)
+                raise self.refusal(f"{name} of tensors on two devices: {places}") from error
             raise
         if name == "resize_":
             self.resized(args[0].untyped_storage(), args[0].untyped_storage().nbytes())
         known = {tensor.untyped_storage()._cdata for tensor in fakes}
         fresh: list[Tensor] = []
-        for tensor in _tensors(out if isinstance(out, tuple | list) else (out,)):
+        for tensor in _tensors((out,)):
             if isinstance(tensor, FakeTensor) and tensor.untyped_storage()._cdata not in known:
                 if tensor.device.type == "cuda":
                     self.note(tensor)
@@ -315,14 +317,12 @@ class FakeGPU(TorchDispatchMode):
 
     def _evaluate(self, func, args, kwargs, tensors: list[Tensor], fresh: list[Tensor]) -> None:
         """Gives integers their values: `func` of those of its arguments, or what is assumed where floats decide."""
-        if all(tensor.dtype in VALUED for tensor in tensors):
-            found = self._on_values(func, args, kwargs)
-            if found is not None or not fresh:
-                if fresh:
-                    results = [x for x in _tensors(found if isinstance(found, tuple | list) else (found,))]
-                    for tensor, result in zip(fresh, (r for r in results if r.dtype in VALUED), strict=False):
-                        self.give(tensor, result)
-                return
+        are_valued = all(tensor.dtype in VALUED for tensor in tensors)
+        if are_valued and (found := self._on_values(func, args, kwargs)) is not None:
+            results = (result for result in _tensors((found,)) if result.dtype in VALUED)
+            for tensor, result in zip(fresh, results, strict=False):
+                self.give(tensor, result)
+            return
         name = func.overloadpacket.__name__
         for tensor in fresh:
             answer: int | bool = name in _TRUE if tensor.dtype is torch.bool else self.integer
@@ -349,15 +349,8 @@ class FakeGPU(TorchDispatchMode):
         self.stage.kernels += 1
         found = self._on_values(func, args, kwargs)
         if found is None:
-            raise Refused(f"rank {self.rank}, {self.stage.name}, {place()}: what {func} gives hangs on floats")
+            raise self.refusal(f"what {func} gives hangs on floats")
         return tree_map(lambda x: self.raised(x) if isinstance(x, Tensor) else x, found)
-
-    def _refusal(self, func, tensors: list[Tensor]) -> Refused:
-        devices = ", ".join(f"{tuple(tensor.shape)} on {tensor.device}" for tensor in tensors)
-        return Refused(
-            f"rank {self.rank}, {self.stage.name}, {place()}: {func.overloadpacket.__name__} of tensors on two devices:"
-            f" {devices}"
-        )
 
 
 def _size(args, kwargs) -> int:

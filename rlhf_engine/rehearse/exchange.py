@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 
@@ -35,11 +35,6 @@ class Post:
     waits: bool = False
 
 
-@dataclass
-class _Call:
-    posts: dict[int, Post] = field(default_factory=dict)
-
-
 class Exchange:
     """Serves the connections of all rehearsed ranks, in threads.
 
@@ -50,7 +45,7 @@ class Exchange:
     def __init__(self, ranks: Sequence[int]):
         self.ranks = list(ranks)
         self.fault: str | None = None
-        self._calls: dict[tuple, dict[int, _Call]] = defaultdict(dict)
+        self._calls: dict[tuple, dict[int, dict[int, Post]]] = defaultdict(dict)  # channel, number, rank
         self._waiting: dict[int, tuple[Post, Connection]] = {}
         self._ended: set[int] = set()
         self._lock = threading.Lock()
@@ -75,22 +70,22 @@ class Exchange:
             connection.send(None)
             return
         members = post.channel[0]
-        call = self._calls[post.channel].setdefault(post.number, _Call())
-        call.posts[rank] = post
+        call = self._calls[post.channel].setdefault(post.number, {})
+        call[rank] = post
         if post.waits:
             self._waiting[rank] = post, connection
-        for other, theirs in call.posts.items():
+        for other, theirs in call.items():
             if theirs.what != post.what:
                 self._refuse(
                     f"call {post.number} of {_group(post)} is {post.what} on rank {rank} at {post.place},"
                     f" and {theirs.what} on rank {other} at {theirs.place}"
                 )
                 return
-        if len(call.posts) == len(members):
+        if len(call) == len(members):
             del self._calls[post.channel][post.number]
-            values = {other: theirs.values for other, theirs in call.posts.items()}
-            for other in call.posts:
-                if other in self._waiting and self._waiting[other][0] is call.posts[other]:
+            values = {other: theirs.values for other, theirs in call.items()}
+            for other in call:
+                if other in self._waiting and self._waiting[other][0] is call[other]:
                     self._waiting.pop(other)[1].send(values)
         elif post.waits:
             self._look_for_a_hang()
@@ -100,7 +95,7 @@ class Exchange:
         if not self._waiting or len(self._waiting) + len(self._ended) < len(self.ranks):
             return
         rank, (post, _) = min(self._waiting.items())
-        here = self._calls[post.channel][post.number].posts
+        here = self._calls[post.channel][post.number]
         missing = [other for other in post.channel[0] if other not in here]
         others = []
         for other in missing:
@@ -118,13 +113,12 @@ class Exchange:
         """A call that some of its ranks never made."""
         for channel, calls in self._calls.items():
             for number, call in sorted(calls.items()):
-                if call.posts:
-                    rank, post = min(call.posts.items())
-                    missing = [str(other) for other in channel[0] if other not in call.posts]
-                    return (
-                        f"call {number} of {_group(post)} is {post.what} on rank {rank} at {post.place}, and"
-                        f" rank {', '.join(missing)} never makes it"
-                    )
+                rank, post = min(call.items())
+                missing = [str(other) for other in channel[0] if other not in call]
+                return (
+                    f"call {number} of {_group(post)} is {post.what} on rank {rank} at {post.place}, and"
+                    f" rank {', '.join(missing)} never makes it"
+                )
         return None
 
 

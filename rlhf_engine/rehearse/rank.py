@@ -93,8 +93,8 @@ def run_rank(part: Part, line: Connection) -> int:
 
 
 def serve(door: socket.socket) -> None:
-    """Starts a copy of this process for each message with a part and a connection; after an empty one gives the exit
-    codes of all of them."""
+    """Starts a copy of this process for each message that has a part and a connection; to one without a connection it
+    answers with the exit codes of all of them."""
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     shim.load()

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
@@ -51,8 +51,8 @@ class Found:
 
 
 def is_small(plan: preflight.Plan) -> bool:
-    sizes = (replace(base.model, vocab_size=base.model.vocab_size or plan.vocab_size) for base in plan.bases.values())
-    return plan.world_size <= _SMALL_WORLD and max(num_parameters(model, "lm") for model in sizes) <= _SMALL_MODEL
+    largest = max(num_parameters(model, "lm") for model in plan.models.values())
+    return plan.world_size <= _SMALL_WORLD and largest <= _SMALL_MODEL
 
 
 def chosen(plan: preflight.Plan) -> list[int]:
@@ -100,7 +100,7 @@ def settle(overrides: Sequence[str], world_size: int, output_dir: str) -> prefli
         phase.save_every = 1
     config.log = LogConfig()
     config.timeout.stage = 1e9
-    stand_ins = dict(num_gpus=lambda: world_size, index=named_tensors, unread_files=lambda path: [])
+    stand_ins: dict[str, Any] = dict(num_gpus=lambda: world_size, index=named_tensors, unread_files=lambda path: [])
     with mock.patch.multiple(preflight, **stand_ins):
         return preflight.plan(config, world_size)
 

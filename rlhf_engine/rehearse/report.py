@@ -6,7 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..config import MeshConfig
 from ..plan.forecast import forecast
 from ..plan.measure import device_of
+from ..plan.search import mesh_text
 from ..plan.show import si
 from ..preflight import Plan
+from .device import KINDS
 from .rehearsal import Found
-
-_KINDS = ("weights", "gradients", "optimizer", "activations", "kv_cache", "graphs")
 
 
 @dataclass(frozen=True)
@@ -79,13 +78,9 @@ def lines(found: Found) -> list[Line]:
 
 def _planned(plan: Plan) -> dict[tuple[str, str], tuple[list[float], dict[str, float]]]:
     """Bytes of a rank of each pipeline stage, and bytes sent over each group, of each stage of the run."""
-    models = {
-        name: replace(base.model, vocab_size=base.model.vocab_size or plan.vocab_size)
-        for name, base in plan.bases.items()
-    }
     device = device_of(plan.config, plan.world_size)
     found = {}
-    for phase in forecast(plan.config, plan.mesh, models, device):
+    for phase in forecast(plan.config, plan.mesh, plan.models, device):
         for stage in phase.moments:
             name = "the save" if stage is phase.save else stage.name
             found[phase.phase, name] = [memory.total for memory in stage.memory], dict(stage.sent)
@@ -99,7 +94,7 @@ def show(found: Found, overrides: Sequence[str]) -> None:
     device = device_of(plan.config, plan.world_size)
     ranks = "all ranks" if len(found.ranks) == found.plan.world_size else f"ranks {', '.join(map(str, found.ranks))}"
     console.print(
-        f"{escape(' '.join(overrides))}: {ranks} of {found.plan.world_size} x {device.name}, {_mesh(plan.mesh)},"
+        f"{escape(' '.join(overrides))}: {ranks} of {found.plan.world_size} x {device.name}, {mesh_text(plan.mesh)},"
         f" rehearsed in {found.seconds:.0f} s",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
@@ -110,7 +105,7 @@ def show(found: Found, overrides: Sequence[str]) -> None:
         "peak",
         "plan",
         "off",
-        *(kind.replace("_", " ") for kind in _KINDS),
+        *(kind.replace("_", " ") for kind in KINDS),
         "host",
         "waits",
         "kernels",
@@ -127,7 +122,7 @@ def show(found: Found, overrides: Sequence[str]) -> None:
         sent = " ".join(f"{group} {si(size)}" for group, size in sorted(line.sent.items()) if size)
         table.add_row(
             f"  {line.stage}", str(line.rank), si(line.total), si(line.planned or 0), off,
-            *(si(line.peak.get(kind, 0)) for kind in _KINDS), si(line.host), str(sum(line.waits.values())),
+            *(si(line.peak.get(kind, 0)) for kind in KINDS), si(line.host), str(sum(line.waits.values())),
             si(line.kernels), sent,
         )  # fmt: skip
     console.print(table)
@@ -158,9 +153,3 @@ def write(found: Found, overrides: Sequence[str], path: Path) -> None:
     }  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(about, indent=1))
-
-
-def _mesh(mesh: MeshConfig) -> str:
-    parts = {"tp": mesh.tp, "pp": mesh.pp, "dp": mesh.dp, "ep": mesh.ep, "virtual pp": mesh.virtual_pp}
-    text = " x ".join(f"{name} {size}" for name, size in parts.items() if size != 1) or "one rank"
-    return text + (" with sequence parallelism" if mesh.sequence_parallel else "")

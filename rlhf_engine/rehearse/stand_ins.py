@@ -26,7 +26,7 @@ from ..models.optim import gradient_tensors, optimizer_tensors
 from ..preflight import Plan
 from ..rollout import cache, decoder, fold, generate, graphs, sampling
 from . import wire
-from .device import CUDA, FakeGPU, Refused, put
+from .device import CUDA, FakeGPU, put
 
 _STEPS = 8  # of a number of rows: those before a graph is captured, its capture, and some that replay it
 
@@ -60,7 +60,7 @@ def _mark_memory(gpu: FakeGPU) -> None:
     def started(self: role.RoleModel) -> None:
         for name, parameter in self.chunks.named_parameters():
             if parameter.device.type != "cuda":
-                raise Refused(f"rank {gpu.rank}, {gpu.stage.name}: {name} of {self.name} is left on the host")
+                raise gpu.refusal(f"{name} of {self.name} is left on the host")
         start(self)
         weights = [*self.chunks.parameters(), *self.chunks.buffers()]
         gpu.mark(weights, "weights")
@@ -190,10 +190,9 @@ def _few_steps() -> None:
     """Of the decode steps of so many rows the first few; the others give what the last of them gave."""
 
     def few(call):
-        last: dict[tuple[int, int], list] = {}  # of an engine's part, by rows: how many calls there were, their result
-
         def once_more(self, tokens, *args):
-            entry = last.setdefault((id(self), len(tokens)), [0, None])
+            # by rows, how many calls there were and their result; it goes with the engine
+            entry = vars(self).setdefault("steps_like_this", {}).setdefault(len(tokens), [0, None])
             entry[0] += 1
             if entry[0] <= _STEPS:
                 entry[1] = call(self, tokens, *args)

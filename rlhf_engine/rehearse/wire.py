@@ -207,8 +207,7 @@ class Group(_ProcessGroup):
 
     def all_gather_single(self, output, tensor, opts=None):
         def finish(parts):
-            if parts[0][0] is not None:
-                _fill(self, [output], [torch.cat([part[0].flatten() for part in parts]).view(output.shape)])
+            _fill(self, [output], [torch.cat([part[0].flatten() for part in parts]).view(output.shape)])
 
         return self._call("all_gather", [tensor], finish, [output])
 
@@ -220,9 +219,7 @@ class Group(_ProcessGroup):
         op = _name(opts)
 
         def finish(parts):
-            if parts[0][0] is not None:
-                whole = _reduced([[part[self.mine]] for part in parts], op)
-                _fill(self, outputs, whole)
+            _fill(self, outputs, _reduced([[part[self.mine]] for part in parts], op))
 
         return self._call(f"reduce_scatter {op}", list(inputs[0]), finish, outputs)
 
@@ -230,9 +227,8 @@ class Group(_ProcessGroup):
         op = _name(opts)
 
         def finish(parts):
-            if parts[0][0] is not None:
-                whole = _reduced(parts, op)[0].flatten()
-                _fill(self, [output], [whole.chunk(self.size())[self.mine].view(output.shape)])
+            whole = _reduced(parts, op)[0].flatten()
+            _fill(self, [output], [whole.chunk(self.size())[self.mine].view(output.shape)])
 
         return self._call(f"reduce_scatter {op}", [tensor], finish, [output])
 
@@ -242,8 +238,6 @@ class Group(_ProcessGroup):
 
     def all_to_all_single(self, output, tensor, output_sizes, input_sizes, opts=None):
         def finish(parts):
-            if parts[0][0] is None:
-                return
             pieces = []
             for part, sizes in parts:
                 split = sizes or [len(part) // self.size()] * self.size()
@@ -291,14 +285,13 @@ class Group(_ProcessGroup):
         sizes = "x".join(str(x.numel()) for x in sent) if is_same else "any"
         types = {str(x.dtype).removeprefix("torch.") for x in sent}
         what = f"{name} of {sizes} {'/'.join(sorted(types))}"
-        values = [wire.gpu.value(x) if isinstance(x, FakeTensor) else x.detach() for x in sent]
-        has_values = all(x.dtype in VALUED or not isinstance(x, FakeTensor) for x in sent)
+        values = [self._value(x) for x in sent]
         self._count(name.split()[0], sum(x.numel() * x.element_size() for x in sent))
-        if not has_values:
+        if any(value is None for value in values):
             wire.post(self.at_exchange, what, None, waits=False)
             return Work()
-        mine: Any = [v.clone() for v in values if v is not None]
-        parts = wire.post(self.at_exchange, what, (mine, extra) if extra is not None else mine, waits=True)
+        mine: Any = values if extra is None else (values, extra)
+        parts = wire.post(self.at_exchange, what, mine, waits=True)
         each = [parts.get(wire.twin(other), parts[wire.rank]) for other in self.ranks]
         finish([(part[0][0], part[1]) for part in each] if extra is not None else each)
         return Work()
@@ -309,8 +302,7 @@ class Group(_ProcessGroup):
         self._check("send", tensors)
         self._count("send", tensors[0].nbytes)
         if (channel := self._line(self.mine, peer)) is not None:
-            value = self.wire.gpu.value(tensors[0]) if isinstance(tensors[0], FakeTensor) else tensors[0]
-            self.wire.post(channel, _message(tensors[0]), None if value is None else value.clone(), waits=False)
+            self.wire.post(channel, _message(tensors[0]), self._value(tensors[0]), waits=False)
         return Work()
 
     def recv(self, tensors, peer: int, tag: int = 0) -> Work:
@@ -330,7 +322,11 @@ class Group(_ProcessGroup):
         return Work(finish)
 
     def recv_anysource(self, tensors, tag: int = 0) -> Work:
-        raise Refused(f"{place()}: a message from any rank cannot be rehearsed")
+        raise self.wire.gpu.refusal("a message from any rank cannot be rehearsed")
+
+    def _value(self, tensor: Tensor) -> Tensor | None:
+        """The numbers of a tensor, as far as it has any."""
+        return self.wire.gpu.value(tensor) if isinstance(tensor, FakeTensor) else tensor.detach()
 
     def _line(self, source: int, target: int) -> tuple | None:
         """The channel of messages from one of the group to another; None where the other is not rehearsed."""
@@ -362,16 +358,11 @@ class Group(_ProcessGroup):
         gpu = self.wire.gpu
         want = "cuda" if self.kind == "nccl" else "cpu"
         for tensor in tensors:
+            what = f"{name} of a tensor {tuple(tensor.shape)}"
             if tensor.device.type != want:
-                raise Refused(
-                    f"rank {gpu.rank}, {gpu.stage.name}, {place()}: {name} of a tensor {tuple(tensor.shape)} on"
-                    f" {tensor.device.type} through {self.kind}"
-                )
+                raise gpu.refusal(f"{what} on {tensor.device.type} through {self.kind}")
             if not tensor.is_contiguous() and self.kind == "nccl":
-                raise Refused(
-                    f"rank {gpu.rank}, {gpu.stage.name}, {place()}: {name} of a tensor {tuple(tensor.shape)} that is"
-                    " not contiguous"
-                )
+                raise gpu.refusal(f"{what} that is not contiguous")
 
 
 def _name(opts) -> str:
