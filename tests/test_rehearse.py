@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -11,7 +12,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from conftest import launch
+import collectives
 from test_hf_architectures import SIZES, make
 
 from rlhf_engine.config import ConfigError
@@ -29,18 +30,23 @@ SMALL = [
 ]  # fmt: skip
 
 
+@contextlib.contextmanager
+def started(*places: str):
+    """Ranks that find modules in these folders as well."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([*places, os.environ.get("PYTHONPATH", "")]))
+        ranks = rehearsal.Ranks()
+    yield ranks
+    ranks.close()
+
+
+HERE = Path(__file__).parent
+
+
 @pytest.fixture(scope="module")
 def ranks():
-    here = str(Path(__file__).parent)
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = f"{here}:{before}" if before else here
-    started = rehearsal.Ranks()
-    if before is None:
-        del os.environ["PYTHONPATH"]
-    else:
-        os.environ["PYTHONPATH"] = before
-    yield started
-    started.close()
+    with started(str(HERE)) as ranks:
+        yield ranks
 
 
 def run(ranks, tmp_path, *overrides: str, before: str | None = None) -> rehearsal.Found:
@@ -87,20 +93,34 @@ def test_a_run_starts_saves_stops_and_resumes(ranks, tmp_path, layout):
     assert json.loads((tmp_path / "rehearsal.json").read_text())["faults"] == []
 
 
-def test_its_stages_are_those_of_a_run(ranks, tmp_path):
-    """Of the same experiment on a CPU."""
-    found = run(ranks, tmp_path)
-    launch(*SMALL, f"output_dir={tmp_path / 'cpu'}", "mesh.dp=1", *(f"{p}.iterations=1" for p in PHASES))
-    planned = {
-        (line.phase, line.stage) for line in lines(found) if line.planned is not None and line.stage != "the save"
-    }
-    ran = set()
-    for phase in PHASES:
-        figures = json.loads((tmp_path / "cpu" / phase / "metrics.jsonl").read_text().splitlines()[0])
-        ran |= {(phase, key[5:]) for key in figures if key.startswith("time/") and key != "time/iteration"}
-        planned.discard((phase, "the save"))
-        ran.discard((phase, "save"))
-    assert planned == ran
+@pytest.mark.parametrize(("layout", "steps"), [((1, 2, 2), ()), ((2, 1, 2, True), ("rollout", "evaluation"))])
+def test_its_stages_and_collectives_are_those_of_a_run(ranks, worlds, tmp_path, layout, steps):
+    """Of the same experiment on a CPU, on every rank. A GPU generates in other steps."""
+    options = [f"{phase}.iterations=1" for phase in PHASES]
+    options += [
+        f"{name}.overlap=true"
+        for name in ("sft.optimizer", "reward.optimizer", "ppo.optimizer", "ppo.critic_optimizer")
+    ]
+    counted = worlds(4).run(collectives.count, [*SMALL, *options], layout, PHASES, tmp_path / "cpu")
+    tp, pp, dp, sequence_parallel = (*layout, False)[:4]
+    mesh = [
+        f"mesh.tp={tp}",
+        f"mesh.pp={pp}",
+        f"mesh.dp={dp}",
+        f"mesh.sequence_parallel={str(sequence_parallel).lower()}",
+    ]
+    found = run(ranks, tmp_path, *options, *mesh, "rehearse.iterations=1")
+    assert found.faults == []
+    for rank, on_cpu in enumerate(counted):
+        rehearsed = {
+            f"{stage['phase']} {stage['name']}": stage["collectives"]
+            for attempt in reversed(found.attempts)
+            for stage in attempt[rank]["stages"]
+            if stage["phase"] and not stage["name"].startswith("the save within")
+        }
+        assert rehearsed.keys() == on_cpu.keys() and len(rehearsed) > 20
+        for stage, counts in rehearsed.items():
+            assert counts == on_cpu[stage] or any(name in stage for name in steps), (rank, stage)
 
 
 def test_folders_need_no_weights(ranks, tmp_path, small_run):
@@ -121,6 +141,19 @@ def test_eight_ranks(ranks, tmp_path):
     found = run(ranks, tmp_path, "mesh.tp=2", "mesh.pp=2", "mesh.dp=2", "mesh.sequence_parallel=true", "phases=[sft]")
     assert found.faults == [] and found.ranks == list(range(8))
     assert all(report["stages"] for attempt in found.attempts for report in attempt)
+
+
+def test_many_replicas(ranks, tmp_path):
+    found = run(ranks, tmp_path, "mesh.dp=8", "phases=[sft]", "sft.micro_batch_size=1")
+    assert found.faults == [] and found.ranks == list(range(8))
+
+
+def test_with_apex(tmp_path):
+    """Whose Adam has no state before its first step."""
+    with started(str(HERE), str(HERE / "fused")) as ranks:
+        found = run(ranks, tmp_path, "mesh.dp=2", "phases=[sft]", before="planted:needs_apex")
+    assert found.faults == [] and len(found.attempts) == 2
+    assert "the save within iteration 0" in [stage["name"] for stage in found.attempts[0][0]["stages"]]
 
 
 def test_a_rank_of_each_stage_of_many(ranks, tmp_path):

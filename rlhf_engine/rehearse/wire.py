@@ -25,7 +25,7 @@ from .exchange import Post
 
 _BACKEND = "rehearsed"
 # groups by the names that a mesh has for them; megatron's own name for the others
-_LABELS = {
+LABELS = {
     None: "other", "TENSOR_MODEL_PARALLEL_GROUP": "tp", "PIPELINE_MODEL_PARALLEL_GROUP": "pp",
     "DATA_PARALLEL_GROUP": "dp", "DATA_PARALLEL_GROUP_WITH_CP": "dp",
     "INTRA_DISTRIBUTED_OPTIMIZER_INSTANCE_GROUP": "dp",
@@ -414,7 +414,7 @@ def install(wire: Wire, rank: int, world_size: int) -> None:
         init(_BACKEND, rank=rank, world_size=world_size, store=FakeStore(), timeout=timeout)
 
     def make_group(ranks=None, timeout=None, backend=None, *args, group_desc=None, **kwargs):
-        asked.update(kind=backend or default, label=_LABELS.get(group_desc, (group_desc or "other").lower()))
+        asked.update(kind=backend or default, label=LABELS.get(group_desc, (group_desc or "other").lower()))
         every = c10d._get_default_group()
         wire.post(every.at_exchange, f"new_group of {ranks}", None, waits=False)
         return new_group(ranks, timeout, _BACKEND, group_desc=group_desc)
