@@ -1,5 +1,6 @@
-// What a CPU build of torch needs in order to take the device "cuda" seriously: a device guard, which autograd asks for
-// streams, and hooks that say that the device exists. There is nothing behind them; tensors of that device have no numbers.
+// What torch needs in order to take the device "cuda" seriously where there is none: a device guard, which autograd asks
+// for streams, and hooks that say that the device exists. There is nothing behind them; tensors of that device have no
+// numbers. A CUDA build has a guard and hooks of its own, which these replace.
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
@@ -29,15 +30,8 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   void synchronizeStream(const c10::Stream&) const override {}
 };
 
-const c10::impl::DeviceGuardImplRegistrar registrar(kCuda, new Guard());
-
-}  // namespace
-
-namespace at {
-
-// torch looks the hooks up by this name
-struct CUDAHooks final : CUDAHooksInterface {
-  explicit CUDAHooks(CUDAHooksArgs) {}
+struct Hooks final : at::CUDAHooksInterface {
+  explicit Hooks(at::CUDAHooksArgs) {}
   void init() const override {}
   bool hasCUDA() const override { return true; }
   bool isBuilt() const override { return true; }
@@ -47,6 +41,9 @@ struct CUDAHooks final : CUDAHooksInterface {
   c10::DeviceIndex getCurrentDevice() const override { return 0; }
 };
 
-REGISTER_CUDA_HOOKS(CUDAHooks)
+const c10::impl::DeviceGuardImplRegistrar guard(kCuda, new Guard());
+const at::RegistererCUDAHooksRegistry hooks(
+    "CUDAHooks", c10::REGISTRY_PREFERRED, at::CUDAHooksRegistry(),
+    at::RegistererCUDAHooksRegistry::DefaultCreator<Hooks>);
 
-}  // namespace at
+}  // namespace

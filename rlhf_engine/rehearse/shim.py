@@ -1,7 +1,8 @@
-"""The device "cuda" for a CPU build of torch: a few lines of C++, compiled at first use and loaded before torch is."""
+"""The device "cuda" where there is none: a few lines of C++, compiled at first use and loaded before torch is."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import importlib.metadata
@@ -17,22 +18,31 @@ _SOURCE = Path(__file__).with_name("shim.cpp")
 
 
 def load() -> None:
-    """Loads the shim into this process, where torch must not have been imported yet. A CUDA build of torch needs none.
+    """Loads the shim into this process, where torch must not have been imported yet.
 
     Raises:
         ConfigError: there is no C++ compiler, or it fails.
     """
-    if (library := built()) is not None:
-        ctypes.CDLL(str(library))
+    library = built()
+    for own in (_torch() / "lib").glob("libtorch_cuda.so"):  # of a CUDA build: what comes later replaces it
+        with contextlib.suppress(OSError):
+            ctypes.CDLL(str(own))
+    ctypes.CDLL(str(library))
 
 
-def built() -> Path | None:
-    """The compiled shim for the torch that is installed, made where it is not there; None for a CUDA build."""
+def _torch() -> Path:
     found = importlib.util.find_spec("torch")
     assert found is not None and found.origin is not None
-    torch = Path(found.origin).parent
-    if list((torch / "lib").glob("libtorch_cuda*")):
-        return None
+    return Path(found.origin).parent
+
+
+def built() -> Path:
+    """The compiled shim for the torch that is installed, made where it is not there.
+
+    Raises:
+        ConfigError: there is no C++ compiler, or it fails.
+    """
+    torch = _torch()
     version = importlib.metadata.version("torch")
     key = hashlib.sha256(f"{version} {torch}".encode() + _SOURCE.read_bytes()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhf_engine"
