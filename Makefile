@@ -1,7 +1,7 @@
 # make run    install into .venv and run SFT, reward model and PPO on the embedded data
 # make test   install and run the tests
 # make check  style, types, layers
-# make docs   write docs/configuration.md from conf/ and rlhf_engine/config.py
+# make docs   write docs/configuration.md from conf/ and rlhf_engine/config
 # make chaos  runs killed at random and started again, held to one that was not: RUNS=30 SEED=1
 # make bench-kernels   the kernels beside plain torch and public ones: benchmarks/results/kernels.csv and kernels.png
 # make bench-schedule  idle time of pipelines, roles apart and in one stream: benchmarks/results/schedule.csv
@@ -42,7 +42,7 @@ check: install
 	$(BIN)/python -m pytest tests/test_layers.py
 
 docs: install
-	$(BIN)/python -m rlhf_engine.reference > docs/configuration.md
+	$(BIN)/python -m rlhf_engine.launching.reference > docs/configuration.md
 
 chaos: install
 	$(BIN)/python -W ignore tests/chaos.py $(if $(RUNS),--runs $(RUNS)) $(if $(SEED),--seed $(SEED)) $(CHAOS)

@@ -20,20 +20,21 @@ import torch
 import torch.multiprocessing as mp
 from record import append
 
-from rlhf_engine.ranks import free_port
+from rlhf_engine.launching.ranks import free_port
 
 
 def measure(rank: int, args: argparse.Namespace, port: int, folder: str) -> None:
     """One rank: saves that are waited for, then saves that are not."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(args.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     torch.set_num_threads(1)
-    from rlhf_engine.checkpoint import Checkpoints
     from rlhf_engine.config import CheckpointConfig, MeshConfig, ModelConfig, OptimizerConfig
     from rlhf_engine.mesh import ParallelMesh
-    from rlhf_engine.metrics import Metrics
     from rlhf_engine.models.role import RoleModel
-    from rlhf_engine.models.stream import Work, train_step
-    from rlhf_engine.trace import Trace
+    from rlhf_engine.models.stream import train_step
+    from rlhf_engine.models.work import Work
+    from rlhf_engine.observing.metrics import Metrics
+    from rlhf_engine.observing.trace import Trace
+    from rlhf_engine.surviving.checkpoint import Checkpoints
 
     mesh = ParallelMesh(MeshConfig(tp=args.ranks, dp=1), args.device)
     model = ModelConfig(

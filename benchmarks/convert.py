@@ -117,7 +117,7 @@ def main() -> None:
 
 def run_side(side: str, source: Path, target: Path, tp: int, pp: int) -> None:
     # both sides wait for it: a virtual machine gives memory that was idle so long back to its host
-    from rlhf_engine.hf.convert import import_folder
+    from rlhf_engine.converting.convert import import_folder
 
     os.sync()  # what the side before left to be written would be written on this one's time
     started = time.perf_counter()

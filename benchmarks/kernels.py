@@ -186,8 +186,8 @@ def loss_cases(rows: int, num_tokens: int) -> dict[str, Callable[[], Run]]:
 def tensor_parallel_mesh():
     """Megatron's groups, in a world of this process alone."""
     from rlhf_engine.config import MeshConfig
+    from rlhf_engine.launching.ranks import free_port
     from rlhf_engine.mesh import ParallelMesh
-    from rlhf_engine.ranks import free_port
 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1"}

@@ -19,7 +19,7 @@ import torch
 import torch.multiprocessing as mp
 from record import append
 
-from rlhf_engine.ranks import free_port
+from rlhf_engine.launching.ranks import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = {  # hidden size, layers, MLP, vocabulary
@@ -37,8 +37,8 @@ OVERRIDES = [
 
 def planned(size: str, layout: tuple[int, int, int], folder: str):
     """The checked run of a size on a mesh. There is no reward phase behind it, which nothing here asks for."""
-    from rlhf_engine import preflight
-    from rlhf_engine.compose import compose
+    from rlhf_engine.launching import preflight
+    from rlhf_engine.launching.compose import compose
 
     hidden, layers, inner, vocabulary = SIZES[size]
     sizes = [f"model.hidden_size={hidden}", f"model.num_layers={layers}", f"model.intermediate_size={inner}"]

@@ -33,7 +33,7 @@ import torch.multiprocessing as mp
 from record import append
 from rollout import LLAMAS, make_llama
 
-from rlhf_engine.ranks import free_port
+from rlhf_engine.launching.ranks import free_port
 
 THREADS = 2
 PROMPT, RESPONSE, EPOCHS, KL_COEF = 32, 64, 2, 0.05
@@ -166,13 +166,13 @@ def our_side(
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(tp * dp)}
     torch.set_num_threads(THREADS // (tp * dp))
     from rlhf_engine.algorithms import ALGORITHMS
-    from rlhf_engine.algorithms.context import Context
     from rlhf_engine.config import MeshConfig, PPOConfig, RolloutConfig, RunConfig
+    from rlhf_engine.context import Context
     from rlhf_engine.experience import Experience
+    from rlhf_engine.launching.build import build_role
+    from rlhf_engine.launching.preflight import read_base
     from rlhf_engine.mesh import ParallelMesh
-    from rlhf_engine.preflight import read_base
     from rlhf_engine.schedule import Schedule
-    from rlhf_engine.trainer import build_role
 
     rows, micro = BATCH[name]
     config = RunConfig(phases=["ppo"], device="cpu", output_dir="nowhere")

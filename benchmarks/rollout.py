@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from record import append
 
-from rlhf_engine.ranks import free_port
+from rlhf_engine.launching.ranks import free_port
 
 THREADS = 2
 BATCHES = (32, 64, 128, 256)
@@ -74,9 +74,9 @@ class Ours:
     def __init__(self, folder: Path, tp: int, dp: int):
         from rlhf_engine.config import MeshConfig
         from rlhf_engine.hf.config import read_model_config
+        from rlhf_engine.launching.build import load_base
         from rlhf_engine.mesh import ParallelMesh
         from rlhf_engine.models.role import RoleModel
-        from rlhf_engine.trainer import load_base
 
         self.mesh = ParallelMesh(MeshConfig(tp=tp, pp=1, dp=dp), "cpu")
         self.role = RoleModel("policy", read_model_config(folder), self.mesh, "lm", torch.float32)

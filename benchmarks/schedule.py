@@ -20,8 +20,8 @@ import torch
 import torch.multiprocessing as mp
 from record import append
 
-from rlhf_engine.plan.pipeline import simulate
-from rlhf_engine.ranks import free_port
+from rlhf_engine.launching.ranks import free_port
+from rlhf_engine.models.pipeline import simulate
 
 ROUNDS = 3
 INFERRED = ("policy", "reference", "reward", "critic")
@@ -76,8 +76,9 @@ def rank_main(rank: int, stages: int, chunks: int, micro_batches: int, seconds: 
     torch.set_num_threads(1)
     from rlhf_engine.config import MeshConfig
     from rlhf_engine.mesh import ParallelMesh
-    from rlhf_engine.models.stream import Work, _run
-    from rlhf_engine.trace import Trace
+    from rlhf_engine.models.stream import _run
+    from rlhf_engine.models.work import Work
+    from rlhf_engine.observing.trace import Trace
 
     mesh = ParallelMesh(MeshConfig(1, stages, 1, virtual_pp=chunks), "cpu")
     batch = {"tokens": torch.zeros(micro_batches, 4, dtype=torch.int64)}

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from rlhf_engine.config import ConfigError
-from rlhf_engine.reference import text
+from rlhf_engine.launching.reference import text
 
 
 def main(argv: list[str]) -> int:

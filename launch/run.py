@@ -16,15 +16,15 @@ import time
 import traceback
 from collections.abc import Callable
 
-from rlhf_engine.compose import compose
 from rlhf_engine.config import JOBS, ConfigError
-from rlhf_engine.environment import check_meeting, launched_world, num_threads, set_defaults
-from rlhf_engine.places import ATTEMPT, LAUNCH
-from rlhf_engine.preflight import Plan, lock, plan
-from rlhf_engine.ranks import FINAL, PARENT, Ranks, end_with_parent, free_port
-from rlhf_engine.reference import text
+from rlhf_engine.launching.compose import compose
+from rlhf_engine.launching.environment import check_meeting, launched_world, num_threads, set_defaults
+from rlhf_engine.launching.preflight import Plan, lock, plan
+from rlhf_engine.launching.ranks import FINAL, PARENT, Ranks, end_with_parent, free_port
+from rlhf_engine.launching.reference import text
 from rlhf_engine.signals import SIGNALS, RunError, ignore, leave_at_once, say_errors_once
-from rlhf_engine.xtuner import from_command_line
+from rlhf_engine.surviving.places import ATTEMPT, LAUNCH
+from rlhf_engine.xtuner.read import from_command_line
 
 _SECONDS_OF_SILENCE = 5.0  # of a rank that has only an echo of another one's failure to report
 

@@ -11,7 +11,7 @@ import sys
 
 from run import main
 
-from rlhf_engine.preflight import Plan
+from rlhf_engine.launching.preflight import Plan
 
 
 def verify(checked: Plan) -> int:

@@ -78,3 +78,12 @@ def to_next_token(outputs: Tensor) -> Tensor:
     The only place where the shift between a causal model's outputs and its tokens is made. `(B, T)` to `(B, T)`.
     """
     return F.pad(outputs[:, :-1], (1, 0))
+
+
+_NAMED = 8  # samples that a line names
+
+
+def numbered(samples: Sequence[int]) -> str:
+    """Samples as a line names them."""
+    more = f" and {len(samples) - _NAMED} more" if len(samples) > _NAMED else ""
+    return f"sample{'s' if len(samples) > 1 else ''} {', '.join(map(str, samples[:_NAMED]))}{more}"

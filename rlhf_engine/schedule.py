@@ -11,26 +11,25 @@ import time
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
 from .config import ScheduleConfig
-from .experience import FIELDS, Experience
-from .guard import NotFinite, numbered
+from .context import Context
+from .experience import FIELDS, Experience, numbered
+from .models import stream
 from .models.residency import Presence
+from .models.work import Work
 from .signals import Stop
-
-if TYPE_CHECKING:
-    from .algorithms.context import Context
-    from .models.stream import Work
+from .surviving.guard import NotFinite
 
 Fields = Mapping[str, Tensor]
 # What the body of an infer or a train stage is: it yields work for its role and gets an infer's result back. A train
 # stage may yield several works at once, for one step.
-Works = Generator["Work | list[Work]", Tensor, Fields | None]
+Works = Generator[Work | list[Work], Tensor, Fields | None]
 # ctx, the stage's role, the fields that it reads -> the fields that it writes
-Body = Callable[["Context", Any, SimpleNamespace], Fields | Works | None]
+Body = Callable[[Context, Any, SimpleNamespace], Fields | Works | None]
 
 
 @dataclass(frozen=True)
@@ -233,8 +232,6 @@ def together(
     Args:
         made: updates that each train stage has made, which are passed over; kept up to date.
     """
-    from .models import stream
-
     for body, row in zip(bodies, group, strict=True):
         for _ in range(made.get(row.name, 0)):
             next(body, None)

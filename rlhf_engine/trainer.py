@@ -2,42 +2,39 @@
 
 from __future__ import annotations
 
-import datetime
 import gc
 import json
 import os
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import yaml
 
-from . import checkpoint, jobs, signals
-from .algorithms import ALGORITHMS
-from .algorithms.context import Algorithm, Context, Evaluation, RoleSpec, TrainState
-from .config import JOBS, ConfigError, RunConfig
-from .data import sources as data_sources
-from .data.dataset import build_datasets, dialogues
-from .data.sources import gold_rule
-from .data.tokenizer import Tokenizer, train_tokenizer
-from .guard import BadNumbers, Guard, NotFinite
-from .hf.export import RunExport, export_role
-from .hf.files import HFFolder
-from .hf.weights import RandomWeights, Source, load_weights
-from .logbook import Logbook, show_run
+from . import signals
+from .algorithms import ALGORITHMS, jobs
+from .algorithms.algorithm import Algorithm, Evaluation, RoleSpec
+from .config import JOBS, ConfigError
+from .context import Context, TrainState
+from .converting.export import RunExport, export_role
+from .data.dataset import dialogues
+from .launching.build import base_policy, build_context, build_role, iterations_of_finished, phase_checkpoints
+from .launching.header import show_run
+from .launching.preflight import SUMMARY, Plan, lock
 from .mesh import ParallelMesh
-from .models.role import RoleModel
+from .observing.logbook import Logbook
+from .observing.provenance import data_digest, say_finished, write_config
+from .observing.report import write_report
+from .observing.trace import append_events
 from .plan.measure import device_of, peak_flops
-from .preflight import SUMMARY, Plan, load_function, lock
-from .provenance import data_digest, say_finished, write_config
-from .report import write_report
 from .schedule import Schedule
 from .signals import RunError, Stop
-from .trace import Trace, append_events
-from .watchdog import Watchdog
+from .surviving import checkpoint
+from .surviving.guard import BadNumbers, Guard, NotFinite
+from .surviving.watchdog import Watchdog
 
 
 def run(plan: Plan) -> int:
@@ -281,21 +278,6 @@ def finish(ctx: Context, folder: Path, algorithm: Algorithm, evaluation: Evaluat
     os.replace(temporary, folder / SUMMARY)
 
 
-# Ranks may see a shared folder at different times, so the main rank looks and tells the others.
-
-
-def iterations_of_finished(ctx: Context, phase: str) -> int:
-    """How many iterations a finished phase has behind it; -1 where it is not finished."""
-    summary = Path(ctx.config.output_dir) / phase / SUMMARY
-    read = ctx.mesh.is_main and summary.is_file()
-    return ctx.mesh.from_main(json.loads(summary.read_text())["iterations"] if read else -1)
-
-
-def phase_checkpoints(ctx: Context, phase: str) -> checkpoint.Checkpoints:
-    folder = Path(ctx.config.output_dir) / phase / "checkpoints"
-    return checkpoint.Checkpoints(folder, ctx.mesh, ctx.config.checkpoint)
-
-
 def export(ctx: Context, folder: Path, specs: Mapping[str, RoleSpec]) -> None:
     """The phase's trained models in HF format: the critic in `hf_critic`, what else there is in `hf`."""
     prompts = dialogues(ctx.datasets[folder.name], ctx.tokenizer)
@@ -308,87 +290,3 @@ def export(ctx: Context, folder: Path, specs: Mapping[str, RoleSpec]) -> None:
             if ctx.mesh.is_main:
                 for note in about.notes:
                     print(f"{target}: {note}", flush=True)
-
-
-# -- what a run is made of -----------------------------------------------------------------------------------
-
-
-def build_context(plan: Plan, mesh: ParallelMesh) -> Context:
-    """Tokenizer, data and model configuration of a run."""
-    config = plan.config
-    sources = plan.sources
-    tokenizer = plan.tokenizer or trained_tokenizer(config, mesh, sources)
-    if tokenizer.template.is_dated:
-        tokenizer.date = config.tokenizer.date = mesh.from_main(config.tokenizer.date or str(datetime.date.today()))
-    bases = {
-        name: replace(base, model=replace(base.model, vocab_size=base.model.vocab_size or tokenizer.vocab_size))
-        for name, base in plan.bases.items()
-    }
-    phases = [phase for phase in config.phases if phase not in JOBS]
-    datasets = build_datasets(phases, sources, tokenizer, config)
-    if plan.ptx_sources:
-        datasets |= build_datasets(["ptx"], plan.ptx_sources, tokenizer, config)
-    reward_fn = None
-    if config.reward.kind == "function" and "ppo" in config.phases:
-        reward_fn = load_function(config.reward.fn or "")
-    return Context(config, bases, mesh, tokenizer, datasets, gold_rule(sources), reward_fn, trace=Trace(mesh.device))
-
-
-def trained_tokenizer(config: RunConfig, mesh: ParallelMesh, sources: list[data_sources.Source]) -> Tokenizer:
-    """A tokenizer trained on the data, at first use."""
-    path = Path(config.output_dir) / "tokenizer" / "tokenizer.model"
-    if mesh.is_main and not path.is_file():
-        rows = [row for source in sources for row in source.train]
-        said = [[*(turn["content"] for turn in row.prompt), row.chosen, row.rejected] for row in rows]
-        texts = [text for texts in said for text in texts if text is not None]
-        spoken = ("\n\nHuman: ", "\n\nAssistant: ")
-        train_tokenizer([speaker + text for text in texts for speaker in spoken], path, config.tokenizer.vocab_size)
-    mesh.barrier()
-    return Tokenizer(str(path))
-
-
-def build_role(ctx: Context, name: str, spec: RoleSpec) -> RoleModel:
-    """A role with its weights in place: from the first finished phase, else the base policy's."""
-    config = ctx.config
-    base = ctx.bases[spec.base]
-    role = RoleModel(
-        name,
-        base.model,
-        ctx.mesh,
-        spec.head,
-        _dtype(config, ctx.mesh),
-        spec.optimizer,
-        spec.total_steps,
-        Path(config.output_dir) / "offloaded" if config.schedule.moves(name) else None,
-        config.schedule.recompute,
-        config.schedule.micro_batch_tokens,
-    )
-    for phase, source in spec.weights:
-        is_finished = iterations_of_finished(ctx, phase) >= 0
-        if is_finished and (found := phase_checkpoints(ctx, phase).newest(is_finished)):
-            checkpoint.load_weights(found, source, role)
-            break
-    else:
-        load_base(role, base.path, config.seed)
-    role.start()
-    return role
-
-
-def base_policy(ctx: Context) -> RoleModel:
-    """The policy of jobs that do not train."""
-    with ctx.watch("the loading of the policy"):
-        return build_role(ctx, "policy", RoleSpec("lm"))
-
-
-def load_base(role: RoleModel, path: str | None, seed: int = 0) -> None:
-    """Weights of an HF folder or of what tools/convert_hf made of one; random ones where there is no path."""
-    if path and (Path(path) / ".metadata").is_file():
-        return checkpoint.load_weights(Path(path), checkpoint.IMPORTED, role)
-    source: Source = HFFolder(path) if path else RandomWeights(role.model, seed)
-    load_weights(role.chunks, role.model, role.head, role.mesh, source)
-
-
-def _dtype(config: RunConfig, mesh: ParallelMesh) -> torch.dtype:
-    if config.dtype == "auto":
-        return torch.bfloat16 if mesh.device.type == "cuda" else torch.float32
-    return getattr(torch, config.dtype)

@@ -17,15 +17,15 @@ MEASURED = ("time/", "throughput/", "idle/", "mfu/")  # figures of the machine a
 
 def compose(overrides: list[str]):
     """The RunConfig of a command line, as launch/run.py makes it."""
-    from rlhf_engine.compose import compose
+    from rlhf_engine.launching.compose import compose
 
     return compose(overrides)
 
 
 def context(overrides: list[str], layout: tuple):
     """Context of a run on the mesh `layout` = (tp, pp, dp[, sequence_parallel[, ep[, virtual_pp]]])."""
-    from rlhf_engine.preflight import plan
-    from rlhf_engine.trainer import build_context
+    from rlhf_engine.launching.build import build_context
+    from rlhf_engine.launching.preflight import plan
 
     tp, pp, dp, sequence_parallel, ep, virtual_pp = (*layout, *(False, 1, 1)[len(layout) - 3 :])
     overrides = [*overrides, f"mesh.tp={tp}", f"mesh.pp={pp}", f"mesh.dp={dp}", f"mesh.ep={ep}"]
@@ -37,8 +37,8 @@ def context(overrides: list[str], layout: tuple):
 def first_iteration(overrides: list[str], layout: tuple, phase: str) -> dict:
     """The first iteration of a phase: its tokens, its figures, and a digest of this rank's weights after it."""
     from rlhf_engine.algorithms import ALGORITHMS
+    from rlhf_engine.launching.build import build_role
     from rlhf_engine.schedule import Schedule
-    from rlhf_engine.trainer import build_role
 
     ctx = context(overrides, layout)
     algorithm = ALGORITHMS[phase](ctx.config)
@@ -68,8 +68,8 @@ def grad_norm_of_text(overrides: list[str], layout: tuple) -> float:
     """Of the policy's mean loss per token on the first rows that PPO mixes in."""
     from rlhf_engine.algorithms import ALGORITHMS
     from rlhf_engine.algorithms.sft import cross_entropy, supervised, text_work
+    from rlhf_engine.launching.build import build_role
     from rlhf_engine.models.stream import train_step
-    from rlhf_engine.trainer import build_role
 
     ctx = context(overrides, layout)
     policy = build_role(ctx, "policy", ALGORITHMS["ppo"](ctx.config).roles()["policy"])
@@ -112,9 +112,9 @@ def generate(
         poison: a token whose embedding is not a number.
         as_on_cuda: see `rollouts_as_on_cuda`.
     """
+    from rlhf_engine.launching.build import base_policy
     from rlhf_engine.rollout.generate import rollout
     from rlhf_engine.rollout.sampling import sample_keys
-    from rlhf_engine.trainer import base_policy
 
     ctx = context(overrides, layout)
     role = base_policy(ctx)
@@ -141,12 +141,13 @@ def generate(
 def logits(overrides: list[str], layout: tuple, rows: list[list[int]]) -> torch.Tensor:
     """The whole vocabulary's logits `(B, T, V)` for right-padded rows."""
     from rlhf_engine.experience import pad_rows
-    from rlhf_engine.trainer import base_policy
+    from rlhf_engine.launching.build import base_policy
+    from rlhf_engine.models.stream import forward
 
     ctx = context(overrides, layout)
     policy, mesh = base_policy(ctx), ctx.mesh
     tokens, _ = pad_rows(rows, mesh.tp)
-    return policy.infer({"tokens": tokens}, functools.partial(whole_logits, policy), 2)
+    return forward(policy, {"tokens": tokens}, functools.partial(whole_logits, policy), 2)
 
 
 def whole_logits(role, hidden, batch) -> torch.Tensor:
@@ -178,8 +179,8 @@ def sampled_frequencies(overrides: list[str], layout: tuple, scores: list[float]
 def hf_role(folder: str, layout: tuple, head: str = "lm"):
     """A model of an HF folder on the mesh `layout`, as it is in the folder."""
     from rlhf_engine.hf.config import read_model_config
+    from rlhf_engine.launching.build import load_base
     from rlhf_engine.models.role import RoleModel
-    from rlhf_engine.trainer import load_base
 
     mesh, model = worlds.mesh(*layout), read_model_config(folder)
     role = RoleModel("policy", model, mesh, head, torch.float32)
@@ -189,14 +190,15 @@ def hf_role(folder: str, layout: tuple, head: str = "lm"):
 
 def hf_round_trip(folder: str, layout: tuple, rows: list[list[int]], out: str, head: str = "lm") -> torch.Tensor:
     """Outputs for the rows, `(B, T, V)` or `(B, T, 1)`; the model's weights are written to `out` in HF format."""
-    from rlhf_engine.hf.export import export_role, head_config
+    from rlhf_engine.converting.export import export_role, head_config
     from rlhf_engine.hf.files import copy_assets
+    from rlhf_engine.models.stream import forward
 
     role = hf_role(folder, layout, head)
     fn = functools.partial(whole_logits, role) if head == "lm" else lambda output, batch: output
     add = functools.partial(copy_assets, Path(folder))
     export_role(role, Path(out), head_config(role.model, head, Path(folder)), add)
-    return role.infer({"tokens": torch.tensor(rows)}, fn, 2)
+    return forward(role, {"tokens": torch.tensor(rows)}, fn, 2)
 
 
 def hf_greedy(
@@ -206,6 +208,7 @@ def hf_greedy(
     from rlhf_engine.algorithms.heads import choose, policy_log_probs
     from rlhf_engine.config import RolloutConfig
     from rlhf_engine.experience import pad_rows, spans
+    from rlhf_engine.models.stream import forward
     from rlhf_engine.rollout.generate import rollout
     from rlhf_engine.rollout.sampling import sample_keys
 
@@ -220,15 +223,15 @@ def hf_greedy(
     def fn(output, batch):
         return policy_log_probs(role, output, choose(role, batch, "mask"))[0]
 
-    found = role.infer({"tokens": rows, "mask": mask}, fn, 2)
+    found = forward(role, {"tokens": rows, "mask": mask}, fn, 2)
     log_probs = torch.tensor([log_prob for r in responses for log_prob in r.log_probs])
     return [r.tokens for r in responses], float((found[mask] - log_probs).abs().max())
 
 
 def num_parameters(path: str) -> int:
     """Parameters of the model that a config.json describes."""
+    from rlhf_engine.converting.convert import count_parameters
     from rlhf_engine.hf.config import parse, read_json
-    from rlhf_engine.hf.convert import count_parameters
 
     return count_parameters(parse(read_json(Path(path)), path), "lm", worlds.mesh(1, 1, 1))
 
@@ -267,7 +270,7 @@ def verify(overrides: list[str], fault: str | None = None) -> int:
     import faults
     import pytest
 
-    from rlhf_engine.preflight import plan
+    from rlhf_engine.launching.preflight import plan
     from rlhf_engine.verify.suite import run
 
     worlds.close_mesh()
@@ -347,8 +350,8 @@ def num_models() -> int:
 def build_role(model: dict, head: str, layout: tuple, optimizer: bool = False, recompute: str = "none"):
     """A role of a ModelConfig's fields with random weights, ready to train where it has an optimizer."""
     from rlhf_engine.config import ModelConfig, OptimizerConfig
+    from rlhf_engine.launching.build import load_base
     from rlhf_engine.models.role import RoleModel
-    from rlhf_engine.trainer import load_base
 
     settings = OptimizerConfig() if optimizer else None
     role = RoleModel(

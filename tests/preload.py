@@ -12,10 +12,10 @@ import torch.distributed.checkpoint  # noqa: E402
 import torch.utils.tensorboard  # noqa: F401, E402
 import transformers.models.auto.modeling_auto  # noqa: F401, E402
 
-import rlhf_engine.compose  # noqa: E402
-import rlhf_engine.jobs  # noqa: E402
+import rlhf_engine.algorithms.jobs  # noqa: E402
+import rlhf_engine.launching.compose  # noqa: E402
+import rlhf_engine.launching.reference  # noqa: E402
 import rlhf_engine.plan.show  # noqa: E402
-import rlhf_engine.reference  # noqa: E402
 import rlhf_engine.trainer  # noqa: E402
 import rlhf_engine.verify.suite  # noqa: F401, E402
 

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from rlhf_engine import watchdog
 from rlhf_engine.signals import noted
+from rlhf_engine.surviving import watchdog
 
 
 def short_and_polite(prompts, responses, prompt_tokens, response_tokens):

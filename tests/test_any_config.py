@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from test_sources import ANY, SAID
 from worlds import launcher
 
-from rlhf_engine.compose import compose, config_groups
 from rlhf_engine.config import ConfigError, RunConfig, check, from_dict, keys, resolve_mesh
+from rlhf_engine.launching.compose import compose, config_groups
 
 SECTIONS = {key for key in keys(RunConfig) if any(other.startswith(key + ".") for other in keys(RunConfig))}
 KEYS = sorted(set(keys(RunConfig)) - SECTIONS)
@@ -51,7 +51,7 @@ def test_any_values(flat):
     try:
         config = from_dict(RunConfig, nested(flat))
         world_size = config.mesh.tp * config.mesh.pp * (config.mesh.dp or 1)
-        check(config, resolve_mesh(config, world_size), config.model, config.model)
+        check(config, resolve_mesh(config.mesh, world_size), config.model, config.model)
     except ConfigError as error:
         assert_one_line(error)
 

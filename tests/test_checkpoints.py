@@ -15,15 +15,15 @@ import pytest
 import torch
 from conftest import ROOT, SMALL
 
-from rlhf_engine import manifest
 from rlhf_engine.config import CheckpointConfig
+from rlhf_engine.surviving import manifest
 
 # -- on the ranks --------------------------------------------------------------------------------------------
 
 
 def policy(overrides: list[str], layout: tuple):
-    from rlhf_engine.algorithms.context import RoleSpec
-    from rlhf_engine.trainer import build_role
+    from rlhf_engine.algorithms.algorithm import RoleSpec
+    from rlhf_engine.launching.build import build_role
 
     ctx = cases.context(overrides, layout)
     return ctx.mesh, build_role(ctx, "policy", RoleSpec("lm", optimizer=ctx.config.sft.optimizer))
@@ -47,7 +47,7 @@ def save(overrides: list[str], layout: tuple, folder: str, iterations: list[int]
     Args:
         full: a rank whose files cannot grow.
     """
-    from rlhf_engine.checkpoint import Checkpoints
+    from rlhf_engine.surviving.checkpoint import Checkpoints
 
     mesh, role = policy(overrides, layout)
     said, answers = io.StringIO(), []
@@ -70,10 +70,10 @@ def save(overrides: list[str], layout: tuple, folder: str, iterations: list[int]
 
 def load(overrides: list[str], layout: tuple, folder: str, is_finished: bool = False):
     """What is found, its state, its weights (which are all the same), and what was said; an error in its place."""
-    from rlhf_engine.checkpoint import Checkpoints
-    from rlhf_engine.checkpoint import load as load_checkpoint
     from rlhf_engine.config import ConfigError
     from rlhf_engine.models.optim import optimizer_tensors
+    from rlhf_engine.surviving.checkpoint import Checkpoints
+    from rlhf_engine.surviving.checkpoint import load as load_checkpoint
 
     mesh, role = policy(overrides, layout)
     said = io.StringIO()

@@ -20,9 +20,9 @@ from test_exports import own_scores
 from test_hf_architectures import GPT2, LAYOUTS, SIZES, assert_same_weights, expected, make, rows, transformers
 from test_hf_folders import role_of
 
+from rlhf_engine.converting.convert import one_rank
 from rlhf_engine.data.tokenizer import Tokenizer
-from rlhf_engine.hf.convert import one_rank
-from rlhf_engine.preflight import plan
+from rlhf_engine.launching.preflight import plan
 
 TOOL = ROOT / "tools" / "convert_hf" / "convert.py"
 
@@ -139,7 +139,7 @@ def test_ctrl_c(imported, source, tmp_path, command, left):
     """One line; an import keeps what it can go on from, an export nothing."""
     words = ["import", "--hf", str(source)] if command == "import" else ["export", "--megatron", str(imported)]
     code = (
-        "import runpy, sys, rlhf_engine.hf.convert as convert\n"
+        "import runpy, sys, rlhf_engine.converting.convert as convert\n"
         "def interrupt(*args):\n    raise KeyboardInterrupt\n"
         "convert.copy_assets = convert.HFWriter.close = interrupt\n"
         f"sys.argv = ['convert.py', *{words!r}, '--out', {str(tmp_path / 'out')!r}]\n"
@@ -157,7 +157,7 @@ def test_an_import_that_was_killed_goes_on(convert, source, tmp_path):
     code = (
         "import os, signal, sys; sys.argv[0] = 'x'; import importlib.util as u;"
         f"s = u.spec_from_file_location('c', {str(TOOL)!r}); m = u.module_from_spec(s); s.loader.exec_module(m);"
-        "import rlhf_engine.hf.convert as c; write = c._write_results\n"
+        "import rlhf_engine.converting.convert as c; write = c._write_results\n"
         "def stop(path, results):\n    write(path, results); os.kill(os.getpid(), signal.SIGKILL)\n"
         "c._write_results = stop\n"
         f"m.main(['import', '--hf', {str(source)!r}, '--out', {str(out)!r}, '--tp', '2'])"

@@ -11,8 +11,8 @@ import psutil
 import pytest
 import worlds
 
-from rlhf_engine import environment, preflight
 from rlhf_engine.config import ConfigError, RunConfig
+from rlhf_engine.launching import environment, preflight
 from rlhf_engine.mesh import meeting_place
 from rlhf_engine.signals import RunError
 

@@ -18,11 +18,12 @@ from test_hf_folders import configure, copied, role_of
 
 from rlhf_engine.algorithms.heads import last_scores, score_batch
 from rlhf_engine.config import ConfigError, RunConfig
+from rlhf_engine.converting.convert import Checkpoint, export_folder, import_folder, one_rank
+from rlhf_engine.converting.export import RunExport, export_role
 from rlhf_engine.data.tokenizer import Tokenizer, train_tokenizer
 from rlhf_engine.experience import pad_rows
 from rlhf_engine.hf.config import ARCHITECTURES
-from rlhf_engine.hf.convert import Checkpoint, export_folder, import_folder, one_rank
-from rlhf_engine.hf.export import RunExport, export_role
+from rlhf_engine.models.stream import forward
 
 OPTIONS = {
     "llama": dict(head_dim=10),
@@ -79,7 +80,7 @@ def rows_of(tokenizer: Tokenizer) -> list[list[int]]:
 
 
 def own_scores(role, rows: list[list[int]]) -> torch.Tensor:
-    return role.infer(score_batch(role, *pad_rows(rows, 1)), last_scores, 4)
+    return forward(role, score_batch(role, *pad_rows(rows, 1)), last_scores, 4)
 
 
 def their_scores(folder: Path, rows: list[list[int]]) -> torch.Tensor:
@@ -118,8 +119,10 @@ def test_a_language_model(made, pieces, tmp_path, name, kind):
         role = role_of(source, mesh)
         about = RunExport(role.model, "lm", source, tokenizer, PROMPTS)
         export_role(role, out, about.config, about.write)
-        wanted = role.infer({"tokens": torch.tensor(rows)}, functools.partial(cases.whole_logits, role), 4)
-        back = role_of(out, mesh).infer({"tokens": torch.tensor(rows)}, functools.partial(cases.whole_logits, role), 4)
+        wanted = forward(role, {"tokens": torch.tensor(rows)}, functools.partial(cases.whole_logits, role), 4)
+        back = forward(
+            role_of(out, mesh), {"tokens": torch.tensor(rows)}, functools.partial(cases.whole_logits, role), 4
+        )
     assert about.notes == [] and wanted.std() > 0.3 and torch.equal(back, wanted)
     assert_same_tokens(out, tokenizer)
     if name == "internlm2":

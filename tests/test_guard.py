@@ -18,7 +18,7 @@ import warm
 from conftest import ROOT, SMALL
 
 from rlhf_engine.config import GuardConfig, OptimizerConfig
-from rlhf_engine.guard import Guard, Skipped
+from rlhf_engine.surviving.guard import Guard, Skipped
 
 # -- on the ranks --------------------------------------------------------------------------------------------
 
@@ -26,11 +26,12 @@ from rlhf_engine.guard import Guard, Skipped
 def poisoned_step(overrides: list[str], layout: tuple, poison: str):
     """Three steps of a policy, the second with a number in it that is not finite. Gives what was found of each, whether
     the weights changed in it, and the names of the figures of the second."""
-    from rlhf_engine.algorithms.context import RoleSpec
+    from rlhf_engine.algorithms.algorithm import RoleSpec
     from rlhf_engine.algorithms.heads import choose
     from rlhf_engine.algorithms.sft import cross_entropy
-    from rlhf_engine.models.stream import Work, train_step
-    from rlhf_engine.trainer import build_role
+    from rlhf_engine.launching.build import build_role
+    from rlhf_engine.models.stream import train_step
+    from rlhf_engine.models.work import Work
 
     ctx = cases.context(overrides, layout)
     role = build_role(ctx, "policy", RoleSpec("lm", optimizer=OptimizerConfig()))

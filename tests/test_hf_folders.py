@@ -17,15 +17,16 @@ from test_hf_architectures import GPT2, REWARD, SIZES, internlm2, make, referenc
 
 from rlhf_engine.algorithms.heads import last_scores, score_batch
 from rlhf_engine.config import ConfigError, ModelConfig
+from rlhf_engine.converting.convert import one_rank
+from rlhf_engine.converting.export import head_config
 from rlhf_engine.experience import pad_rows
 from rlhf_engine.hf.config import ARCHITECTURES, parse, read_model_config
-from rlhf_engine.hf.convert import one_rank
-from rlhf_engine.hf.export import head_config
 from rlhf_engine.hf.files import HFFolder
 from rlhf_engine.hf.index import index, unread_files
 from rlhf_engine.hf.rows import Window
+from rlhf_engine.launching.build import load_base
 from rlhf_engine.models.role import RoleModel
-from rlhf_engine.trainer import load_base
+from rlhf_engine.models.stream import forward
 
 LLAMA = SIZES | dict(head_dim=10, tie_word_embeddings=True, vocab_size=409)
 
@@ -88,12 +89,14 @@ def role_of(folder: Path, mesh, head: str = "lm") -> RoleModel:
 def logits(folder: Path) -> torch.Tensor:
     with one_rank() as mesh:
         role = role_of(folder, mesh)
-        return role.infer({"tokens": torch.tensor(rows())}, functools.partial(cases.whole_logits, role), 4)
+        return forward(role, {"tokens": torch.tensor(rows())}, functools.partial(cases.whole_logits, role), 4)
 
 
 def hidden_scores(folder: Path) -> torch.Tensor:
     with one_rank() as mesh:
-        return role_of(folder, mesh, "scalar").infer({"tokens": torch.tensor(rows())}, lambda output, batch: output, 4)
+        return forward(
+            role_of(folder, mesh, "scalar"), {"tokens": torch.tensor(rows())}, lambda output, batch: output, 4
+        )
 
 
 def theirs(folder: Path) -> torch.Tensor:
@@ -406,7 +409,7 @@ def test_a_score_is_read_where_the_config_says(made, tmp_path, name, pad):
     tokens, lengths = pad_rows(sequences)
     with one_rank() as mesh:
         role = role_of(folder, mesh, "scalar")
-        found = role.infer(score_batch(role, tokens, lengths), last_scores, 4)
+        found = forward(role, score_batch(role, tokens, lengths), last_scores, 4)
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
 
 

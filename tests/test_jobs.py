@@ -16,9 +16,9 @@ import worlds as rank_worlds
 from worlds import launcher
 
 from rlhf_engine import signals
-from rlhf_engine.compose import compose
 from rlhf_engine.config import ConfigError
-from rlhf_engine.parts import Parts, folder_digest
+from rlhf_engine.launching.compose import compose
+from rlhf_engine.surviving.parts import Parts, folder_digest
 
 NUM_ROWS = 150
 SETTINGS = {"seed": 1, "rollout.top_p": 1.0, "data.sources": "d1", "policy.path": "d2"}
@@ -142,9 +142,9 @@ def test_what_a_signal_has_done_before_it_ends_a_rank(monkeypatch):
 
 def run(settings: list[str], dp: int) -> int:
     """In a rank: a job. How many rows it made."""
-    from rlhf_engine import jobs
-    from rlhf_engine.preflight import plan
-    from rlhf_engine.trainer import base_policy, build_context
+    from rlhf_engine.algorithms import jobs
+    from rlhf_engine.launching.build import base_policy, build_context
+    from rlhf_engine.launching.preflight import plan
 
     made = 0
 
@@ -201,7 +201,7 @@ def test_other_settings_are_refused_before_a_rank_is_started(small_run, rows, tm
     common = ["+exp=generate", f"policy.path={small_run}/sft/hf", f"data.sources=[{rows}]", f"output={tmp_path}/o"]
     assert launcher.main([*common, "device=cpu"]) == 0
     assert not list(tmp_path.iterdir())
-    from rlhf_engine.preflight import job_settings
+    from rlhf_engine.launching.preflight import job_settings
 
     Path(f"{tmp_path}/o.partial").touch()
     Path(f"{tmp_path}/o.settings.json").write_text(json.dumps(job_settings(compose(common), "cpu")))

@@ -10,13 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_engine.config import DataConfig, ModelConfig, RunConfig
+from rlhf_engine.converting.convert import one_rank
 from rlhf_engine.data.dataset import build_datasets
 from rlhf_engine.data.sources import read_sources
 from rlhf_engine.data.tokenizer import Tokenizer
 from rlhf_engine.experience import pad_rows
-from rlhf_engine.hf.convert import one_rank
 from rlhf_engine.models.role import RoleModel
-from rlhf_engine.models.stream import Work, pack
+from rlhf_engine.models.stream import forward
+from rlhf_engine.models.work import Work, pack
 
 
 def work(lengths: list[int], budget: int | None, dp=1, dp_rank=0, tp=1, size=2, together=1) -> Work:
@@ -75,8 +76,8 @@ def test_rows_of_every_shape_come_back_whole():
     with one_rank() as mesh:
         role = RoleModel("policy", ModelConfig(**sizes, vocab_size=32), mesh, "scalar", torch.float32)
         batch = {"tokens": tokens, "lengths": lengths}
-        figures = role.infer(batch, lambda output, batch: torch.stack([batch["lengths"], -batch["lengths"]], 1), 2)
-        of_tokens = role.infer(batch, lambda output, batch: batch["tokens"].unsqueeze(1).repeat(1, 2, 1), 2)
+        figures = forward(role, batch, lambda output, batch: torch.stack([batch["lengths"], -batch["lengths"]], 1), 2)
+        of_tokens = forward(role, batch, lambda output, batch: batch["tokens"].unsqueeze(1).repeat(1, 2, 1), 2)
         assert len(Work(role, batch, None, 2).parts) > 1
     assert figures.tolist() == [[2, -2], [90, -90], [5, -5], [90, -90]]
     assert torch.equal(of_tokens, tokens.unsqueeze(1).repeat(1, 2, 1))

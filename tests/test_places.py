@@ -12,11 +12,11 @@ from types import SimpleNamespace
 import pytest
 from worlds import launcher
 
-from rlhf_engine import places
 from rlhf_engine.config import ConfigError, RunConfig
-from rlhf_engine.places import Holder, Lock, try_folder
-from rlhf_engine.preflight import lock
-from rlhf_engine.provenance import data_digest, say_finished, write_config
+from rlhf_engine.launching.preflight import lock
+from rlhf_engine.observing.provenance import data_digest, say_finished, write_config
+from rlhf_engine.surviving import places
+from rlhf_engine.surviving.places import Holder, Lock, try_folder
 
 renew = Lock._renew
 ELSEWHERE = {"machine": "another boot", "host": "node-7", "pid": 12, "started": "99"}

@@ -9,11 +9,11 @@ import pytest
 import worlds as launching
 
 from rlhf_engine.config import DeviceName, MeshConfig, ModelConfig, OptimizerConfig, RolloutConfig
-from rlhf_engine.plan.devices import GPUS, data_sheet_flops
-from rlhf_engine.plan.flops import attended, forward_flops, head_flops
+from rlhf_engine.config.devices import GPUS, data_sheet_flops
+from rlhf_engine.models.flops import attended, forward_flops, head_flops
+from rlhf_engine.models.partition import rank_parameters
+from rlhf_engine.models.pipeline import ahead, chunk_group, orders, simulate
 from rlhf_engine.plan.memory import Numbers, kv_bytes_per_token, kv_positions, layer_activations, resident
-from rlhf_engine.plan.partition import rank_parameters
-from rlhf_engine.plan.pipeline import ahead, chunk_group, orders, simulate
 
 SIZES = dict(
     num_layers=3, hidden_size=48, num_attention_heads=4, num_key_value_heads=2, intermediate_size=80, vocab_size=200,

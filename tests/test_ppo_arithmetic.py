@@ -354,9 +354,9 @@ def test_token_outside_the_true_vocabulary_is_refused(token):
 
 def test_scores_are_clipped_then_standardised_by_all_so_far():
     """As XTuner's norm_rewards has it; a response without an end loses its penalty after that."""
-    from rlhf_engine.algorithms.context import TrainState
     from rlhf_engine.algorithms.ppo import _shape_scores
     from rlhf_engine.config import RunConfig
+    from rlhf_engine.context import TrainState
 
     ctx = SimpleNamespace(config=RunConfig(), state=TrainState())
     ppo = ctx.config.ppo

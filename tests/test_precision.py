@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rlhf_engine.algorithms import ppo
-from rlhf_engine.algorithms.context import TrainState
 from rlhf_engine.config import ModelConfig, RunConfig
-from rlhf_engine.hf.convert import one_rank
+from rlhf_engine.context import TrainState
+from rlhf_engine.converting.convert import one_rank
 from rlhf_engine.models import layers
 from rlhf_engine.models.role import RoleModel, head_weight
 from rlhf_engine.rollout.decoder import Decoder

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from conftest import ROOT
 
-from rlhf_engine import reference
-from rlhf_engine.compose import CONF, compose
 from rlhf_engine.config import ModelConfig, check, keys, resolve_mesh
+from rlhf_engine.launching import reference
+from rlhf_engine.launching.compose import CONF, compose
 
 
 def test_documentation_of_keys_is_current():
@@ -55,7 +55,7 @@ LLAMA3_70B = ModelConfig(None, 80, 8192, 64, intermediate_size=28672, **LLAMA)  
 )
 def test_large_experiments_pass_the_checks(overrides, world_size, policy, reward):
     config = compose(overrides)
-    mesh = resolve_mesh(config, world_size)
+    mesh = resolve_mesh(config.mesh, world_size)
     check(config, mesh, policy, reward)
     assert mesh.tp * mesh.pp * mesh.dp == world_size and config.ppo.prompts_per_iteration == 64
     assert [source.rpartition("::")[2] for source in config.data.sources] == ["1.0", "0.5"]

@@ -12,8 +12,8 @@ import pytest
 import worlds
 from conftest import ROOT, launch
 
-from rlhf_engine.compose import compose
 from rlhf_engine.config import ConfigError
+from rlhf_engine.launching.compose import compose
 
 GOOD = {"chosen": "\n\nHuman: Hi?\n\nAssistant: Hello.", "rejected": "\n\nHuman: Hi?\n\nAssistant: No."}
 

@@ -18,6 +18,7 @@ from test_hf_architectures import SIZES, make
 from rlhf_engine.config import ConfigError
 from rlhf_engine.rehearse import rehearsal
 from rlhf_engine.rehearse.exchange import Exchange, Post
+from rlhf_engine.rehearse.part import chosen, is_small, settle
 from rlhf_engine.rehearse.report import lines, show, write
 
 PHASES = ("sft", "reward", "ppo")
@@ -209,8 +210,8 @@ def test_what_is_refused_before_it_starts(tmp_path):
 
 def test_ranks_of_a_larger_world(tmp_path):
     config = ["+exp=ppo_large", "model=llama_70b", "mesh.tp=8", "mesh.pp=8", "plan.device=h100"]
-    plan = rehearsal.settle(config, 64, str(tmp_path))
-    assert rehearsal.chosen(plan) == [0, 8, 48, 63] and not rehearsal.is_small(plan)
+    plan = settle(config, 64, str(tmp_path))
+    assert chosen(plan) == [0, 8, 48, 63] and not is_small(plan)
 
 
 class Line:

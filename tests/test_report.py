@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from rlhf_engine.report import CHARTS, write_report
+from rlhf_engine.observing.report import CHARTS, write_report
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 OPTIONAL_END = {"tr", "td", "th", "tbody"}

@@ -22,18 +22,18 @@ from test_plan import MODELS, mesh
 
 from rlhf_engine.config import CheckpointConfig, ModelConfig, OptimizerConfig
 from rlhf_engine.models import residency
+from rlhf_engine.models.partition import rank_parameters
 from rlhf_engine.models.residency import Parcel, Presence, host_memory
 from rlhf_engine.models.shards import rectangles
 from rlhf_engine.plan.memory import Numbers, saved
-from rlhf_engine.plan.partition import rank_parameters
 
 # -- on the ranks --------------------------------------------------------------------------------------------
 
 
 def trained(model: dict, layout: tuple, seed: int, **optimizer):
     """A policy of random weights, whose moments follow from the weights beside them."""
+    from rlhf_engine.launching.build import load_base
     from rlhf_engine.models.role import RoleModel
-    from rlhf_engine.trainer import load_base
 
     settings = OptimizerConfig(**optimizer)
     role = RoleModel("policy", ModelConfig(**model), launching.mesh(*layout), "lm", torch.float32, settings)
@@ -55,7 +55,7 @@ def moments(role):
 
 def save(model: dict, layout: tuple, folder: str, **optimizer) -> tuple[int, int]:
     """Saves and gives the bytes of float32 numbers that this rank has sent to others and written."""
-    from rlhf_engine.checkpoint import Checkpoints
+    from rlhf_engine.surviving.checkpoint import Checkpoints
 
     role, sent = trained(model, layout, 0, **optimizer), []
     with pytest.MonkeyPatch.context() as patch:
@@ -82,7 +82,7 @@ def save(model: dict, layout: tuple, folder: str, **optimizer) -> tuple[int, int
 
 def load(model: dict, layout: tuple, folder: str, **optimizer) -> None:
     """Weights and moments are those that were saved, in every place, and none is made anew."""
-    from rlhf_engine import checkpoint
+    from rlhf_engine.surviving import checkpoint
 
     found, wanted = trained(model, layout, 1, **optimizer), trained(model, layout, 0, **optimizer)
     before = [parameter.data_ptr() for parameter in found.chunks.parameters()]
@@ -98,10 +98,10 @@ def load(model: dict, layout: tuple, folder: str, **optimizer) -> None:
 def presences(overrides: list[str], folder: str) -> dict[str, list[tuple[Presence, ...]]]:
     """What of PPO's policy and critic is on the device as they are saved and loaded, at each of their moves."""
     from rlhf_engine.algorithms import ALGORITHMS
-    from rlhf_engine.checkpoint import Checkpoints
-    from rlhf_engine.checkpoint import load as load_checkpoint
+    from rlhf_engine.launching.build import build_role
     from rlhf_engine.models.role import RoleModel
-    from rlhf_engine.trainer import build_role
+    from rlhf_engine.surviving.checkpoint import Checkpoints
+    from rlhf_engine.surviving.checkpoint import load as load_checkpoint
 
     ctx = cases.context([*overrides, "schedule.residency=offload"], (1, 1, 1))
     specs = ALGORITHMS["ppo"](ctx.config).roles()
@@ -145,10 +145,10 @@ def left_by(overrides: list[str], stage: str, problem: str) -> dict[str, Presenc
     from dataclasses import replace
 
     from rlhf_engine.algorithms import ALGORITHMS
-    from rlhf_engine.guard import NotFinite
+    from rlhf_engine.launching.build import build_role
     from rlhf_engine.schedule import Schedule
     from rlhf_engine.signals import Stop
-    from rlhf_engine.trainer import build_role
+    from rlhf_engine.surviving.guard import NotFinite
 
     ctx = cases.context([*overrides, "schedule.residency=offload", "schedule.prefetch=true"], (1, 1, 1))
     algorithm = ALGORITHMS["ppo"](ctx.config)
@@ -267,11 +267,12 @@ def test_an_optimizer_that_makes_its_state_in_its_first_step(tmp_path):
 
 def before_the_first_step(folder: str) -> None:
     """Says which optimizer it was, its largest moment before a step, and the step and whether there are some after."""
-    from rlhf_engine.checkpoint import Checkpoints
-    from rlhf_engine.checkpoint import load as load_checkpoint
-    from rlhf_engine.metrics import Metrics
-    from rlhf_engine.models.stream import Work, train_step
-    from rlhf_engine.trace import Trace
+    from rlhf_engine.models.stream import train_step
+    from rlhf_engine.models.work import Work
+    from rlhf_engine.observing.metrics import Metrics
+    from rlhf_engine.observing.trace import Trace
+    from rlhf_engine.surviving.checkpoint import Checkpoints
+    from rlhf_engine.surviving.checkpoint import load as load_checkpoint
 
     role = cases.build_role(MODELS["llama"], "lm", (1, 1, 1), optimizer=True)
     checkpoints = Checkpoints(Path(folder), role.mesh, CheckpointConfig())

@@ -11,9 +11,9 @@ import torch
 from rlhf_engine.algorithms.ppo import PPO, stage_table
 from rlhf_engine.config import PPOConfig, RewardConfig, RunConfig
 from rlhf_engine.experience import Experience
-from rlhf_engine.metrics import Metrics
+from rlhf_engine.observing.metrics import Metrics
+from rlhf_engine.observing.trace import Trace
 from rlhf_engine.schedule import Schedule, ScheduleError, Stage
-from rlhf_engine.trace import Trace
 
 CTX = SimpleNamespace(
     roles={},

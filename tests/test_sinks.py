@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, SMALL, launch
 
-from rlhf_engine import sinks
-from rlhf_engine.compose import compose
 from rlhf_engine.config import LogConfig, WandBConfig
-from rlhf_engine.preflight import plan
-from rlhf_engine.sinks import Sinks
+from rlhf_engine.launching.compose import compose
+from rlhf_engine.launching.preflight import plan
+from rlhf_engine.observing import sinks
+from rlhf_engine.observing.sinks import Sinks
 
 
 def chunks(data: bytes) -> Iterator[tuple[int, bytes]]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf_engine.compose import compose
 from rlhf_engine.config import ConfigError, MeshConfig, ModelConfig
-from rlhf_engine.preflight import plan
-from rlhf_engine.sizes import open_sizes, settle
+from rlhf_engine.launching.compose import compose
+from rlhf_engine.launching.preflight import plan
+from rlhf_engine.launching.sizes import open_sizes, settle
 
 OWN = ["+exp=rlhf", "policy.path=DIR", "data.sources=[FILE.jsonl]", "plan.memory=80"]
 SMALL = ModelConfig(hidden_size=576, num_layers=30)

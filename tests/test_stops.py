@@ -11,9 +11,9 @@ import pytest
 from conftest import SMALL
 from test_runs import assert_close, figures
 
-from rlhf_engine.algorithms.context import RunningMoments, TrainState
+from rlhf_engine.context import RunningMoments, TrainState
 from rlhf_engine.experience import Experience
-from rlhf_engine.guard import Skipped
+from rlhf_engine.surviving.guard import Skipped
 
 PPO = [*SMALL, "phases=[ppo]", "export_hf=false", "ppo.kl_controller=adaptive", "ppo.score_scale=true"]
 

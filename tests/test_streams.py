@@ -16,9 +16,10 @@ from test_hf_architectures import SIZES, make
 
 from rlhf_engine.algorithms.ppo import PPO, stage_table
 from rlhf_engine.config import RunConfig, ScheduleConfig
-from rlhf_engine.models.stream import Work, _Stream
+from rlhf_engine.models.stream import _Stream
+from rlhf_engine.models.work import Work
+from rlhf_engine.observing.trace import Stream, Trace
 from rlhf_engine.schedule import Schedule
-from rlhf_engine.trace import Stream, Trace
 
 TOGETHER = ["time/log_probs+ref_log_probs+score+values", "time/train_critic+train_policy"]
 

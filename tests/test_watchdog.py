@@ -14,7 +14,7 @@ from clusters import PATIENCE, wait_until
 from test_launching import PPO, RUN, find_reward_functions, num_iterations, ranks_of, started
 from test_launching import reward_functions_are_found as reward_functions_are_found
 
-from rlhf_engine.watchdog import HUNG
+from rlhf_engine.surviving.watchdog import HUNG
 
 LIMIT = 10  # seconds: a hundred times what a stage takes
 ENDLESS = [*RUN, *PPO, "reward.fn=rewards:short_and_polite", f"timeout.stage={LIMIT}", "ppo.iterations=100000"]

@@ -8,13 +8,13 @@ import pytest
 import worlds
 from conftest import ROOT, launch
 
-from rlhf_engine.compose import compose
 from rlhf_engine.config import ConfigError, RunConfig, keys
 from rlhf_engine.data import hh_mini
 from rlhf_engine.data.formats import read_row
-from rlhf_engine.reference import every_key
-from rlhf_engine.xtuner import read
-from rlhf_engine.xtuner_rules import FIXED, REQUIRED, RULES, Refused
+from rlhf_engine.launching.compose import compose
+from rlhf_engine.launching.reference import every_key
+from rlhf_engine.xtuner.read import read
+from rlhf_engine.xtuner.rules import FIXED, REQUIRED, RULES, Refused
 
 QUICK_START = str(ROOT / "docs" / "examples" / "xtuner_quick_start.py")
 TINY = ROOT / "docs" / "examples" / "xtuner_tiny.py"

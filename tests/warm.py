@@ -122,7 +122,7 @@ def _command(command: list[str], env: dict[str, str], cwd: str, stdout: str, std
     os.chdir(cwd)
     for number, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    from rlhf_engine import ranks
+    from rlhf_engine.launching import ranks
 
     # the ranks that a launcher starts are forks of it
     ranks.subprocess = types.SimpleNamespace(**vars(subprocess) | {"Popen": _Fork})  # type: ignore[assignment]
@@ -158,7 +158,7 @@ def _interpret(command: list[str], env: Mapping[str, str]) -> int:
 
 
 class _Fork:
-    """What rlhf_engine.ranks needs of subprocess.Popen, as a fork of this process."""
+    """What rlhf_engine.launching.ranks needs of subprocess.Popen, as a fork of this process."""
 
     def __init__(self, command: Sequence[str], *, env, stdout=None, stderr=None, start_new_session: bool = False):
         sys.stdout.flush()

@@ -24,12 +24,12 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rlhf_engine.compose import compose
 from rlhf_engine.config import ConfigError, MeshConfig, RunConfig, check, resolve_mesh
-from rlhf_engine.places import ATTEMPT, LAUNCH
-from rlhf_engine.preflight import read_base
-from rlhf_engine.ranks import FINAL, Ranks, free_port
+from rlhf_engine.launching.compose import compose
+from rlhf_engine.launching.preflight import read_base
+from rlhf_engine.launching.ranks import FINAL, Ranks, free_port
 from rlhf_engine.signals import SIGNALS, STOPPED, Stop
+from rlhf_engine.surviving.places import ATTEMPT, LAUNCH
 
 RUN = str(Path(__file__).resolve().parent.parent / "run.py")
 _SECONDS_TO_ANSWER = 40.0  # of the nodes that are left, when a run ends, and of the cluster, when a node is lost
@@ -91,7 +91,7 @@ def replicas_left(config: RunConfig, slots: Sequence[int]) -> int:
     for dp in range(config.mesh.dp or sum(slots), 0, -1):
         mesh = replace(config.mesh, dp=dp)
         try:
-            check(config, resolve_mesh(replace(config, mesh=mesh), sum(ranks_per_node(slots, mesh))), model, model)
+            check(config, resolve_mesh(mesh, sum(ranks_per_node(slots, mesh))), model, model)
             return dp
         except ConfigError as error:
             reason = error

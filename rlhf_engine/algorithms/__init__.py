@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from ..config import RunConfig
-from .context import Algorithm
+from .algorithm import Algorithm
 from .ppo import PPO
 from .reward import Reward
 from .sft import SFT

@@ -12,7 +12,7 @@ from rlhf_kernels import check_tokens, linear_log_probs
 
 from ..experience import to_next_token
 from ..models.role import RoleModel, head_weight
-from ..models.stream import Batch
+from ..models.work import Batch
 
 
 def choose(role: RoleModel, batch: Batch, mask: str, ban: tuple[Sequence[int], int] | None = None) -> dict[str, Tensor]:

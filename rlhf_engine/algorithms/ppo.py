@@ -42,15 +42,17 @@ from torch import Tensor
 from rlhf_kernels import Advantages, clipped_policy_loss, clipped_value_loss, kl_advantages, kl_estimate
 
 from ..config import RunConfig
+from ..context import Context
 from ..experience import Experience, pad_rows, spans
 from ..models.role import RoleModel
-from ..models.stream import Batch, Work, infer
+from ..models.stream import infer
+from ..models.work import Batch, Work
 from ..rollout.engine import Progress
 from ..rollout.generate import rollout as generate
 from ..rollout.sampling import sample_keys
 from ..schedule import Stage, Works
 from . import reward_function
-from .context import Context, Evaluation, RoleSpec
+from .algorithm import Evaluation, RoleSpec
 from .heads import choose, last_scores, policy_log_probs, score_batch, token_values
 from .samples import NUM_CARDS, sample_dialogues
 from .sft import cross_entropy, supervised, text_work

@@ -18,13 +18,15 @@ from torch import Tensor
 from rlhf_kernels import pairwise_loss
 
 from ..config import RunConfig
+from ..context import Context
 from ..data.dataset import Example
 from ..experience import Experience, pad_rows
 from ..models.layers import ScalarHead
 from ..models.role import RoleModel
-from ..models.stream import Batch, Work
+from ..models.stream import forward
+from ..models.work import Batch, Work
 from ..schedule import Stage, Works
-from .context import Context, Evaluation, RoleSpec
+from .algorithm import Evaluation, RoleSpec
 from .heads import last_scores, score_batch
 from .samples import sample_dialogues
 
@@ -78,7 +80,7 @@ class Reward:
         x = pair_rows(ctx.datasets[self.name].held_out, ctx.mesh.tp)
         assert x.tokens is not None and x.lengths is not None
         batch = score_batch(reward, x.tokens, x.lengths)
-        scores = reward.infer(batch, last_scores, 2 * self.config.micro_batch_size)
+        scores = forward(reward, batch, last_scores, 2 * self.config.micro_batch_size)
         chosen, rejected = scores.view(-1, 2).unbind(1)
         evaluation = Evaluation(
             {
@@ -99,7 +101,7 @@ class Reward:
             [e.reward_prompt + r.tokens for e, r in zip(examples, found.responses, strict=True)], ctx.mesh.tp
         )
         batch = score_batch(reward, tokens, lengths)
-        offset = float(reward.infer(batch, last_scores, 2 * self.config.micro_batch_size).mean())
+        offset = float(forward(reward, batch, last_scores, 2 * self.config.micro_batch_size).mean())
         with reward.on_device(changes=True), torch.no_grad():
             if ctx.mesh.is_last_stage:
                 cast(ScalarHead, reward.chunks[-1].output_layer).bias.sub_(offset)

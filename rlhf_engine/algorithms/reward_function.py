@@ -5,16 +5,14 @@ from __future__ import annotations
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..context import RewardFn
 from ..signals import RunError
-
-# prompts, responses (text), prompts, responses (token ids) -> one score each
-RewardFn = Callable[[list[str], list[str], list[list[int]], list[list[int]]], Sequence[float]]
 
 
 def call(

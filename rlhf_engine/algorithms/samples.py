@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
+from ..context import Context
 from ..data.dataset import Example
 from ..models.role import RoleModel
 from ..rollout.generate import Response, rollout
 from ..rollout.sampling import sample_keys
-from .context import Context
 
 EVAL_ITERATION = 1 << 40  # no training iteration shares its noise
 NUM_CARDS = 8

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from ..config import RunConfig
+from ..context import Context
 from ..data.dataset import Example
 from ..experience import Experience, pad_rows
 from ..models.role import RoleModel
-from ..models.stream import Batch, InferFn, LossFn, Work, infer
+from ..models.stream import infer
+from ..models.work import Batch, InferFn, LossFn, Work
 from ..schedule import Stage, Works
-from .context import Context, Evaluation, RoleSpec
+from .algorithm import Evaluation, RoleSpec
 from .heads import choose, policy_log_probs
 from .samples import sample_dialogues
 

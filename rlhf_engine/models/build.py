@@ -29,7 +29,6 @@ from ..config import ModelConfig, Recompute
 from ..cpu import cuda_calls_stay
 from ..hf.config import Head
 from ..mesh import ParallelMesh
-from ..plan.partition import chunk_layers, padded_vocab_size
 from .layers import (
     ColumnWithoutBias,
     CoreAttention,
@@ -40,6 +39,7 @@ from .layers import (
     ScalarHead,
     scaled_frequencies,
 )
+from .partition import chunk_layers, padded_vocab_size
 
 if not hasattr(moe_utils, "te_general_gemm"):
     moe_utils.te_general_gemm = None  # 0.16 asks whether it is None without having defined it

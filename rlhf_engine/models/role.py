@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.nn import ModuleList
 
 from ..config import ModelConfig, OptimizerConfig, Recompute
+from ..hf.config import Head
 from ..mesh import ParallelMesh
-from .build import Head, build_model
+from .build import build_model
 from .optim import build_optimizer, gradient_tensors, optimizer_tensors, wrap_ddp
 from .residency import Parcel, Presence
-from .stream import Batch, InferFn, Work, infer
 
 
 def head_weight(gpt: GPTModel) -> Tensor:
@@ -148,9 +148,3 @@ class RoleModel:
             yield
         finally:
             self.move(before)
-
-    # -- what it does ------------------------------------------------------------------------------------
-
-    def infer(self, batch: Batch, fn: InferFn, micro_batch_size: int) -> Tensor:
-        """`stream.infer` of this role alone."""
-        return infer([Work(self, batch, fn, micro_batch_size)])[0]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -21,9 +21,7 @@ from torch.nn import Parameter
 
 from ..cpu import cuda_calls_stay
 from .optim import optimizer_parts
-
-if TYPE_CHECKING:
-    from .role import RoleModel
+from .role import RoleModel
 
 
 def weights(role: RoleModel, name: str) -> dict[str, Any]:

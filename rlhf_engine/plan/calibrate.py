@@ -15,12 +15,12 @@ from dataclasses import replace
 
 from ..algorithms import ALGORITHMS
 from ..config import Base, ConfigError, MeshConfig, ModelConfig, RunConfig
+from ..config.devices import Device
 from ..experience import Experience
+from ..launching.build import build_context, build_role
+from ..launching.preflight import Plan
 from ..mesh import ParallelMesh
-from ..preflight import Plan
 from ..schedule import Schedule
-from ..trainer import build_context, build_role
-from .devices import Device
 from .forecast import Forecaster, StageForecast, training_phases
 from .search import changed
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..config import MeshConfig, ModelConfig, OptimizerConfig, Recompute
-from .devices import Device
-from .flops import BACKWARD, forward_flops, head_flops, layer_flops, matmul_parameters
+from ..config.devices import Device
+from ..models.flops import BACKWARD, forward_flops, head_flops, layer_flops, matmul_parameters
+from ..models.partition import num_parameters, rank_parameters, stage_layers
 from .memory import Numbers, kv_bytes_per_token, layer_activations, logits, optimized
-from .partition import num_parameters, rank_parameters, stage_layers
 
 _OPERATIONS, _DECODE_OPERATIONS = 40, 16  # of a layer's forward in training, and in generation
 _TOUCHES = 3  # an activation is written once and read twice

@@ -11,14 +11,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..algorithms import ALGORITHMS
-from ..algorithms.context import Algorithm, RoleSpec
+from ..algorithms.algorithm import Algorithm, RoleSpec
 from ..config import MeshConfig, ModelConfig, RunConfig
+from ..config.devices import Device
+from ..models.flops import BACKWARD, forward_flops
+from ..models.partition import Parameters, rank_parameters
+from ..models.pipeline import ahead, simulate
 from ..models.residency import Presence
-from ..rollout.generate import _FREE_SHARE
+from ..rollout.generate import FREE_SHARE
 from ..schedule import Schedule, Stage, needs
 from .costs import Costs
-from .devices import Device
-from .flops import BACKWARD, forward_flops
 from .memory import (
     Memory,
     Numbers,
@@ -31,8 +33,6 @@ from .memory import (
     stage_activations,
     workspace,
 )
-from .partition import Parameters, rank_parameters
-from .pipeline import ahead, simulate
 from .rows import Rows, rows_of
 
 
@@ -241,7 +241,7 @@ class Forecaster:
             copy = rank_parameters(model, "lm", whole, 0).total * self.numbers.itemsize
         left = self.device.memory - copy - self._resident(stage, group).total
         per_token = kv_bytes_per_token(model, self.mesh.tp, self.numbers.itemsize)
-        most = max(0.0, left) * _FREE_SHARE / per_token
+        most = max(0.0, left) * FREE_SHARE / per_token
         return copy, kv_positions(self.config.rollout, self._per_replica()[0], self.rows.largest[1], most)
 
     # -- time ----------------------------------------------------------------------------------------------

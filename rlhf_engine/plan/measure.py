@@ -11,8 +11,8 @@ import psutil
 import torch
 
 from ..config import RunConfig
-from ..environment import num_threads
-from .devices import GPUS, Device, data_sheet_flops, gpu_here
+from ..config.devices import GPUS, Device, data_sheet_flops, gpu_here
+from ..launching.environment import num_threads
 
 
 def cpu(ranks: int) -> Device:

@@ -11,9 +11,9 @@ from dataclasses import dataclass, fields
 from rlhf_kernels.linear_log_prob import CHUNK_BYTES, KEEP_BYTES
 
 from ..config import MeshConfig, ModelConfig, OptimizerConfig, Recompute, RolloutConfig
+from ..models.partition import Parameters, layer_parameters, padded_vocab_size, stage_layers
 from ..rollout.cache import round_up
-from ..rollout.engine import _LANES, _PREFILL_TOKENS
-from .partition import Parameters, layer_parameters, padded_vocab_size, stage_layers
+from ..rollout.engine import LANES, PREFILL_TOKENS
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ def kv_positions(config: RolloutConfig, rows: int, longest: int, most: float) ->
     """
     kv_tokens = config.kv_tokens or max(longest, int(most))
     longest, slots = min(round_up(longest), kv_tokens), min(config.slots, rows)
-    lanes = min(_LANES, slots, kv_tokens // longest)
+    lanes = min(LANES, slots, kv_tokens // longest)
     return lanes * min(kv_tokens // lanes, -(-slots // lanes) * longest) + 1  # for the rows that fill a CUDA graph
 
 
@@ -207,7 +207,7 @@ def generation_workspace(
     model: ModelConfig, slots: int, prompts: int, prompt: int, mesh: MeshConfig, numbers: Numbers
 ) -> float:
     """What comes and goes in a rollout, at most: a forward of prompts, or the sampler's view of a step's logits."""
-    tokens = min(_PREFILL_TOKENS, prompts * prompt)
+    tokens = min(PREFILL_TOKENS, prompts * prompt)
     wide = 4 if model.gated_mlp else 2
     prefill = tokens * (3 * model.hidden_size + wide * model.intermediate_size / mesh.tp) * numbers.itemsize
     return max(prefill, logits(model, slots, mesh))

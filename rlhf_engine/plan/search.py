@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import ROLES, ConfigError, MeshConfig, ModelConfig, RunConfig, check, resolve_mesh
-from .devices import GPUS, Device
+from ..config.devices import GPUS, Device
 from .forecast import Forecaster, forecast, training_phases
 
 _SHOWN = 5
@@ -87,7 +87,7 @@ def evaluate(
     """The forecast of a changed run; None where it is refused or does not fit."""
     other = changed(config, changes)
     try:
-        mesh = resolve_mesh(other, world)
+        mesh = resolve_mesh(other.mesh, world)
         check(other, mesh, models["policy"], models["reward"])
     except ConfigError:
         return None

@@ -10,10 +10,10 @@ from rich.table import Table
 
 from ..algorithms import ALGORITHMS
 from ..config import ConfigError, MeshConfig, ModelConfig, RunConfig
-from ..preflight import Plan
+from ..config.devices import Device
+from ..launching.preflight import Plan
 from ..schedule import Schedule
 from .calibrate import stage_factors
-from .devices import Device
 from .forecast import PhaseForecast, StageForecast, forecast, training_phases
 from .measure import device_of
 from .memory import Memory

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..plan.devices import Device
+from ..config.devices import Device
 from .device import CUDA, FakeGPU, put
 
 _NAMES = {

@@ -14,54 +14,29 @@ import socket
 import sys
 import traceback
 import warnings
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from ..ranks import PARENT, end_with_parent, environment
+from ..launching.ranks import PARENT, end_with_parent, environment
 from . import shim
+from .part import Part
 
 _MESSAGE = 1 << 20  # bytes of the largest
 _NODE = 8  # ranks of a node
-
-
-@dataclass(frozen=True)
-class Part:
-    """What a rank is told.
-
-    Args:
-        overrides: of the command line.
-        present: the ranks that are rehearsed.
-        place: folder of the rehearsal; what the run writes goes to `run` in it.
-        stops_in: the phase whose first iteration ends with a request to stop; None where the run goes to its end.
-        writes: whether checkpoints and exports are small enough to be written.
-        micro_batches: of each role in a pass, at most.
-        before: `module:function` that is called before the run.
-    """
-
-    overrides: list[str]
-    rank: int
-    world_size: int
-    present: list[int]
-    place: str
-    stops_in: str | None
-    writes: bool
-    micro_batches: int | None
-    before: str | None
 
 
 def run_rank(part: Part, line: Connection) -> int:
     """Rehearses the rank; what it did, or what is wrong, goes to `rank_N.json`. The exit code of the run."""
     import torch
 
-    from .. import preflight
     from ..config import ConfigError
+    from ..launching import preflight
     from ..plan.measure import device_of
     from ..signals import RunError
     from ..trainer import run
     from . import cuda, wire
     from .device import FakeGPU
-    from .rehearsal import settle
+    from .part import settle
     from .stand_ins import stand_in
 
     torch.set_num_threads(1)

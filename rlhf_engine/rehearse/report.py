@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..launching.preflight import Plan
 from ..plan.forecast import forecast
 from ..plan.measure import device_of
 from ..plan.search import mesh_text
 from ..plan.show import si
-from ..preflight import Plan
 from .device import KINDS
 from .rehearsal import Found
 

@@ -8,30 +8,29 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from megatron.core.dist_checkpointing import state_dict_utils
 from torch import Tensor
 from torch.distributed.checkpoint import default_planner
 
-from .. import checkpoint, mesh, trainer, watchdog
+from .. import mesh, trainer
 from ..algorithms import ppo, samples
 from ..config import RunConfig
 from ..data.dataset import Dataset, Example
 from ..hf import files
 from ..hf.rows import Window
+from ..launching import build
+from ..launching.preflight import Plan
 from ..models import residency, role, stream
 from ..models.optim import gradient_tensors, optimizer_tensors
-from ..preflight import Plan
 from ..rollout import cache, decoder, fold, generate, graphs, sampling
+from ..surviving import checkpoint, watchdog
 from . import wire
 from .device import CUDA, FakeGPU, put
+from .part import Part
 
 _STEPS = 8  # of a number of rows: those before a graph is captured, its capture, and some that replay it
-
-if TYPE_CHECKING:
-    from .rank import Part
 
 
 def stand_in(gpu: FakeGPU, part: Part, plan: Plan) -> None:
@@ -125,16 +124,16 @@ class _Untouched:
 
 
 def _weights(gpu: FakeGPU) -> None:
-    load = trainer.load_weights
+    load = build.load_weights
 
     def load_untouched(chunks, model, head, mesh, source) -> None:
         load(chunks, model, head, mesh, _Untouched(gpu))
 
-    put(trainer, load_weights=load_untouched, HFFolder=lambda path: None)
+    put(build, load_weights=load_untouched, HFFolder=lambda path: None)
 
 
 def _longest_rows(config: RunConfig) -> None:
-    build = trainer.build_datasets
+    built = build.build_datasets
     data = config.data
 
     def stretched(tokens: list[int], length: int) -> list[int]:
@@ -157,7 +156,7 @@ def _longest_rows(config: RunConfig) -> None:
         )
 
     def build_longest(*args) -> dict[str, Dataset]:
-        found = build(*args)
+        found = built(*args)
         for dataset in found.values():
             for each in dataset.parts:
                 each.train[:] = map(stretch, each.train)
@@ -165,7 +164,7 @@ def _longest_rows(config: RunConfig) -> None:
             dataset.held_out[:] = [example for each in dataset.parts for example in each.held_out]
         return found
 
-    put(trainer, build_datasets=build_longest)
+    put(build, build_datasets=build_longest)
 
 
 def _few_micro_batches(count: int) -> None:

@@ -25,8 +25,8 @@ from .decoder import Decoder
 from .graphs import DecodeGraphs
 from .sampling import Sampler
 
-_LANES = 4  # fewer read too far, more cost too many calls
-_PREFILL_TOKENS = 1 << 14  # of one forward, padding included
+LANES = 4  # fewer read too far, more cost too many calls
+PREFILL_TOKENS = 1 << 14  # of one forward, padding included
 _PADDING = 512  # positions read in vain at each step that a lane less is worth
 _SECONDS_BETWEEN_REPORTS = 5.0
 
@@ -113,7 +113,7 @@ class Engine:
         self.need = [len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)]
         self.longest = longest = min(round_up(max(self.need)), kv_tokens)
         self.slots = min(slots, len(prompts))
-        num_lanes = min(_LANES, self.slots, kv_tokens // longest)
+        num_lanes = min(LANES, self.slots, kv_tokens // longest)
         self.rows_per_lane = -(-self.slots // num_lanes)
         self.decoder = Decoder(gpt, mesh.tp_group, longest)
         self.cache = self.decoder.new_cache(num_lanes, min(kv_tokens // num_lanes, self.rows_per_lane * longest))
@@ -191,7 +191,7 @@ class Engine:
         batch: list[int] = []
         unique: list[Sequence[int]] = []
         for prompt, group in groupby(samples, key=lambda i: self.prompts[i]):
-            if unique and max(map(len, [prompt, *unique])) * (len(unique) + 1) > _PREFILL_TOKENS:
+            if unique and max(map(len, [prompt, *unique])) * (len(unique) + 1) > PREFILL_TOKENS:
                 yield batch, unique
                 batch, unique = [], []
             batch, unique = [*batch, *group], [*unique, prompt]

@@ -16,7 +16,7 @@ from .engine import Engine, Progress, Report, Response
 from .fold import whole_model
 from .sampling import Sampler
 
-_FREE_SHARE = 0.5  # of the free memory, for the cache: prefill and logits need some too
+FREE_SHARE = 0.5  # of the free memory, for the cache: prefill and logits need some too
 
 
 def rollout(
@@ -135,4 +135,4 @@ def _free_tokens(role: RoleModel) -> int:
         free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world_size))
     size = torch.finfo(role.dtype).bits // 8
     per_token = model.num_layers * 2 * model.num_key_value_heads // mesh.tp * model.head_size * size
-    return min(mesh.all_gather_object(int(free * _FREE_SHARE) // per_token))
+    return min(mesh.all_gather_object(int(free * FREE_SHARE) // per_token))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..algorithms.context import Context
+from ..context import Context
+from ..converting.export import RunExport
 from ..data.dataset import dialogues
 from ..hf.config import Head
-from ..hf.export import RunExport
 from ..hf.files import write_json
 from .findings import Finding
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checkpoint
 from ..algorithms import ALGORITHMS
-from ..algorithms.context import Context, TrainState
 from ..config import ConfigError, MeshConfig, ModelConfig, check_model
+from ..context import Context, TrainState
+from ..launching.build import build_role
 from ..schedule import Schedule
-from ..trainer import build_role
+from ..surviving import checkpoint
 from .findings import Finding, worst
 from .measure import Iteration, first_iteration
 from .updates import NORM, distances

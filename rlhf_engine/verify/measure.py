@@ -16,18 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..algorithms import ALGORITHMS
-from ..algorithms.context import Context, TrainState
 from ..algorithms.heads import policy_log_probs
 from ..config import OptimizerConfig, RunConfig
+from ..context import Context, TrainState
 from ..data.dataset import Dataset, Example
 from ..experience import Experience
 from ..hf.files import SCORE_BIAS
 from ..hf.weights import Table, parameters, whole_tensors
+from ..launching.build import build_role
 from ..models.residency import Presence
 from ..models.role import RoleModel
-from ..models.stream import Work, infer
+from ..models.stream import infer
+from ..models.work import Work
 from ..schedule import Schedule, Stage
-from ..trainer import build_role
 from .findings import Finding, bound, rms, worst
 from .rounding import moved
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..algorithms.heads import choose, policy_log_probs
 from ..experience import spans
-from ..models.stream import Work, infer
+from ..models.stream import infer
+from ..models.work import Work
 from . import plain
 from .findings import Finding, bound, rms
 from .measure import Iteration

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from ..config import ConfigError
-from ..hf.export import export_role, head_config
+from ..converting.export import export_role, head_config
 from ..hf.files import HFFolder
 from ..hf.weights import RandomWeights, Source, Table, compare, parameters, whole_tensors
+from ..models.partition import num_parameters, padded_vocab_size
 from ..models.role import RoleModel, head_weight
-from ..plan.partition import num_parameters, padded_vocab_size
 from . import plain
 from .findings import Finding, Skipped, bound, rms, worst
 from .subject import Subject

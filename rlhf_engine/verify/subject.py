@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algorithms.context import Context
 from ..algorithms.heads import choose, policy_log_probs
 from ..config import RolloutConfig
+from ..context import Context
 from ..experience import pad_rows, spans
+from ..launching.build import base_policy
+from ..models.stream import forward
 from ..rollout.generate import rollout
 from ..rollout.sampling import sample_keys, uniforms
-from ..trainer import base_policy
 from . import plain
 from .findings import rms
 from .measure import MICRO_BATCH, rows_of
@@ -73,7 +74,7 @@ class Subject:
     def infer(self, fn: Callable[[Tensor, Mapping[str, Tensor]], Tensor], **fields: Tensor) -> Tensor:
         """`fn` of the model's output for every row."""
         batch = {"tokens": self.tokens, "lengths": self.lengths, "mask": self.mask, **fields}
-        return self.policy.infer(batch, fn, MICRO_BATCH)
+        return forward(self.policy, batch, fn, MICRO_BATCH)
 
     def infer_twice(self, fn: Callable[[Tensor, Mapping[str, Tensor]], Tensor], **fields: Tensor) -> list[Tensor]:
         """The same, and with weights that are off by their last bits."""

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 
 from ..algorithms import ALGORITHMS
-from ..algorithms.context import Context
-from ..guard import NotFinite
+from ..context import Context
+from ..launching.build import build_context
+from ..launching.preflight import Plan
 from ..mesh import ParallelMesh
 from ..plan.search import mesh_text
-from ..preflight import Plan
-from ..trainer import build_context, settle_residency
-from ..watchdog import Watchdog
+from ..surviving.guard import NotFinite
+from ..surviving.watchdog import Watchdog
+from ..trainer import settle_residency
 from . import export, layouts, phases, policy
 from .findings import Finding, Skipped, worst
 from .measure import Iteration, few, first_iteration, generated, small

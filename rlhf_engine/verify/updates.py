@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..hf.weights import Table, parameters, whole_tensors
 from ..models.residency import Presence
-from ..models.stream import Work, infer, train_step
+from ..models.stream import infer, train_step
+from ..models.work import Work
 from .findings import EPS, Finding, bound, worst
 from .measure import Gradient, Iteration, Rounding, gather_gradient, gradient
 from .rounding import moved

@@ -46,7 +46,7 @@ def progress_bar(title: str) -> Iterator[Callable[[int], Callable[[int], None]]]
 def import_hf(args: argparse.Namespace) -> int:
     import torch
 
-    from rlhf_engine.hf.convert import import_folder
+    from rlhf_engine.converting.convert import import_folder
 
     index(args.hf)
     _say_unread(args.hf)
@@ -59,7 +59,7 @@ def import_hf(args: argparse.Namespace) -> int:
 
 
 def export_hf(args: argparse.Namespace) -> int:
-    from rlhf_engine.hf.convert import Checkpoint, export_folder
+    from rlhf_engine.converting.convert import Checkpoint, export_folder
 
     _refuse_existing(args.out)
     checkpoint = Checkpoint(args.megatron, args.hf, args.role, args.ignore_keys)
@@ -72,7 +72,7 @@ def export_hf(args: argparse.Namespace) -> int:
 
 
 def verify_hf(args: argparse.Namespace) -> int:
-    from rlhf_engine.hf.convert import Checkpoint, verify
+    from rlhf_engine.converting.convert import Checkpoint, verify
 
     # a checkpoint that has its own config is described by it, and not by what it is compared with
     described = None if (args.megatron / "config.json").is_file() else args.hf
@@ -96,7 +96,7 @@ def inspect_folder(args: argparse.Namespace) -> int:
         config = read_json(path)
         model = parse(config, str(path), args.ignore_keys, "--ignore-keys")
         head = family(config, str(path))[1]
-        from rlhf_engine.hf.convert import count_parameters, one_rank
+        from rlhf_engine.converting.convert import count_parameters, one_rank
 
         with one_rank() as mesh:
             table.add_row("parameters", f"{count_parameters(model, head, mesh):,}")

@@ -1,0 +1,25 @@
+"""Every setting of a run: its name, its type, its default and its checks. Standard library alone.
+
+YAML files and command lines hold differences from these defaults. `from_dict` is strict: an unknown key, a wrong
+type or an impossible combination is a `ConfigError`, one line that names the key and what would be right.
+"""
+
+from .algorithms import OptimizerConfig, PPOConfig, PTXConfig, RewardConfig, SFTConfig
+from .data import DataConfig, TokenizerConfig
+from .mesh import MeshConfig, resolve_mesh
+from .model import Base, ModelConfig, PolicyConfig, RopeScaling, check_model
+from .observing import LogConfig, WandBConfig
+from .planning import DeviceName, PlanConfig, RehearseConfig
+from .reading import NEEDED, ConfigError, from_dict, keys, nearest
+from .rollout import RolloutConfig
+from .run import JOBS, Phase, RunConfig, check
+from .schedule import ROLES, Recompute, ScheduleConfig
+from .surviving import CheckpointConfig, GuardConfig, TimeoutConfig
+
+__all__ = [
+    "JOBS", "NEEDED", "ROLES", "Base", "CheckpointConfig", "ConfigError", "DataConfig", "DeviceName", "GuardConfig",
+    "LogConfig", "MeshConfig", "ModelConfig", "OptimizerConfig", "PPOConfig", "PTXConfig", "Phase", "PlanConfig",
+    "PolicyConfig", "Recompute", "RehearseConfig", "RewardConfig", "RolloutConfig", "RopeScaling", "RunConfig",
+    "SFTConfig", "ScheduleConfig", "TimeoutConfig", "TokenizerConfig", "WandBConfig", "check", "check_model",
+    "from_dict", "keys", "nearest", "resolve_mesh",
+]  # fmt: skip

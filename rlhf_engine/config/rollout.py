@@ -1,0 +1,53 @@
+"""How responses are sampled."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from .reading import ConfigError, size
+
+
+@dataclass
+class RolloutConfig:
+    temperature: float = 1.0
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    min_p: float = 0.0  # tokens below this share of the likeliest one's probability have none; 0: off
+    greedy: bool = False
+    max_new_tokens: int = size(64)
+    min_new_tokens: int = 1  # the end token has no probability before
+    # strings that end a response; it is cut behind the token in which the first of them completes. As a shell hands on
+    # what stands in quotes, \n, \t and \\ in them are a line break, a tab and a backslash
+    stop: list[str] = field(default_factory=list)
+    slots: int = 256  # sequences decoded at once on one replica
+    kv_tokens: int | None = None  # positions of the KV cache of one replica; null: what free memory holds
+    cuda_graphs: bool = True  # launch a decode step as one; false: to compare with
+
+    @property
+    def stop_texts(self) -> list[str]:
+        """`stop`, its escapes read."""
+        read = {"n": "\n", "t": "\t", "\\": "\\"}
+        return [re.sub(r"\\([nt\\])", lambda found: read[found[1]], text) for text in self.stop]
+
+
+def check_rollout(rollout: RolloutConfig) -> None:
+    if rollout.top_p > 1:
+        raise ConfigError(f"rollout.top_p={rollout.top_p} must lie in (0, 1]")
+    if rollout.min_p > 1:
+        raise ConfigError(f"rollout.min_p={rollout.min_p} must lie in [0, 1]")
+    if "" in rollout.stop:
+        raise ConfigError("rollout.stop holds an empty string, which every response has")
+    if rollout.min_new_tokens > rollout.max_new_tokens:
+        raise ConfigError(
+            f"rollout.min_new_tokens={rollout.min_new_tokens} exceeds rollout.max_new_tokens={rollout.max_new_tokens}"
+        )
+
+
+def check_sampled_from(rollout: RolloutConfig) -> None:
+    """Refuses what changes the distribution whose log-probs an algorithm needs."""
+    if rollout.top_k or rollout.top_p < 1 or rollout.min_p or rollout.greedy:
+        raise ConfigError(
+            "PPO needs the log-probs of the distribution sampled from: rollout.top_k=0, rollout.top_p=1,"
+            " rollout.min_p=0 and rollout.greedy=false (rollout.temperature is free)"
+        )

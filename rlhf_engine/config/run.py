@@ -1,0 +1,123 @@
+"""A run as a whole."""
+
+from __future__ import annotations
+
+import typing
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .algorithms import PPOConfig, RewardConfig, SFTConfig, check_batch, check_optimizer, check_ppo
+from .data import DataConfig, TokenizerConfig
+from .mesh import MeshConfig
+from .model import ModelConfig, PolicyConfig, check_model
+from .observing import LogConfig
+from .planning import PlanConfig, RehearseConfig
+from .reading import ConfigError
+from .rollout import RolloutConfig, check_rollout, check_sampled_from
+from .schedule import ScheduleConfig, check_offload
+from .surviving import CheckpointConfig, GuardConfig, TimeoutConfig
+
+Phase = Literal["sft", "reward", "ppo", "score", "generate"]
+JOBS = frozenset({"score", "generate"})  # phases that read a file and write a file
+
+
+@dataclass
+class RunConfig:
+    phases: list[Phase] = field(default_factory=lambda: ["sft", "reward", "ppo"])
+    rerun: bool = False  # run finished phases again
+    seed: int = 1
+    output_dir: str = "runs/default"
+    output: str | None = None  # file written by the score and generate jobs
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on cuda, float32 on cpu
+    trace: bool = False  # what each rank does and when, in OUTPUT_DIR/PHASE/trace.json, for ui.perfetto.dev
+    export_hf: bool = True  # each phase leaves its trained models in HF format, in OUTPUT_DIR/PHASE/hf
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    rehearse: RehearseConfig = field(default_factory=RehearseConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    timeout: TimeoutConfig = field(default_factory=TimeoutConfig)
+    # when a rank dies, start again from the last checkpoint, so often at most; by plain Python and Ray (other launchers
+    # have a setting of their own, docs/launching.md)
+    max_restarts: int = 0
+
+    @property
+    def starts_nothing(self) -> bool:
+        """Only words about the run are wanted."""
+        return self.plan.show or self.plan.search or self.schedule.explain
+
+
+def check(config: RunConfig, mesh: MeshConfig, model: ModelConfig, reward: ModelConfig) -> None:
+    """Refuses a run that could not work, before anything expensive starts.
+
+    Args:
+        mesh: resolved (`resolve_mesh`).
+        model, reward: the policy's and the reward model's, from their checkpoints where there are some.
+
+    Raises:
+        ConfigError: names the keys and what would be right.
+    """
+    if config.rerun and config.max_restarts:
+        raise ConfigError(f"max_restarts={config.max_restarts} with rerun=true would run finished phases once more")
+    if not config.phases:
+        raise ConfigError(f"phases is empty: choose from {', '.join(typing.get_args(Phase))}")
+    for each in (model, reward):
+        check_model(mesh, each)
+    assert mesh.dp is not None
+    phases = set(config.phases)
+    if "sft" in phases:
+        check_batch("sft.batch_size", config.sft.batch_size, mesh.dp)
+    if "reward" in phases:
+        check_batch("reward.batch_size", config.reward.batch_size, mesh.dp)
+    if "ppo" in phases:
+        check_ppo(config.ppo, config.reward, mesh.dp)
+        check_sampled_from(config.rollout)
+        check_offload(config.schedule)
+    if phases & JOBS:
+        _check_job(config)
+    else:
+        _check_lengths(config, mesh, model, reward)
+    check_rollout(config.rollout)
+    check_optimizer("sft.optimizer", config.sft.optimizer)
+    check_optimizer("reward.optimizer", config.reward.optimizer)
+    check_optimizer("ppo.optimizer", config.ppo.optimizer)
+    check_optimizer("ppo.critic_optimizer", config.ppo.critic_optimizer)
+
+
+def _check_job(config: RunConfig) -> None:
+    if config.output is None:
+        raise ConfigError("output is not set: output=FILE.jsonl names the file to write")
+    if not config.data.sources:
+        raise ConfigError("data.sources is empty: data.sources=[FILE.jsonl] names what to read")
+    if config.policy.path is None:
+        raise ConfigError("policy.path is not set: policy.path=DIR names an HF folder")
+
+
+def _check_lengths(config: RunConfig, mesh: MeshConfig, model: ModelConfig, reward: ModelConfig) -> None:
+    """Of rows in training, against both models' contexts."""
+    for each in (model, reward):
+        if each.num_experts is not None and mesh.tp > 1 and not mesh.sequence_parallel:
+            raise ConfigError(f"mesh.tp={mesh.tp} trains experts with mesh.sequence_parallel=true only")
+    context = reward.max_position_embeddings - (reward.score_token is not None)
+    length, budget = min(model.max_position_embeddings, context), config.rollout.max_new_tokens
+    if config.data.max_seq_len > length:
+        raise ConfigError(f"data.max_seq_len={config.data.max_seq_len} exceeds the context of {length}")
+    if "ppo" not in config.phases:
+        return
+    kv_tokens, most = config.rollout.kv_tokens, config.data.max_prompt_len + budget
+    asked = f"data.max_prompt_len={config.data.max_prompt_len} + rollout.max_new_tokens={budget}"
+    if most > length:
+        raise ConfigError(f"{asked} exceeds the context of {length}")
+    if kv_tokens is not None and kv_tokens < most:
+        raise ConfigError(f"rollout.kv_tokens={kv_tokens} has no room for {asked} = {most} tokens")

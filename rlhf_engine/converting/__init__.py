@@ -1,0 +1,1 @@
+"""Checkpoints of Hugging Face made of ours, and ours of theirs."""

@@ -1,0 +1,67 @@
+"""What a phase is made with, and what of it has changed when it is started again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..config import RunConfig
+from ..data.dataset import Dataset
+
+_ALGORITHMS = {"sft", "reward", "ppo"}
+_SHARED = ("seed", "data", "model", "policy", "tokenizer")  # that every phase's weights depend on
+_OF_ONE_START = {"phases", "rerun", "max_restarts", "output", "output_dir", "plan"}
+
+
+def write_config(folder: Path, config: RunConfig, goes_on: bool) -> None:
+    """`config.yaml` of this start. That of an earlier one stays beside it as `config.N.yaml`, where it is another; of a
+    phase that goes on it is said what is."""
+    path, now, before = folder / "config.yaml", asdict(config), _read(folder)
+    if before is not None and before != now:
+        path.rename(folder / f"config.{1 + len(list(folder.glob('config.*.yaml')))}.yaml")
+        others = _OF_ONE_START | (_ALGORITHMS - {folder.name, "reward" if folder.name == "ppo" else ""})
+        for key, was, value in changes(before, now) if goes_on else ():
+            if key.partition(".")[0] not in others:
+                print(f"{folder.name}: {key}={value} from here on, {was} before", flush=True)
+    path.write_text(yaml.safe_dump(now, sort_keys=False))
+
+
+def say_finished(folder: Path, config: RunConfig) -> None:
+    """That a phase needs nothing more, and what it was made with that would be another thing now."""
+    print(f"{folder.name}: finished before, in {folder} (rerun=true runs it again)", flush=True)
+    relevant = {*_SHARED, folder.name, *(("reward", "rollout") if folder.name == "ppo" else ())}
+    for key, was, value in changes(_read(folder) or {}, asdict(config)):
+        if key.partition(".")[0] in relevant:
+            print(f"{folder.name}: was made with {key}={was}, not {value}", flush=True)
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """Each key that has another value now, with the earlier one and this."""
+    for name, value in now.items():
+        was = before.get(name, value)
+        if isinstance(value, dict) and isinstance(was, dict):
+            yield from changes(was, value, f"{prefix}{name}.")
+        elif was != value:
+            yield prefix + name, json.dumps(was), json.dumps(value)
+
+
+def data_digest(dataset: Dataset) -> str:
+    """Of the rows that a phase draws from, in their order."""
+    digest = hashlib.sha256()
+    for part in dataset.parts:
+        for row in part.train:
+            for tokens in (row.prompt, row.chosen or (), row.rejected or ()):
+                digest.update(array("q", tokens).tobytes() + b"|")
+    return digest.hexdigest()
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    path = folder / "config.yaml"
+    return yaml.safe_load(path.read_text()) if path.is_file() else None

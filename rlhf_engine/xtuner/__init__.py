@@ -1,0 +1,1 @@
+"""Settings of XTuner-RLHF as a layer below the command line."""
