@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import datetime
 import gc
@@ -115,7 +116,8 @@ class World:
 
     def ask(self, word: Any = None) -> Any:
         """Sends a word to the first rank, and waits for its answer."""
-        self.pipes[0].send(word)
+        with contextlib.suppress(ConnectionError):  # it has died, which `_next` says
+            self.pipes[0].send(word)
         return self._next(0)
 
     def results(self) -> list[Any]:
