@@ -21,9 +21,9 @@ SIZES = {  # hidden size, layers, MLP, vocabulary
     "58m": (768, 8, 2048, 4096),
 }
 OVERRIDES = [
-    "+exp=hh_rlhf", "phases=[reward,ppo]", "reward.path=null", "device=cpu", "ppo.prompts_per_iteration=16", "ppo.epochs=1",
-    "ppo.num_minibatches=1", "ppo.micro_batch_size=4", "rollout.max_new_tokens=32", "rollout.min_new_tokens=32",
-    "data.num_rows=400", "data.num_eval_rows=8", "schedule.recompute=none",
+    "+exp=hh_rlhf", "phases=[reward,ppo]", "reward.path=null", "device=cpu", "ppo.prompts_per_iteration=16",
+    "ppo.epochs=1", "ppo.num_minibatches=1", "ppo.micro_batch_size=4", "rollout.max_new_tokens=32",
+    "rollout.min_new_tokens=32", "data.num_rows=400", "data.num_eval_rows=8", "schedule.recompute=none",
     "checkpoint.async_save=false",  # nothing is saved: no memory is kept for it
 ]  # fmt: skip
 
