@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -92,18 +92,20 @@ class World:
         SystemExit: a rank has failed, with its traceback, or has died. The others, which may wait for it, are ended.
     """
 
+    _open: ClassVar[dict[connection.Connection, tuple[World, int]]] = {}  # pipes of all worlds, and to which rank
+
     def __init__(self, function: Callable[..., Any], *args: Any, size: int = 1, threads: int = 1):
         os.environ["OMP_NUM_THREADS"] = str(threads)  # which a rank finds before it imports torch
-        self.processes, self.heard = [], [[] for _ in range(size)]
-        self.pipes: list[connection.Connection] = []
+        self.pipes, self.processes, self.heard = [], [], [[] for _ in range(size)]
         port = free_port()
         for rank in range(size):
             ours, theirs = CONTEXT.Pipe()
             about = environment(rank, size, rank, size, "127.0.0.1", port)
             self.processes.append(CONTEXT.Process(target=_serve, args=(theirs, about, threads, function, args)))
-            self.pipes.append(ours)
             self.processes[-1].start()
             theirs.close()
+            self.pipes.append(ours)
+            World._open[ours] = self, rank
 
     def __enter__(self) -> World:
         return self
@@ -111,8 +113,9 @@ class World:
     def __exit__(self, *_) -> None:
         for process in self.processes:
             process.kill()
-        for process in self.processes:
+        for process, pipe in zip(self.processes, self.pipes, strict=True):
             process.join()
+            del World._open[pipe]
 
     def ask(self, word: Any = None) -> Any:
         """Sends a word to the first rank, and waits for its answer."""
@@ -125,17 +128,18 @@ class World:
         return [self._next(rank) for rank in range(len(self.pipes))]
 
     def _next(self, rank: int) -> Any:
-        """The next thing that a rank sends. Any of them may fail first."""
+        """The next thing that a rank sends. Any other, of any world, may fail first."""
         while not self.heard[rank]:
-            for pipe in connection.wait(self.pipes):
-                sender = self.pipes.index(pipe)  # type: ignore[arg-type]
+            for pipe in connection.wait(World._open):
+                world, sender = World._open[pipe]
                 try:
-                    self.heard[sender].append(self.pipes[sender].recv())
+                    found = pipe.recv()
                 except (EOFError, ConnectionError):
-                    self.processes[sender].join()
-                    self.heard[sender].append(_Failure(f"exit code {self.processes[sender].exitcode}"))
-                if isinstance(self.heard[sender][-1], _Failure):
-                    sys.exit(f"rank {sender} of {len(self.pipes)}: {self.heard[sender][-1]}")
+                    world.processes[sender].join()
+                    found = _Failure(f"exit code {world.processes[sender].exitcode}")
+                if isinstance(found, _Failure):
+                    sys.exit(f"rank {sender} of {len(world.pipes)}: {found}")
+                world.heard[sender].append(found)
         return self.heard[rank].pop(0)
 
 

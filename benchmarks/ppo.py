@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import random
 import tempfile
 import time
@@ -54,6 +55,8 @@ def prompts_of(step: int, rows: int, vocab_size: int) -> list[list[int]]:
 def trl_side(pipe: Connection, name: str, policy: Path, reward: Path, steps: int) -> int:
     """Waits for a word before each step, and answers with the seconds of its generation, the seconds of all of it, and
     what was computed in the first step. Returns the most bytes that it held."""
+    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):  # which would bring DDP
+        del os.environ[variable]
     import transformers
     from trl.experimental.ppo import ppo_trainer
 

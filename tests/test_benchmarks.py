@@ -67,6 +67,15 @@ def test_a_rank_that_fails_ends_the_benchmark_with_its_error(harness, function, 
     assert not any(process.is_alive() for process in world.processes)
 
 
+def deaf(pipe) -> None:
+    signal.pause()
+
+
+def test_a_world_that_fails_ends_the_wait_for_another(harness):
+    with pytest.raises(SystemExit, match="planted"), harness.World(deaf) as other, harness.World(before, size=2):
+        other.ask()
+
+
 def double(pipe, times: int) -> int:
     if os.environ["RANK"] == "0":
         for _ in range(times):
