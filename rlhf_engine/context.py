@@ -83,6 +83,7 @@ class Context:
     datasets: Mapping[str, Dataset]  # by phase, and "ptx"
     gold: GoldFn | None
     reward_fn: RewardFn | None
+    phase: str = ""  # that runs, and the name of its section of the configuration
     roles: dict[str, RoleModel] = field(default_factory=dict)
     state: TrainState = field(default_factory=TrainState)
     metrics: Metrics = field(default_factory=Metrics)
@@ -94,6 +95,11 @@ class Context:
     def model(self) -> ModelConfig:
         """The policy's."""
         return self.bases["policy"].model
+
+    @property
+    def settings(self) -> Any:
+        """The section of the phase that runs."""
+        return getattr(self.config, self.phase)
 
     def stop_if_asked(self) -> None:
         """Every rank calls it at the same point.

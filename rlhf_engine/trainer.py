@@ -21,7 +21,7 @@ from .config import JOBS, ConfigError
 from .context import Context, TrainState
 from .converting.export import RunExport, export_role
 from .data.dataset import dialogues
-from .launching.build import base_policy, build_context, build_role, iterations_of_finished, phase_checkpoints
+from .launching.build import base_policy, begin, build_context, iterations_of_finished, phase_checkpoints
 from .launching.header import show_run
 from .launching.preflight import SUMMARY, Plan, lock
 from .mesh import ParallelMesh
@@ -107,9 +107,8 @@ def train(ctx: Context, algorithm: Algorithm) -> bool:
         mesh.barrier()
     specs = algorithm.roles()
     schedule = Schedule(algorithm.stages, algorithm.provided, specs)
-    ctx.state = TrainState()
     with ctx.watch(f"the loading of {algorithm.name}"):
-        ctx.roles = {name: build_role(ctx, name, spec) for name, spec in specs.items()}
+        begin(ctx, algorithm.name, specs)
         checkpoints = phase_checkpoints(ctx, algorithm.name)
         if found := checkpoints.newest():
             ctx.state = TrainState.from_dict(checkpoint.load(found, ctx.roles))

@@ -37,13 +37,13 @@ def context(overrides: list[str], layout: tuple):
 def first_iteration(overrides: list[str], layout: tuple, phase: str) -> dict:
     """The first iteration of a phase: its tokens, its figures, and a digest of this rank's weights after it."""
     from rlhf_engine.algorithms import ALGORITHMS
-    from rlhf_engine.launching.build import build_role
+    from rlhf_engine.launching.build import begin
     from rlhf_engine.schedule import Schedule
 
     ctx = context(overrides, layout)
     algorithm = ALGORITHMS[phase](ctx.config)
     specs = algorithm.roles()
-    ctx.roles = {name: build_role(ctx, name, spec) for name, spec in specs.items()}
+    begin(ctx, algorithm.name, specs)
     for role in ctx.roles.values():
         if role.head == "scalar" and ctx.mesh.is_last_stage and ctx.bases["reward"].path is None:
             # from a head near 0 next to no gradient would reach the layers below

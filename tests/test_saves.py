@@ -145,7 +145,7 @@ def left_by(overrides: list[str], stage: str, problem: str) -> dict[str, Presenc
     from dataclasses import replace
 
     from rlhf_engine.algorithms import ALGORITHMS
-    from rlhf_engine.launching.build import build_role
+    from rlhf_engine.launching.build import begin
     from rlhf_engine.schedule import Schedule
     from rlhf_engine.signals import Stop
     from rlhf_engine.surviving.guard import NotFinite
@@ -153,7 +153,7 @@ def left_by(overrides: list[str], stage: str, problem: str) -> dict[str, Presenc
     ctx = cases.context([*overrides, "schedule.residency=offload", "schedule.prefetch=true"], (1, 1, 1))
     algorithm = ALGORITHMS["ppo"](ctx.config)
     specs = algorithm.roles()
-    ctx.roles = {name: build_role(ctx, name, spec) for name, spec in specs.items()}
+    begin(ctx, algorithm.name, specs)
     error = {"Stop": Stop, "NotFinite": NotFinite}[problem]
 
     def leaves(*args):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 
 from ..algorithms.algorithm import RoleSpec
 from ..config import JOBS, RunConfig
-from ..context import Context
+from ..context import Context, TrainState
 from ..data import sources as data_sources
 from ..data.dataset import build_datasets
 from ..data.sources import gold_rule
@@ -57,6 +58,12 @@ def trained_tokenizer(config: RunConfig, mesh: ParallelMesh, sources: list[data_
         train_tokenizer([speaker + text for text in texts for speaker in spoken], path, config.tokenizer.vocab_size)
     mesh.barrier()
     return Tokenizer(str(path))
+
+
+def begin(ctx: Context, phase: str, specs: Mapping[str, RoleSpec]) -> None:
+    """A phase from its beginning: counters at zero, and roles with their weights in place."""
+    ctx.phase, ctx.state = phase, TrainState()
+    ctx.roles = {name: build_role(ctx, name, spec) for name, spec in specs.items()}
 
 
 def build_role(ctx: Context, name: str, spec: RoleSpec) -> RoleModel:

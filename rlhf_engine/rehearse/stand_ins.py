@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import default_planner
 
 from .. import mesh, trainer
-from ..algorithms import ppo, samples
+from ..algorithms import rollouts, samples
 from ..config import RunConfig
 from ..data.dataset import Dataset, Example
 from ..hf import files
@@ -180,7 +180,7 @@ def _few_micro_batches(count: int) -> None:
         rows = (torch.arange(len(work.batch["tokens"])) for work in works)
         return [part[index % len(part)] for part, index in zip(found, rows, strict=True)]
 
-    for module in (stream, ppo, role):
+    for module in (stream, samples):
         put(module, infer=infer_some)
     put(stream, train_step=lambda works, *args: train_step([cut(work) for work in works], *args))
 
@@ -221,7 +221,7 @@ def _own_share() -> None:
         return [found[place.get(i, i % len(found))] for i in range(len(prompts))]
 
     put(samples, rollout=rollout_own)
-    put(ppo, generate=rollout_own)
+    put(rollouts, generate=rollout_own)
 
 
 def _stop(part: Part) -> None:
