@@ -19,7 +19,7 @@ from ..plan.forecast import forecast
 from ..plan.measure import device_of
 from ..plan.search import mesh_text
 from ..plan.show import si
-from .device import KINDS
+from .ledger import KINDS
 from .rehearsal import Found
 
 

@@ -26,7 +26,7 @@ from ..models import residency, role, stream
 from ..models.optim import gradient_tensors, optimizer_tensors
 from ..rollout import cache, decoder, fold, generate, graphs, sampling
 from ..surviving import checkpoint, watchdog
-from . import wire
+from . import groups
 from .device import CUDA, FakeGPU, put
 from .part import Part
 
@@ -73,7 +73,7 @@ def _mark_memory(gpu: FakeGPU) -> None:
         return gpt
 
     def exchange_alike(mine, *args) -> None:
-        wire.Group.wire.assumed = [list(mine)]  # a stage that is not rehearsed has layers of its own, as many
+        groups.Group.wire.assumed = [list(mine)]  # a stage that is not rehearsed has layers of its own, as many
         exchange(mine, *args)
 
     def new_cache(self, *args, **kwargs) -> None:
