@@ -95,6 +95,7 @@ def run_rank(checked: Plan, job: Callable[[Plan], int] = train) -> int:
 
 
 def say_notes(checked: Plan) -> None:
+    """What a user should read before the run starts."""
     for note in checked.notes:
         print(f"note: {note}", flush=True)
 

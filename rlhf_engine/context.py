@@ -35,6 +35,7 @@ class RunningMoments:
     m2: float = 0.0
 
     def update(self, values: Sequence[float]) -> None:
+        """Adds the values, one after the other."""
         for value in values:
             self.count += 1
             delta = value - self.mean
@@ -43,6 +44,7 @@ class RunningMoments:
 
     @property
     def std(self) -> float:
+        """Of all values so far; 1 while there are fewer than two."""
         return (self.m2 / self.count) ** 0.5 if self.count > 1 else 1.0
 
 
@@ -63,10 +65,12 @@ class TrainState:
     data: str | None = None  # digest of the rows that it is made from
 
     def to_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainState:
+        """The inverse of `to_dict`."""
         nested = {"scores": RunningMoments, "skipped": Skipped, "experience": Experience}
         made = {k: kind(**values[k]) for k, kind in nested.items() if values.get(k) is not None}
         return cls(**{**values, **made})

@@ -82,10 +82,12 @@ class ParallelMesh:
 
     @property
     def is_first_stage(self) -> bool:
+        """Whether this rank has the embedding."""
         return self.pp_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
+        """Whether this rank has the head."""
         return self.pp_rank == self.pp - 1
 
     @property
@@ -142,6 +144,7 @@ class ParallelMesh:
 
     @property
     def replica(self) -> int:
+        """Number of the replica that this rank generates with."""
         return self.pp_rank * self.dp + self.dp_rank
 
     # -- exports, which the main rank writes -------------------------------------------------------------------
@@ -188,6 +191,7 @@ class ParallelMesh:
         return box[0]
 
     def barrier(self) -> None:
+        """Waits for all ranks."""
         dist.barrier()
 
 

@@ -112,6 +112,7 @@ class Node:
         return ray.util.get_node_ip_address(), free_port()
 
     def start(self, argv: list[str], first: int, count: int, world_size: int, address: str, port: int) -> None:
+        """Starts so many ranks, from number `first` on."""
         command = [sys.executable, RUN, *argv]
         self.ranks = Ranks(command, first, count, world_size, address, port, self.output.fileno())
 
@@ -124,9 +125,11 @@ class Node:
         return written, code
 
     def send(self, signum: int) -> None:
+        """A signal to each rank."""
         self.ranks.send(signum)
 
     def end(self, code: int) -> None:
+        """`Ranks.end` of this node."""
         self.ranks.end(code)
 
 
@@ -231,6 +234,7 @@ def run(argv: list[str]) -> int:
 
 
 def main(arguments: list[str]) -> int:
+    """The exit code of what a command line asks for."""
     parser = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False)
     parser.add_argument("--address", default="auto", help="of the cluster's head; auto: the cluster of this machine")
     options, argv = parser.parse_known_args(arguments)

@@ -58,7 +58,7 @@ def values(ctx: Context, critic: RoleModel, x) -> Works:
     return {"values": values * x.response_mask}
 
 
-def advantage(ctx: Context, _, x):
+def advantage(ctx: Context, _, x) -> dict[str, Tensor]:
     """KL-shaped rewards, generalised advantages, returns; adapts the KL coefficient.
 
     The policy's loss whitens the advantages by the moments of the whole batch.
@@ -203,6 +203,7 @@ class PPO:
         self.eval_every, self.save_every = 0, config.ppo.save_every
 
     def roles(self) -> dict[str, RoleSpec]:
+        """Policy and reference start from SFT, critic and reward model from the reward phase."""
         config = self.config
         per_iteration = config.epochs * config.num_minibatches
         steps = config.iterations * per_iteration
@@ -221,9 +222,11 @@ class PPO:
         return roles
 
     def batch(self, ctx: Context) -> Experience:
+        """`prompts_per_iteration` prompts, each `samples_per_prompt` times."""
         if ctx.state.iteration == 0:
             ctx.state.kl_coef = self.config.kl_coef
         return draw(ctx)
 
     def evaluate(self, ctx: Context, final: bool) -> Evaluation:
+        """The policy beside the reference."""
         return compare(ctx)

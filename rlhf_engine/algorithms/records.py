@@ -13,7 +13,7 @@ from rlhf_kernels import kl_estimate
 
 from ..config import PPOConfig
 from ..context import Context
-from ..schedule import Stage
+from ..schedule import Fields, Stage
 
 
 def stages(settings: PPOConfig) -> list[Stage]:
@@ -32,7 +32,7 @@ def stages(settings: PPOConfig) -> list[Stage]:
     return table
 
 
-def gold(ctx: Context, _, x):
+def gold(ctx: Context, _, x) -> Fields:
     """Where the true preference is known, how the responses fare by it. It is measured and never learned from."""
     if ctx.gold is None:
         return {"golds": None}

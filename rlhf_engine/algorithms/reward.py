@@ -40,6 +40,7 @@ def preference_loss(output: Tensor, batch: Batch):
 
 
 def train_reward(ctx: Context, reward: RoleModel, x) -> Works:
+    """One step on the pairs of the iteration."""
     batch = score_batch(reward, x.tokens, x.lengths)
     yield Work(reward, batch, preference_loss, 2 * ctx.config.reward.micro_batch_size, together=2)
     return None
@@ -64,6 +65,7 @@ class Reward:
         self.eval_every, self.save_every = config.reward.eval_every, config.reward.save_every
 
     def roles(self) -> dict[str, RoleSpec]:
+        """A scalar head on the SFT policy, or on the model of `reward.path`."""
         sft = (("sft", "policy"),)
         start = () if self.config.path else sft
         return {
@@ -72,6 +74,7 @@ class Reward:
         }
 
     def batch(self, ctx: Context) -> Experience:
+        """Pairs as neighbouring rows, the chosen one first."""
         return pair_rows(ctx.draw(self.name, self.config.batch_size), ctx.mesh.tp)
 
     def evaluate(self, ctx: Context, final: bool) -> Evaluation:

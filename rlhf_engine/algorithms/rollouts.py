@@ -57,7 +57,7 @@ def draw(ctx: Context) -> Experience:
     )
 
 
-def rollout(ctx: Context, policy: RoleModel, x):
+def rollout(ctx: Context, policy: RoleModel, x) -> dict[str, Tensor]:
     """Samples a response to every prompt from the training weights."""
     started = time.perf_counter()
     keys = sample_keys(ctx.config.seed, ctx.state.iteration, x.sample_ids)
@@ -136,7 +136,7 @@ def score(ctx: Context, reward: RoleModel, x) -> Works:
     return {"scores": scores}
 
 
-def score_by_function(ctx: Context, _, x):
+def score_by_function(ctx: Context, _, x) -> dict[str, Tensor]:
     """The same from a Python function, called on the main rank."""
     return {"scores": ctx.mesh.from_main(_call_reward(ctx, x) if ctx.mesh.is_main else None)}
 

@@ -165,6 +165,7 @@ def copy_assets(source: Path, folder: Path) -> None:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes values as HF folders have them."""
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 

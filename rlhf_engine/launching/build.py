@@ -124,5 +124,6 @@ def iterations_of_finished(ctx: Context, phase: str) -> int:
 
 
 def phase_checkpoints(ctx: Context, phase: str) -> checkpoint.Checkpoints:
+    """The checkpoints of a phase of this run."""
     folder = Path(ctx.config.output_dir) / phase / "checkpoints"
     return checkpoint.Checkpoints(folder, ctx.mesh, ctx.config.checkpoint)

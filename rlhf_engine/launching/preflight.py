@@ -48,6 +48,7 @@ class Plan:
 
     @property
     def world_size(self) -> int:
+        """Ranks of the run."""
         assert self.mesh.dp is not None
         return self.mesh.tp * self.mesh.pp * self.mesh.dp
 
@@ -228,6 +229,7 @@ def read_base(path: str, section: str = "policy", ignore_keys: Sequence[str] = (
 
 
 def is_converted(path: str) -> bool:
+    """Whether a folder is what tools/convert_hf makes."""
     return (Path(path) / ".metadata").is_file()
 
 

@@ -25,12 +25,16 @@ _SECONDS_TO_FINISH = 60.0
 class Sink(Protocol):
     """Whatever it raises ends it, and not the run."""
 
-    def write(self, iteration: int, figures: Figures) -> None: ...
+    def write(self, iteration: int, figures: Figures) -> None:
+        """Figures of an iteration."""
+        ...
 
     def show(self, dialogues: Dialogues) -> None:
         """The same keys in each: `prompt`, `after`, and what else is known of it."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Nothing is written behind it."""
+        ...
 
 
 class TensorBoard:
@@ -126,12 +130,15 @@ class Sinks:
             self._open("wandb", lambda: WandB(folder, about, goes_on))
 
     def write(self, iteration: int, figures: Figures) -> None:
+        """Figures of an iteration, to each sink."""
         self._each(lambda sink: sink.write(iteration, figures))
 
     def show(self, dialogues: Dialogues) -> None:
+        """Dialogues, to each sink."""
         self._each(lambda sink: sink.show(dialogues))
 
     def close(self) -> None:
+        """Closes each sink."""
         self._each(lambda sink: sink.close())
 
     def _open(self, name: str, make: Callable[[], Sink]) -> None:

@@ -60,6 +60,7 @@ class Trace:
         self.clear()
 
     def clear(self) -> None:
+        """Forgets what was noted."""
         self.spans: list[Span] = []
         self.streams: list[Stream] = []
         self.flops: Counter[str] = Counter()
@@ -80,6 +81,7 @@ class Trace:
 
     @contextlib.contextmanager
     def span(self, name: str, kind: Kind) -> Iterator[None]:
+        """Notes what happens within."""
         started = self._moment()
         try:
             yield

@@ -96,6 +96,7 @@ class FakeGPU(TorchDispatchMode, Ledger):
         return torch.as_strided(base, tensor.size(), tensor.stride(), tensor.storage_offset())
 
     def give(self, tensor: Tensor, value: Tensor | None, otherwise: int | bool = 0) -> None:
+        """Sets the numbers of a tensor of integers: to `value`, or all of them to `otherwise`."""
         if tensor.dtype not in VALUED or (storage := tensor.untyped_storage()).nbytes() > _MOST_VALUES:
             return
         base = self.values.get(storage)

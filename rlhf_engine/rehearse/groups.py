@@ -48,7 +48,7 @@ class Work(dist.Work):
     def is_success(self) -> bool:
         return True
 
-    def get_future(self):
+    def get_future(self) -> torch.futures.Future:
         self.wait()
         future: torch.futures.Future = torch.futures.Future()
         future.set_result(None)
@@ -99,14 +99,14 @@ class Group(_ProcessGroup):
 
     # -- collectives -----------------------------------------------------------------------------------------------
 
-    def allreduce(self, tensors, opts=None):
+    def allreduce(self, tensors, opts=None) -> Work:
         op = _name(opts)
         return self._call(f"all_reduce {op}", tensors, lambda parts: _fill(self, tensors, _reduced(parts, op)))
 
-    def allreduce_coalesced(self, tensors, opts=None):
+    def allreduce_coalesced(self, tensors, opts=None) -> Work:
         return self.allreduce(tensors, opts)
 
-    def broadcast(self, tensors, opts=None):
+    def broadcast(self, tensors, opts=None) -> Work:
         root = opts.rootRank if opts is not None else 0
         if not self.wire.is_known(self.ranks[root]):  # of what size it would be, each receiver says for itself
             self._check("broadcast", tensors)
@@ -114,24 +114,24 @@ class Group(_ProcessGroup):
             return Work()
         return self._call(f"broadcast from {root}", tensors, lambda parts: _fill(self, tensors, parts[root]))
 
-    def allgather(self, outputs, inputs, opts=None):
+    def allgather(self, outputs, inputs, opts=None) -> Work:
         def finish(parts):
             for i, part in enumerate(parts):
                 _fill(self, [out[i] for out in outputs], part)
 
         return self._call("all_gather", inputs, finish, [x for out in outputs for x in out])
 
-    def all_gather_single(self, output, tensor, opts=None):
+    def all_gather_single(self, output, tensor, opts=None) -> Work:
         def finish(parts):
             _fill(self, [output], [torch.cat([part[0].flatten() for part in parts]).view(output.shape)])
 
         return self._call("all_gather", [tensor], finish, [output])
 
-    def all_gather_single_coalesced(self, outputs, inputs, opts=None):
+    def all_gather_single_coalesced(self, outputs, inputs, opts=None) -> Work:
         works = [self.all_gather_single(output, tensor) for output, tensor in zip(outputs, inputs, strict=True)]
         return works[-1]
 
-    def reduce_scatter(self, outputs, inputs, opts=None):
+    def reduce_scatter(self, outputs, inputs, opts=None) -> Work:
         op = _name(opts)
 
         def finish(parts):
@@ -139,7 +139,7 @@ class Group(_ProcessGroup):
 
         return self._call(f"reduce_scatter {op}", list(inputs[0]), finish, outputs)
 
-    def reduce_scatter_single(self, output, tensor, opts=None):
+    def reduce_scatter_single(self, output, tensor, opts=None) -> Work:
         op = _name(opts)
 
         def finish(parts):
@@ -148,11 +148,11 @@ class Group(_ProcessGroup):
 
         return self._call(f"reduce_scatter {op}", [tensor], finish, [output])
 
-    def reduce_scatter_single_coalesced(self, outputs, inputs, opts=None):
+    def reduce_scatter_single_coalesced(self, outputs, inputs, opts=None) -> Work:
         pairs = zip(outputs, inputs, strict=True)
         return [self.reduce_scatter_single(output, tensor, opts) for output, tensor in pairs][-1]
 
-    def all_to_all_single(self, output, tensor, output_sizes, input_sizes, opts=None):
+    def all_to_all_single(self, output, tensor, output_sizes, input_sizes, opts=None) -> Work:
         def finish(parts):
             pieces = []
             for part, sizes in parts:
@@ -162,14 +162,14 @@ class Group(_ProcessGroup):
 
         return self._call("all_to_all", [tensor], finish, [output], extra=input_sizes, is_same=False)
 
-    def alltoall(self, outputs, inputs, opts=None):
+    def alltoall(self, outputs, inputs, opts=None) -> Work:
         def finish(parts):
             for i, part in enumerate(parts):
                 _fill(self, [outputs[i]], [part[self.mine]])
 
         return self._call("all_to_all", inputs, finish, outputs, is_same=False)
 
-    def gather(self, outputs, inputs, opts=None):
+    def gather(self, outputs, inputs, opts=None) -> Work:
         def finish(parts):
             if outputs:
                 for i, part in enumerate(parts):
@@ -177,7 +177,7 @@ class Group(_ProcessGroup):
 
         return self._call(f"gather to {opts.rootRank}", inputs, finish, outputs[0] if outputs else [])
 
-    def scatter(self, outputs, inputs, opts=None):
+    def scatter(self, outputs, inputs, opts=None) -> Work:
         def finish(parts):
             if len(parts[opts.rootRank]) == self.size():
                 _fill(self, outputs, [parts[opts.rootRank][self.mine]])
@@ -185,7 +185,7 @@ class Group(_ProcessGroup):
         sent = inputs[0] if inputs else outputs
         return self._call(f"scatter from {opts.rootRank}", sent, finish, outputs, is_same=False)
 
-    def barrier(self, opts=None):
+    def barrier(self, opts=None) -> Work:
         self.wire.post(self.at_exchange, "barrier", None, waits=True)
         self._count("barrier", 0)
         return Work()

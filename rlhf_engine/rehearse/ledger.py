@@ -103,6 +103,7 @@ class Ledger:
         return Refused(f"rank {self.rank}, {self.stage.name}, {place()}: {what}")
 
     def wait(self, what: str) -> None:
+        """The host waits for the device."""
         self.stage.waits[f"{what} {place()}"] += 1
 
     # -- memory --------------------------------------------------------------------------------------------------
@@ -143,6 +144,7 @@ class Ledger:
                 )
 
     def resized(self, storage: UntypedStorage, size: int) -> None:
+        """A storage has another size."""
         if storage._cdata in self.held:
             self._resize(storage._cdata, size)
 
@@ -164,6 +166,7 @@ class Ledger:
                     self.stage.peak = dict(self.live)
 
     def note_on_host(self, tensor: Tensor) -> None:
+        """Counts a host tensor's memory until it is gone."""
         storage = tensor.untyped_storage()
         size = storage.nbytes()
         self.hold_on_host(size)

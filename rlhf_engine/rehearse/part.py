@@ -45,6 +45,7 @@ class Part:
 
 
 def is_small(plan: preflight.Plan) -> bool:
+    """Whether the run is rehearsed whole, with all that it writes."""
     largest = max(num_parameters(model, "lm") for model in plan.models.values())
     return plan.world_size <= _SMALL_WORLD and largest <= _SMALL_MODEL
 
@@ -100,5 +101,6 @@ def settle(overrides: Sequence[str], world_size: int, output_dir: str) -> prefli
 
 
 def world_of(config: RunConfig) -> int:
+    """Ranks of the run."""
     model_ranks = config.mesh.tp * config.mesh.pp
     return config.plan.world or model_ranks * (config.mesh.dp or 1)

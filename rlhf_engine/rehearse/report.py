@@ -50,6 +50,7 @@ class Line:
 
     @property
     def total(self) -> int:
+        """Bytes at the fullest moment."""
         return sum(self.peak.values())
 
 

@@ -80,6 +80,7 @@ def packed(value: Any) -> Any:
 
 
 def unpacked(value: Any) -> Any:
+    """The inverse of `packed`."""
     if isinstance(value, _Packed):
         flat = (
             torch.frombuffer(bytearray(value.data), dtype=value.dtype)

@@ -76,6 +76,7 @@ class Holder:
 
     @classmethod
     def this(cls) -> Holder:
+        """This process."""
         since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
         return cls(socket.gethostname(), os.getpid(), _machine(), _started(os.getpid()) or "", since, _attempts())
 
@@ -142,6 +143,7 @@ class Lock:
         return self
 
     def release(self) -> None:
+        """Lets the next run in."""
         self._closed.set()
         if self._is_mine():
             self.path.unlink(missing_ok=True)

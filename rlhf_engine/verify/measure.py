@@ -81,6 +81,7 @@ class Gradient:
 
     @property
     def norm(self) -> float:
+        """Of all tensors together."""
         return math.hypot(*self.norms.values())
 
     def finding(self, other: Gradient, rounding: Rounding, what: str) -> Finding:

@@ -42,6 +42,7 @@ class Rule:
 
 
 def nothing(why: str) -> Rule:
+    """A key that needs no counterpart, and why."""
     return Rule(None, why=why)
 
 

@@ -44,6 +44,7 @@ def progress_bar(title: str) -> Iterator[Callable[[int], Callable[[int], None]]]
 
 
 def import_hf(args: argparse.Namespace) -> int:
+    """HF to Megatron."""
     import torch
 
     from rlhf_engine.converting.convert import import_folder
@@ -59,6 +60,7 @@ def import_hf(args: argparse.Namespace) -> int:
 
 
 def export_hf(args: argparse.Namespace) -> int:
+    """Megatron to HF."""
     from rlhf_engine.converting.convert import Checkpoint, export_folder
 
     _refuse_existing(args.out)
@@ -72,6 +74,7 @@ def export_hf(args: argparse.Namespace) -> int:
 
 
 def verify_hf(args: argparse.Namespace) -> int:
+    """Compares both, tensor by tensor."""
     from rlhf_engine.converting.convert import Checkpoint, verify
 
     # a checkpoint that has its own config is described by it, and not by what it is compared with
@@ -87,6 +90,7 @@ def verify_hf(args: argparse.Namespace) -> int:
 
 
 def inspect_folder(args: argparse.Namespace) -> int:
+    """What a folder holds."""
     from rich.console import Console
     from rich.table import Table
 
@@ -133,6 +137,7 @@ def _refuse_existing(out: Path) -> None:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The commands and their options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("import", help="HF folder to megatron checkpoint")
@@ -164,6 +169,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The exit code of what a command line asks for."""
     args = arguments(argv)
     say_errors_once()
     warnings.simplefilter("ignore")
