@@ -25,6 +25,7 @@ from .launching.build import base_policy, begin, build_context, iterations_of_fi
 from .launching.header import show_run
 from .launching.preflight import SUMMARY, Plan, lock
 from .mesh import ParallelMesh
+from .models import checkpoint
 from .observing.logbook import Logbook
 from .observing.provenance import data_digest, say_finished, write_config
 from .observing.report import write_report
@@ -32,7 +33,6 @@ from .observing.trace import append_events
 from .plan.measure import device_of, peak_flops
 from .schedule import Schedule
 from .signals import RunError, Stop
-from .surviving import checkpoint
 from .surviving.guard import BadNumbers, Guard, NotFinite
 from .surviving.watchdog import Watchdog
 

@@ -47,7 +47,7 @@ def save(overrides: list[str], layout: tuple, folder: str, iterations: list[int]
     Args:
         full: a rank whose files cannot grow.
     """
-    from rlhf_engine.surviving.checkpoint import Checkpoints
+    from rlhf_engine.models.checkpoint import Checkpoints
 
     mesh, role = policy(overrides, layout)
     said, answers = io.StringIO(), []
@@ -71,9 +71,9 @@ def save(overrides: list[str], layout: tuple, folder: str, iterations: list[int]
 def load(overrides: list[str], layout: tuple, folder: str, is_finished: bool = False):
     """What is found, its state, its weights (which are all the same), and what was said; an error in its place."""
     from rlhf_engine.config import ConfigError
+    from rlhf_engine.models.checkpoint import Checkpoints
+    from rlhf_engine.models.checkpoint import load as load_checkpoint
     from rlhf_engine.models.optim import optimizer_tensors
-    from rlhf_engine.surviving.checkpoint import Checkpoints
-    from rlhf_engine.surviving.checkpoint import load as load_checkpoint
 
     mesh, role = policy(overrides, layout)
     said = io.StringIO()

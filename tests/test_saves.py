@@ -55,7 +55,7 @@ def moments(role):
 
 def save(model: dict, layout: tuple, folder: str, **optimizer) -> tuple[int, int]:
     """Saves and gives the bytes of float32 numbers that this rank has sent to others and written."""
-    from rlhf_engine.surviving.checkpoint import Checkpoints
+    from rlhf_engine.models.checkpoint import Checkpoints
 
     role, sent = trained(model, layout, 0, **optimizer), []
     with pytest.MonkeyPatch.context() as patch:
@@ -82,7 +82,7 @@ def save(model: dict, layout: tuple, folder: str, **optimizer) -> tuple[int, int
 
 def load(model: dict, layout: tuple, folder: str, **optimizer) -> None:
     """Weights and moments are those that were saved, in every place, and none is made anew."""
-    from rlhf_engine.surviving import checkpoint
+    from rlhf_engine.models import checkpoint
 
     found, wanted = trained(model, layout, 1, **optimizer), trained(model, layout, 0, **optimizer)
     before = [parameter.data_ptr() for parameter in found.chunks.parameters()]
@@ -99,9 +99,9 @@ def presences(overrides: list[str], folder: str) -> dict[str, list[tuple[Presenc
     """What of PPO's policy and critic is on the device as they are saved and loaded, at each of their moves."""
     from rlhf_engine.algorithms import ALGORITHMS
     from rlhf_engine.launching.build import build_role
+    from rlhf_engine.models.checkpoint import Checkpoints
+    from rlhf_engine.models.checkpoint import load as load_checkpoint
     from rlhf_engine.models.role import RoleModel
-    from rlhf_engine.surviving.checkpoint import Checkpoints
-    from rlhf_engine.surviving.checkpoint import load as load_checkpoint
 
     ctx = cases.context([*overrides, "schedule.residency=offload"], (1, 1, 1))
     specs = ALGORITHMS["ppo"](ctx.config).roles()
@@ -267,12 +267,12 @@ def test_an_optimizer_that_makes_its_state_in_its_first_step(tmp_path):
 
 def before_the_first_step(folder: str) -> None:
     """Says which optimizer it was, its largest moment before a step, and the step and whether there are some after."""
+    from rlhf_engine.models.checkpoint import Checkpoints
+    from rlhf_engine.models.checkpoint import load as load_checkpoint
     from rlhf_engine.models.stream import train_step
     from rlhf_engine.models.work import Work
     from rlhf_engine.observing.metrics import Metrics
     from rlhf_engine.observing.trace import Trace
-    from rlhf_engine.surviving.checkpoint import Checkpoints
-    from rlhf_engine.surviving.checkpoint import load as load_checkpoint
 
     role = cases.build_role(MODELS["llama"], "lm", (1, 1, 1), optimizer=True)
     checkpoints = Checkpoints(Path(folder), role.mesh, CheckpointConfig())

@@ -42,8 +42,8 @@ from ..hf.rows import Vocabulary
 from ..hf.weights import Difference, Table, check_leftover, compare, leftover, parameters
 from ..mesh import ParallelMesh
 from ..models.build import build_model, on_meta
+from ..models.checkpoint import IMPORTED
 from ..models.partition import padded_vocab_size, stage_layers
-from ..surviving.checkpoint import IMPORTED
 from .export import RunExport, head_config
 
 _PIECE = 1 << 18  # bytes of a write

@@ -20,9 +20,9 @@ from ..data.tokenizer import Tokenizer, train_tokenizer
 from ..hf.files import HFFolder
 from ..hf.weights import RandomWeights, Source, load_weights
 from ..mesh import ParallelMesh
+from ..models import checkpoint
 from ..models.role import RoleModel
 from ..observing.trace import Trace
-from ..surviving import checkpoint
 from .preflight import SUMMARY, Plan, load_function
 
 

@@ -22,10 +22,10 @@ from ..hf import files
 from ..hf.rows import Window
 from ..launching import build
 from ..launching.preflight import Plan
-from ..models import residency, role, stream
+from ..models import checkpoint, residency, role, stream
 from ..models.optim import gradient_tensors, optimizer_tensors
 from ..rollout import cache, decoder, fold, generate, graphs, sampling
-from ..surviving import checkpoint, watchdog
+from ..surviving import watchdog
 from . import groups
 from .device import CUDA, FakeGPU, put
 from .part import Part

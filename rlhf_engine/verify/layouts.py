@@ -14,8 +14,8 @@ from ..algorithms import ALGORITHMS
 from ..config import ConfigError, MeshConfig, ModelConfig, check_model
 from ..context import Context, TrainState
 from ..launching.build import begin
+from ..models import checkpoint
 from ..schedule import Schedule
-from ..surviving import checkpoint
 from .findings import Finding, worst
 from .measure import Iteration, first_iteration
 from .updates import NORM, distances

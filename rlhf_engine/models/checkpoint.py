@@ -34,11 +34,11 @@ from torch import Tensor
 
 from ..config import CheckpointConfig, ConfigError
 from ..mesh import ParallelMesh
-from ..models import shards
-from ..models.optim import load_optimizer
-from ..models.residency import Presence, host_memory
-from ..models.role import RoleModel
-from . import manifest
+from ..surviving import manifest
+from . import shards
+from .optim import load_optimizer
+from .residency import Presence, host_memory
+from .role import RoleModel
 
 # Megatron passes the results of a write through a server process, for writers in other processes. Ours is in this one;
 # the server would cost seconds to start and outlive a rank that is killed.
