@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 
 STOPPED = os.EX_TEMPFAIL  # 75, of sysexits.h: nothing that was saved is lost, start the same command again
@@ -20,14 +21,19 @@ _last_acts: list[Callable[[], None]] = []
 
 
 def say_errors_once() -> None:
-    """Keeps Python 3.13 from telling of a file that a failed write has closed once more, when its object goes."""
-    usual = sys.unraisablehook
+    """Keeps Python 3.13 from telling of a file that a failed write has closed once more, when its object goes, and any
+    Python from a traceback of TensorBoard's thread, whose error its next caller gets."""
+    usual, usual_of_threads = sys.unraisablehook, threading.excepthook
 
     def hook(what: sys.UnraisableHookArgs) -> None:
         if not (isinstance(what.exc_value, ValueError) and "closed file" in str(what.exc_value)):
             usual(what)
 
-    sys.unraisablehook = hook
+    def hook_of_threads(what: threading.ExceptHookArgs) -> None:
+        if not type(what.thread).__module__.startswith("tensorboard."):
+            usual_of_threads(what)
+
+    sys.unraisablehook, threading.excepthook = hook, hook_of_threads
 
 
 class Stop(Exception):

@@ -10,9 +10,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
-import yaml
 
 from . import signals
 from .algorithms import ALGORITHMS, jobs
@@ -33,6 +33,7 @@ from .observing.trace import append_events
 from .plan.measure import device_of, peak_flops
 from .schedule import Schedule
 from .signals import RunError, Stop
+from .surviving import durable
 from .surviving.guard import BadNumbers, Guard, NotFinite
 from .surviving.watchdog import Watchdog
 
@@ -170,15 +171,20 @@ def check_cut(ctx: Context, before: Path, phase: str) -> None:
     Raises:
         ConfigError: they would be other rows now.
     """
-    old = ctx.mesh.from_main(yaml.safe_load(before.read_text()) if ctx.mesh.is_main else None)
-    new = asdict(ctx.config)
-    cuts = [("seed", old["seed"], new["seed"])]
-    cuts += [(f"{phase}.{key}", old[phase][key], new[phase][key]) for key in _CUT if key in new[phase]]
-    for key, was, now in cuts:
-        if was != now:
+
+    def cut(config: Mapping[str, Any]) -> dict[str, Any]:
+        values = {"seed": config.get("seed")} | {f"{phase}.{key}": (config.get(phase) or {}).get(key) for key in _CUT}
+        return {key: value for key, value in values.items() if value is not None}
+
+    old, now = (
+        cut(ctx.mesh.from_main(durable.read(before) if ctx.mesh.is_main else None) or {}),
+        cut(asdict(ctx.config)),
+    )
+    for key, was in old.items():
+        if was != now.get(key):
             raise ConfigError(
-                f"{key}={now}, and {phase} was stopped within iteration {ctx.state.iteration + 1} with {was}: start it"
-                f" once more with {key}={was}, to the end of that iteration at least"
+                f"{key}={now.get(key)}, and {phase} was stopped within iteration {ctx.state.iteration + 1} with {was}:"
+                f" start it once more with {key}={was}, to the end of that iteration at least"
             )
 
 
@@ -271,10 +277,9 @@ def finish(ctx: Context, folder: Path, algorithm: Algorithm, evaluation: Evaluat
         "mesh": f"tp {mesh.tp} x pp {mesh.pp} x dp {mesh.dp}",
     }
     title = f"{algorithm.name} · {folder.parent.name}"
-    write_report(folder, title=title, summary={**figures, **about}, samples=evaluation.samples)
-    temporary = folder / f"{SUMMARY}.tmp"
-    temporary.write_text(json.dumps({"iterations": ctx.state.iteration, **figures}, indent=1))
-    os.replace(temporary, folder / SUMMARY)
+    with durable.spared(folder / "report.html", Exception):  # a drawing
+        write_report(folder, title=title, summary={**figures, **about}, samples=evaluation.samples)
+    durable.write(folder / SUMMARY, json.dumps({"iterations": ctx.state.iteration, **figures}, indent=1))
 
 
 def export(ctx: Context, folder: Path, specs: Mapping[str, RoleSpec]) -> None:
@@ -285,7 +290,8 @@ def export(ctx: Context, folder: Path, specs: Mapping[str, RoleSpec]) -> None:
             base = ctx.bases[specs[name].base].path
             about = RunExport(role.model, role.head, Path(base) if base else None, ctx.tokenizer, prompts)
             target = folder / ("hf_critic" if name == "critic" else "hf")
-            export_role(role, target, about.config, about.write)
+            with durable.needed(target):
+                export_role(role, target, about.config, about.write)
             if ctx.mesh.is_main:
                 for note in about.notes:
                     print(f"{target}: {note}", flush=True)

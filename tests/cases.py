@@ -6,6 +6,8 @@ import contextlib
 import functools
 import hashlib
 import os
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,26 @@ def context(overrides: list[str], layout: tuple):
     overrides += [f"mesh.sequence_parallel={str(sequence_parallel).lower()}", f"mesh.virtual_pp={virtual_pp}"]
     checked = plan(compose(overrides), int(os.environ["WORLD_SIZE"]))
     return build_context(checked, worlds.mesh(tp, pp, dp, sequence_parallel, ep, virtual_pp))
+
+
+def disk_calls(patch: pytest.MonkeyPatch, folder: Path) -> list[str]:
+    """What is synced, renamed and removed in `folder`, or the two above it, as long as `patch` holds: a line for each
+    call as it is made."""
+    calls: list[str] = []
+
+    def name(path: int | str | os.PathLike) -> str:
+        whole = os.readlink(f"/proc/self/fd/{path}") if isinstance(path, int) else path
+        return re.sub(r"saving\.[0-9a-f]{16}", "saving", os.path.relpath(whole, folder))
+
+    def note(function: str, original, *args, **kwargs):
+        names = [name(arg) for arg in args]
+        if not names[0].startswith("../../../") and (function != "rmtree" or args[0].is_dir()):
+            calls.append(" ".join([function, *names]))
+        return original(*args, **kwargs)
+
+    for module, function in ((os, "fsync"), (os, "replace"), (os, "rename"), (shutil, "rmtree")):
+        patch.setattr(module, function, functools.partial(note, function, getattr(module, function)))
+    return calls
 
 
 def first_iteration(overrides: list[str], layout: tuple, phase: str) -> dict:

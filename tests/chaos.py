@@ -105,12 +105,10 @@ class Run:
         """For the moment of a kill, or the end of the run."""
         until = time.monotonic() + kill.seconds
         if kill.phase:
-            saving = self.folder / kill.phase / "checkpoints" / "saving"
-            seen, was_there = 0, saving.exists()  # which one that was killed before may have left
-            while is_running() and seen < kill.save:
-                if (is_there := saving.exists()) and not was_there:
-                    seen += 1
-                was_there = is_there
+            folder = self.folder / kill.phase / "checkpoints"
+            before = seen = set(folder.glob("saving.*"))  # which one that was killed before may have left
+            while is_running() and len(seen - before) < kill.save:
+                seen = seen | set(folder.glob("saving.*"))
                 time.sleep(0.001)
             until = time.monotonic() + kill.seconds
         while is_running() and (left := until - time.monotonic()) > 0:

@@ -80,7 +80,7 @@ def test_killed_and_started_again(phases, whole, tmp_path):
     shutil.copytree(phases, folder)
     settings = [*LONG, f"output_dir={folder}", "ppo.write_rollouts=true"]
     metrics, latest = folder / "ppo" / "metrics.jsonl", folder / "ppo" / "checkpoints" / "latest"
-    holds = folder / "ppo" / "rollouts" / "3.tmp"
+    holds = folder / "ppo" / "rollouts" / "3.jsonl.tmp"
     holds.parent.mkdir(parents=True)
     os.mkfifo(holds)  # nobody reads what the fourth iteration would write, so the run stands still there
     process = warm.Command([sys.executable, str(ROOT / "launch" / "run.py"), *settings])

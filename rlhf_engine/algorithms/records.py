@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from rlhf_kernels import kl_estimate
 from ..config import PPOConfig
 from ..context import Context
 from ..schedule import Fields, Stage
+from ..surviving import durable
 
 
 def stages(settings: PPOConfig) -> list[Stage]:
@@ -49,21 +50,19 @@ def write(ctx: Context, _, x) -> None:
     """
     if not ctx.mesh.is_main:
         return
-    path = _rollouts(ctx, "jsonl")
     kl = kl_estimate(x.log_probs, x.ref_log_probs).tolist()
     golds = x.golds.tolist() if x.golds is not None else [None] * len(kl)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        for i, (prompt, n) in enumerate(zip(x.prompts, x.lengths.tolist(), strict=True)):
-            row = {
-                "prompt": ctx.tokenizer.decode(prompt),
-                "response": ctx.tokenizer.decode(x.tokens[i, len(prompt) : n].tolist()),
-                "score": float(x.scores[i]),
-                "gold": golds[i],
-                "kl": kl[i][len(prompt) : n],
-            }
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
+    lines = []
+    for i, (prompt, n) in enumerate(zip(x.prompts, x.lengths.tolist(), strict=True)):
+        row = {
+            "prompt": ctx.tokenizer.decode(prompt),
+            "response": ctx.tokenizer.decode(x.tokens[i, len(prompt) : n].tolist()),
+            "score": float(x.scores[i]),
+            "gold": golds[i],
+            "kl": kl[i][len(prompt) : n],
+        }
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    _keep(ctx, "jsonl", "".join(lines).encode())
 
 
 def write_arrays(ctx: Context, _, x) -> None:
@@ -71,17 +70,16 @@ def write_arrays(ctx: Context, _, x) -> None:
     that the stage reads, under its name, padding zero."""
     if not ctx.mesh.is_main:
         return
-    path = _rollouts(ctx, "npz")
     arrays = {name: np.asarray(value) for name, value in vars(x).items()}
     arrays["tokens"] = arrays["tokens"].astype(np.int32)
-    temporary = path.with_suffix(".npz.tmp")
-    with temporary.open("wb") as file:
-        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-    os.replace(temporary, path)
+    file = io.BytesIO()
+    np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+    _keep(ctx, "npz", file.getvalue())
 
 
-def _rollouts(ctx: Context, suffix: str) -> Path:
-    """The file of this iteration's rollouts."""
-    path = Path(ctx.config.output_dir) / ctx.phase / "rollouts" / f"{ctx.state.iteration}.{suffix}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+def _keep(ctx: Context, suffix: str, content: bytes) -> None:
+    """Writes a file of this iteration's rollouts, where that can be."""
+    folder = Path(ctx.config.output_dir) / ctx.phase / "rollouts"
+    with durable.spared(folder):
+        durable.make_folder(folder)
+        durable.write(folder / f"{ctx.state.iteration}.{suffix}", content)

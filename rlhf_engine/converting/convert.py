@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
@@ -44,6 +43,7 @@ from ..mesh import ParallelMesh
 from ..models.build import build_model, on_meta
 from ..models.checkpoint import IMPORTED
 from ..models.partition import padded_vocab_size, stage_layers
+from ..surviving import durable
 from .export import RunExport, head_config
 
 _PIECE = 1 << 18  # bytes of a write
@@ -377,9 +377,7 @@ class Checkpoint:
         """Configuration of the run that the checkpoint is of; None where it was converted and not trained."""
         checkpoints = self.folder.resolve().parent
         file = checkpoints.parent / "config.yaml"
-        if checkpoints.name != "checkpoints" or not file.is_file():
-            return None
-        return yaml.safe_load(file.read_text())
+        return durable.read(file) if checkpoints.name == "checkpoints" else None
 
     def tokenizer(self) -> Tokenizer | None:
         """Of the run.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from ..mesh import ParallelMesh
 from ..models import checkpoint
 from ..models.role import RoleModel
 from ..observing.trace import Trace
+from ..surviving import durable
 from .preflight import SUMMARY, Plan, load_function
 
 
@@ -119,8 +119,8 @@ def _dtype(config: RunConfig, mesh: ParallelMesh) -> torch.dtype:
 def iterations_of_finished(ctx: Context, phase: str) -> int:
     """How many iterations a finished phase has behind it; -1 where it is not finished."""
     summary = Path(ctx.config.output_dir) / phase / SUMMARY
-    read = ctx.mesh.is_main and summary.is_file()
-    return ctx.mesh.from_main(json.loads(summary.read_text())["iterations"] if read else -1)
+    found = durable.read(summary) if ctx.mesh.is_main else None
+    return ctx.mesh.from_main((found or {}).get("iterations", -1))
 
 
 def phase_checkpoints(ctx: Context, phase: str) -> checkpoint.Checkpoints:

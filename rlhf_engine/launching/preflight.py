@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..config import JOBS, Base, ConfigError, MeshConfig, ModelConfig, RunConfig, check, resolve_mesh
 from ..data.files import read_rows
 from ..data.messages import read_messages
@@ -22,6 +20,7 @@ from ..data.vocabulary import has_tokenizer, read_vocabulary
 from ..hf.config import ARCHITECTURES, family, read_json, read_model_config
 from ..hf.index import check_adapter, index, unread_files
 from ..observing.to_wandb import has_wandb
+from ..surviving import durable
 from ..surviving.parts import Parts, folder_digest, rows_digest
 from ..surviving.places import Lock, try_folder
 from .environment import check_graphs, cores
@@ -147,8 +146,7 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
         if "ppo" in config.phases and config.ppo.ptx.sources:
             ptx_sources = read_sources(config.ppo.ptx.sources, data.num_rows, 0, config.seed, "ppo.ptx.sources")
             check_sources(ptx_sources, ["ptx"], "ppo.ptx.sources")
-        if not config.rerun:
-            check_output_dir(config)
+        check_output_dir(config)
     check_reward(config, reward)
     notes = [*folder_notes(config, policy, reward, tokenizer), *unusual_rates(config)]
     if device == "cuda" and is_main and cores() == 1:
@@ -289,18 +287,18 @@ def check_output_dir(config: RunConfig) -> None:
     """A run goes on only where it began as the same: another model or tokenizer cannot load what is there.
 
     Raises:
-        ConfigError: names the key that differs from the config.yaml of an earlier phase.
+        ConfigError: names the key that differs from the config.yaml of an earlier phase, or a record that is not whole.
     """
     now = {name: asdict(getattr(config, name)) for name in ("model", "tokenizer", "policy")}
     with_reward = now | {"reward": {"path": config.reward.path}}  # of which the SFT phase knows nothing
     for phase in ("sft", "reward", "ppo"):
         path = Path(config.output_dir) / phase / "config.yaml"
-        if not path.is_file():
+        durable.read(path.with_name(SUMMARY))
+        if (before := durable.read(path)) is None or config.rerun:
             continue
-        before = yaml.safe_load(path.read_text())
         for section, values in (now if phase == "sft" else with_reward).items():
             for key, value in values.items():
-                if (old := before.get(section, {}).get(key, value)) != value:
+                if (old := (before.get(section) or {}).get(key, value)) != value:
                     raise ConfigError(
                         f"{section}.{key}={value}, and {path.parent} was made with {old}: use another output_dir"
                     )
@@ -337,9 +335,9 @@ def read_tokenizer(config: RunConfig, policy: Base) -> Tokenizer | None:
 def kept_date(config: RunConfig) -> str | None:
     """The date that the templates of a run wrote when it began, which a resumed one goes on with."""
     for phase in ("sft", "reward", "ppo"):
-        path = Path(config.output_dir) / phase / "config.yaml"
-        if not set(config.phases) & JOBS and path.is_file():
-            return yaml.safe_load(path.read_text()).get("tokenizer", {}).get("date")
+        before = durable.read(Path(config.output_dir) / phase / "config.yaml")
+        if not set(config.phases) & JOBS and before is not None:
+            return (before.get("tokenizer") or {}).get("date")
     return None
 
 

@@ -1,8 +1,9 @@
 """Checkpoints through megatron's dist_checkpointing: written by any mesh, read by any other.
 
 A phase keeps folders `checkpoints/iteration_N` and a file `latest` that names the newest. A folder has that name only
-once everything in it is on the disk, with a manifest of sizes and checksums; `latest` is replaced behind it. So a run
-killed at any moment finds a whole checkpoint, and one that was damaged since is found out before it is used.
+once everything in it is on the disk, with a manifest of sizes and checksums; `latest` is replaced behind it, and older
+ones are removed behind that. So a run killed at any moment finds a whole checkpoint, and one that was damaged since is
+found out before it is used.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import contextlib
 import functools
 import inspect
 import logging
-import os
 import queue
 import re
+import secrets
 import shutil
 import threading
 import warnings
@@ -34,7 +35,7 @@ from torch import Tensor
 
 from ..config import CheckpointConfig, ConfigError
 from ..mesh import ParallelMesh
-from ..surviving import manifest
+from ..surviving import durable, manifest
 from . import shards
 from .optim import load_optimizer
 from .residency import Presence, host_memory
@@ -98,9 +99,33 @@ class Checkpoints:
     def save(self, iteration: int, roles: Mapping[str, RoleModel], state: Mapping[str, Any]) -> None:
         """Copies the trained roles and `state` and has them written, once an earlier save is finished."""
         self.finish()
-        self._writing = _Writing(self.folder / "saving", iteration, roles, state, self.mesh, self._memory_for)
+        target, error = self.mesh.from_main(self._new_folder() if self.mesh.is_main else None)
+        if error is not None:
+            self._is_saved = False
+            self._say_not_saved(iteration, error)
+            return
+        self._writing = _Writing(target, iteration, roles, state, self.mesh, self._memory_for)
         if not self.config.async_save:
             self.finish()
+
+    def _new_folder(self) -> tuple[Path, str | None]:
+        """A folder for a save, or what is in the way. No other save had its name: a client of a shared file system may
+        remember what a name led to, which is the last good checkpoint by now."""
+        target = self.folder / f"saving.{secrets.token_hex(8)}"
+        try:
+            durable.make_folder(self.folder)
+            for path in self.folder.iterdir():
+                if re.fullmatch(r"saving(\.[0-9a-f]{16})?", path.name):  # of a run that was killed while it saved
+                    shutil.rmtree(path, ignore_errors=True)
+            durable.make_folder(target)
+        except OSError as error:
+            return target, durable.reason(error)
+        return target, None
+
+    def _say_not_saved(self, iteration: int, error: str) -> None:
+        if self.mesh.is_main:
+            kept = self._line[-1] if self._line else "nothing"
+            print(f"checkpoint of iteration {iteration} not saved: {error}; {kept} is kept", flush=True)
 
     def _memory_for(self, role: str, size: int) -> Tensor:
         """Host memory for a role's copy, the same at every save: it takes longer to get than to fill."""
@@ -127,11 +152,10 @@ class Checkpoints:
             try:
                 name = self._complete(writing, reports) if error is None else None
             except (OSError, RuntimeError) as failure:
-                error = str(failure)
-            if name is None:
+                error = durable.reason(failure)
+            if error is not None:
                 shutil.rmtree(writing.target, ignore_errors=True)
-                kept = self._line[-1] if self._line else "nothing"
-                print(f"checkpoint of iteration {writing.iteration} not saved: {error}; {kept} is kept", flush=True)
+                self._say_not_saved(writing.iteration, error)
         name = self.mesh.from_main(name)
         self._is_saved = name is not None
         if name is not None:
@@ -147,19 +171,23 @@ class Checkpoints:
         target = writing.target
         writing.plan.writer.finish(writing.plan.metadata, [results for _, results, _ in reports])
         save_config(CheckpointingConfig("torch_dist", 1), str(target))
-        entries = {path.name: manifest.entry(path) for path in target.iterdir() if path.suffix != ".distcp"}
-        for _, _, written in reports:
+        own = [path for path in target.iterdir() if path.suffix != ".distcp"]
+        for path in own:  # the ranks have synced theirs
+            durable.sync(path)
+        entries = {path.name: manifest.entry(path) for path in own}
+        for rank, (_, _, written) in enumerate(reports):
+            for file, (size, _) in written.items():
+                found = (target / file).stat().st_size if (target / file).is_file() else 0
+                if found != size:
+                    raise OSError(f"{found} of {size} bytes are there of {file}, which rank {rank} has written")
             entries |= written
         manifest.write(target, entries)
         name = f"iteration_{writing.iteration}"
         if (self.folder / name).exists():
             name += f".{1 + max(_number(path.name)[1] for path in self.folder.glob(name + '*'))}"
-        target.rename(self.folder / name)
-        _sync(self.folder)
-        temporary = self.folder / "latest.tmp"
-        temporary.write_text(name)
-        _sync(temporary)
-        os.replace(temporary, self.folder / "latest")
+        pointer = durable.aside(self.folder / "latest", name)
+        durable.move(target, self.folder / name)
+        durable.move(pointer, self.folder / "latest")
         return name
 
     def _kept(self, line: list[str]) -> list[str]:
@@ -189,13 +217,6 @@ def _names(folder: Path) -> list[str]:
     return [named, *(name for name in reversed(found) if _number(name) < _number(named))]
 
 
-def _sync(path: Path) -> None:
-    """Has what was written to a file, or the names in a folder, on the disk when it returns."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
 class _Plan(TorchDistSaveShardedStrategy):
     """Megatron's plan of a save, in `writer` and `metadata`; carrying it out is left to others."""
 
@@ -217,10 +238,6 @@ class _Writing:
         self.target, self.iteration = target, iteration
         self._results: list = []
         self._written: dict[str, manifest.Entry] = {}
-        if mesh.is_main:
-            shutil.rmtree(target, ignore_errors=True)  # of a run that was killed while it saved
-            target.mkdir(parents=True)
-        mesh.barrier()
         self.plan = _Plan("torch_dist", 1, thread_count=1)
         tree: dict[str, Any] = {"state": dict(state)}
         with _quiet():

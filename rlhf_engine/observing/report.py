@@ -11,13 +11,13 @@ import itertools
 import json
 import math
 import operator
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from numbers import Real
 from pathlib import Path
 
+from ..surviving import durable
 from .timeline import draw_timeline, read_trace
 
 Points = dict[float, float]  # iteration -> value; NaN where the run reported something that is not finite
@@ -110,9 +110,7 @@ def write_report(
         f"<title>{_text(title)}</title><style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
     )
     path = folder / "report.html"
-    unfinished = folder / "report.html.tmp"  # a reader sees the old page or the new one, never half of one
-    unfinished.write_bytes(page.encode("utf-8", "replace"))  # sampled text may hold lone surrogates
-    os.replace(unfinished, path)
+    durable.write(path, page.encode("utf-8", "replace"))  # sampled text may hold lone surrogates
     return path
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..config import LogConfig
+from ..surviving import durable
 from .to_wandb import has_wandb
 
 Figures = Mapping[str, float]
@@ -74,7 +75,7 @@ class WandB:
     def __init__(self, folder: Path, about: Mapping[str, Any], goes_on: bool):
         number = folder / "wandb_id"
         if not (goes_on and number.is_file()):
-            number.write_text(uuid.uuid4().hex[:8])
+            durable.write(number, uuid.uuid4().hex[:8])
         self.folder = folder
         # -P: modules of this folder are not to be taken for those of the standard library
         command = [sys.executable, "-P", "-W", "ignore", str(Path(__file__).with_name("to_wandb.py"))]

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 
 from ..mesh import ParallelMesh
+from ..surviving import durable
 
 Kind = Literal["stage", "forward", "backward", "wait", "move"]
 _CPU = torch.device("cpu")
@@ -141,20 +142,21 @@ class Trace:
 
 def append_events(path: Path, ranks: Sequence[Sequence[Span]], iteration: int) -> None:
     """Adds an iteration to a trace in Chrome's event format: a process for each rank, a track for stages and one for
-    what happens in them. The closing bracket is missing, which the format allows and readers take."""
-    with path.open("a") as file:
-        if not file.tell():
-            file.write("[\n")
-        for rank, spans in enumerate(ranks):
-            for span in spans:
-                event = {
-                    "name": span.name,
-                    "cat": span.kind,
-                    "ph": "X",
-                    "ts": round(span.start * 1e6, 1),
-                    "dur": round((span.stop - span.start) * 1e6, 1),
-                    "pid": rank,
-                    "tid": 0 if span.kind == "stage" else 1,
-                    "args": {"iteration": iteration},
-                }
-                file.write(json.dumps(event) + ",\n")
+    what happens in them. The closing bracket is missing, which the format allows and readers take. An iteration that
+    there is no room for is left out."""
+    lines = [] if path.is_file() and path.stat().st_size else ["[\n"]
+    for rank, spans in enumerate(ranks):
+        for span in spans:
+            event = {
+                "name": span.name,
+                "cat": span.kind,
+                "ph": "X",
+                "ts": round(span.start * 1e6, 1),
+                "dur": round((span.stop - span.start) * 1e6, 1),
+                "pid": rank,
+                "tid": 0 if span.kind == "stage" else 1,
+                "args": {"iteration": iteration},
+            }
+            lines.append(json.dumps(event) + ",\n")
+    with durable.spared(path):
+        durable.append(path, "".join(lines))

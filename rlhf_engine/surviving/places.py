@@ -20,6 +20,7 @@ from pathlib import Path
 
 from ..config import ConfigError
 from ..signals import RunError
+from . import durable
 
 LAUNCH, ATTEMPT = "RLHF_ENGINE_LAUNCH", "RLHF_ENGINE_ATTEMPT"  # set by our own launchers
 _SECONDS_BETWEEN_BEATS = 10.0
@@ -122,7 +123,7 @@ class Lock:
         Raises:
             ConfigError: another run holds the place.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        durable.make_folder(self.path.parent)
         first: int | None = None
         while not self._create():
             self.look()
