@@ -1,6 +1,8 @@
-"""--help, docs/configuration.md, and the experiments of conf/ that are too large to be run here."""
+"""--help, docs/configuration.md, docs/layers.svg, and the experiments of conf/ that are too large to be run here."""
 
 from __future__ import annotations
+
+import runpy
 
 import pytest
 from conftest import ROOT
@@ -12,6 +14,11 @@ from rlhf_engine.launching.compose import CONF, compose
 
 def test_documentation_of_keys_is_current():
     assert (ROOT / "docs" / "configuration.md").read_text() == reference.markdown() + "\n", "run `make docs`"
+
+
+def test_picture_of_the_layers_is_current():
+    draw = runpy.run_path(str(ROOT / "docs" / "layers.py"))["draw"]
+    assert (ROOT / "docs" / "layers.svg").read_text() == draw(), "run `make docs`"
 
 
 def test_every_key_is_there_with_its_own_default():

@@ -2,7 +2,8 @@
 
 The page loads nothing: charts are inline SVG, styling is one ``<style>`` block, hovering uses
 SVG's own titles. It can be copied off a cluster as a single file and opened, printed or mailed years later.
-No library draws the curves: plotly, bokeh and altair put megabytes of scripts into a page, and matplotlib's SVG is still.
+The curves are our own SVG: plotly, bokeh and altair put megabytes of scripts into a page, and matplotlib's shows no
+values where one points.
 """
 
 from __future__ import annotations
