@@ -10,23 +10,19 @@ time in `save` and in the `finish` that moves `latest`. Appends to benchmarks/re
 from __future__ import annotations
 
 import argparse
-import os
-import statistics
+import itertools
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.multiprocessing as mp
-from record import append
-
-from rlhf_engine.launching.ranks import free_port
+from harness import append, argument_parser, medians, run, seconds, take_turns
 
 
-def measure(rank: int, args: argparse.Namespace, port: int, folder: str) -> None:
-    """One rank: saves that are waited for, then saves that are not."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(args.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    torch.set_num_threads(1)
+def measure(args: argparse.Namespace, folder: str) -> tuple[int, dict[bool, list[float]], float]:
+    """On a rank: bytes of a checkpoint; medians of what a save costs and of a step's seconds while it is written, by
+    whether it is asynchronous; and a step's seconds without one."""
     from rlhf_engine.config import CheckpointConfig, MeshConfig, ModelConfig, OptimizerConfig
     from rlhf_engine.mesh import ParallelMesh
     from rlhf_engine.models.checkpoint import Checkpoints
@@ -52,39 +48,39 @@ def measure(rank: int, args: argparse.Namespace, port: int, folder: str) -> None
     def loss(output, batch):
         return output.square().sum(), torch.tensor(output.numel()), {}
 
-    def train(seconds: float) -> tuple[float, int]:
+    def train() -> float:
         """Steps for so long at least; seconds a step."""
         started, steps = time.perf_counter(), 0
-        while not mesh.any_rank(torch.tensor([time.perf_counter() - started > seconds], device=mesh.device))[0]:
+        while not mesh.any_rank(torch.tensor([time.perf_counter() - started > args.seconds], device=mesh.device))[0]:
             train_step([Work(role, batch, loss, 4)], Metrics(), Trace())
             steps += 1
-        return (time.perf_counter() - started) / steps, steps
+        return (time.perf_counter() - started) / steps
 
-    alone, _ = train(args.seconds)
-    rows = {}
-    for is_async in (False, True):
+    def side(is_async: bool) -> Callable[[], tuple[float, float]]:
         checkpoints = Checkpoints(Path(folder) / str(is_async), mesh, CheckpointConfig(async_save=is_async))
-        costs, beside = [], []
-        for iteration in range(1, args.saves + 2):
+        iterations = itertools.count(1)
+
+        def finish() -> None:
+            assert checkpoints.finish()
+
+        def save() -> tuple[float, float]:
             mesh.barrier()
-            started = time.perf_counter()
-            checkpoints.save(iteration, {"policy": role}, {})
-            cost = time.perf_counter() - started
-            beside.append(train(args.seconds)[0])
+            cost = seconds(lambda: checkpoints.save(next(iterations), {"policy": role}, {}))
+            step = train()
             while any(mesh.all_gather_object(checkpoints.is_writing)):
                 time.sleep(0.05)
-            started = time.perf_counter()
-            assert checkpoints.finish()
-            costs.append(cost + time.perf_counter() - started)
-        rows[is_async] = statistics.median(costs[1:]), statistics.median(beside[1:])
-    if mesh.is_main:
-        size = sum(p.stat().st_size for p in next((Path(folder) / "True").glob("iteration_*")).iterdir())
-        report(args, size, rows, alone)
-    torch.distributed.destroy_process_group()
+            return cost + seconds(finish), step
+
+        return save
+
+    alone = train()
+    samples = take_turns({is_async: side(is_async) for is_async in (False, True)}, args.saves)
+    size = sum(p.stat().st_size for p in next((Path(folder) / "True").glob("iteration_*")).iterdir())
+    return size, {is_async: medians(rows) for is_async, rows in samples.items()}, alone
 
 
-def report(args: argparse.Namespace, size: int, rows: dict, alone: float) -> None:
-    (waited, _), (beside, step) = rows[False], rows[True]
+def report(args: argparse.Namespace, size: int, costs: dict[bool, list[float]], alone: float) -> None:
+    (waited, _), (beside, step) = costs[False], costs[True]
     row = {
         "device": args.device,
         "ranks": args.ranks,
@@ -100,7 +96,7 @@ def report(args: argparse.Namespace, size: int, rows: dict, alone: float) -> Non
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--ranks", type=int, default=2)
@@ -109,7 +105,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
-        mp.spawn(measure, (args, str(free_port()), folder), nprocs=args.ranks)
+        report(args, *run(measure, args, folder, size=args.ranks)[0])
 
 
 if __name__ == "__main__":

@@ -8,19 +8,17 @@ imports included. Appends a line to benchmarks/results/convert.csv.
 
 from __future__ import annotations
 
-import argparse
+import functools
 import json
 import os
-import resource
 import shutil
-import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-from record import append
+import torch
+from harness import append, argument_parser, medians, peak, run, seconds, take_turns
+from safetensors.torch import load_file, save_file
 
 ROUNDS = 3
 MODEL = {
@@ -33,9 +31,6 @@ PER_LAYER = 2 * (2048 * 2048 * 2 + 512 * 2048 * 2 + 3 * 2048 * 8192)  # bytes
 
 def make(folder: Path, gb: float) -> int:
     """A Llama of about `gb` GB in several files; the bytes of its largest tensor."""
-    import torch
-    from safetensors.torch import save_file
-
     embedding = 2 * MODEL["vocab_size"] * MODEL["hidden_size"]
     layers = max(1, round((gb * 1e9 - 2 * embedding) / PER_LAYER))
     folder.mkdir()
@@ -62,72 +57,60 @@ def make(folder: Path, gb: float) -> int:
 
 def copy(source: Path, target: Path) -> None:
     """What any conversion has to do at least: read every tensor, write every tensor."""
-    from safetensors.torch import load_file, save_file
-
     target.mkdir()
     for path in sorted(source.glob("*.safetensors")):
         save_file(load_file(path), target / path.name)
 
 
-def measure(words: list[str]) -> tuple[float, float, float]:
-    """Seconds of the whole process, seconds of its work, and its peak memory in GB."""
-    started = time.perf_counter()
-    settings = os.environ | {"OMP_NUM_THREADS": "1"}  # as the tool sets it: its reader is a thread of its own
-    command = [sys.executable, __file__, *words]
-    out = subprocess.run(command, check=True, capture_output=True, text=True, env=settings).stdout
-    work, peak = json.loads(out.splitlines()[-1])
-    return time.perf_counter() - started, work, peak
+def measure(side: str, source: Path, target: Path, tp: int, pp: int) -> tuple[float, float]:
+    """Seconds of a side's work, and its peak memory in GB."""
+    # both sides wait for it: a virtual machine gives memory that was idle so long back to its host
+    from rlhf_engine.converting.convert import import_folder
+
+    def work() -> None:
+        if side == "import":
+            import_folder(source, target, tp, pp, None, lambda total: lambda num_bytes: None)
+        else:
+            copy(source, target)
+        os.sync()
+
+    os.sync()  # what the side before left to be written would be written on this one's time
+    return seconds(work), peak() / 1e9
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--gb", type=float, default=4.0)
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--pp", type=int, default=2)
     parser.add_argument("--folder", default=tempfile.gettempdir())
-    parser.add_argument("--side", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.side:
-        return run_side(args.side[0], Path(args.side[1]), Path(args.side[2]), args.tp, args.pp)
     root = Path(tempfile.mkdtemp(dir=args.folder))
+
+    def turn(side: str) -> tuple[float, float]:
+        started = time.perf_counter()
+        # of one thread, as the tool has it: its reader is one more
+        [(work, held)] = run(measure, side, root / "hf", root / "out", args.tp, args.pp)
+        whole = time.perf_counter() - started
+        shutil.rmtree(root / "out")
+        print(f"{side:7} {whole:6.1f} s, {work:6.1f} s of work, peak {held:.2f} GB", flush=True)
+        return work, held
+
     try:
         largest = make(root / "hf", args.gb) / 1e9
         total = sum(path.stat().st_size for path in (root / "hf").glob("*.safetensors")) / 1e9
-        runs: dict[str, list[tuple[float, float, float]]] = {"copy": [], "import": []}
-        for side in ("copy", "import") * (ROUNDS + 1):
-            words = ["--tp", str(args.tp), "--pp", str(args.pp), "--side", side, str(root / "hf"), str(root / "out")]
-            runs[side].append(measure(words))
-            shutil.rmtree(root / "out")
-            whole, work, peak = runs[side][-1]
-            print(f"{side:7} {whole:6.1f} s, {work:6.1f} s of work, peak {peak:.2f} GB", flush=True)
+        # after the first round the source is in the page cache for both
+        samples = take_turns({side: functools.partial(turn, side) for side in ("copy", "import")}, ROUNDS)
     finally:
         shutil.rmtree(root)
-    # after the first round the source is in the page cache for both
-    rows = {}
-    for side, found in runs.items():
-        rows[side] = [statistics.median(column) for column in zip(*found[1:], strict=True)]
-    ratio, limit = rows["import"][1] / rows["copy"][1], 1 + 4 * largest
+    (copied, copy_peak), (imported, import_peak) = medians(samples["copy"]), medians(samples["import"])
+    ratio, limit = imported / copied, 1 + 4 * largest
     print(
         f"{total:.2f} GB, largest tensor {largest:.2f} GB: {ratio:.2f} x the copy (work), memory limit {limit:.2f} GB"
     )
     fields = ["gb", "tp", "pp", "copy_s", "import_s", "ratio", "copy_peak_gb", "import_peak_gb"]
-    values = [total, args.tp, args.pp, rows["copy"][1], rows["import"][1], ratio, rows["copy"][2], rows["import"][2]]
+    values = [total, args.tp, args.pp, copied, imported, ratio, copy_peak, import_peak]
     append("convert", [dict(zip(fields, values, strict=True))])
-
-
-def run_side(side: str, source: Path, target: Path, tp: int, pp: int) -> None:
-    # both sides wait for it: a virtual machine gives memory that was idle so long back to its host
-    from rlhf_engine.converting.convert import import_folder
-
-    os.sync()  # what the side before left to be written would be written on this one's time
-    started = time.perf_counter()
-    if side == "import":
-        import_folder(source, target, tp, pp, None, lambda total: lambda num_bytes: None)
-    else:
-        copy(source, target)
-    os.sync()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    print(json.dumps([time.perf_counter() - started, peak]))
 
 
 if __name__ == "__main__":

@@ -10,18 +10,11 @@ layers on one rank. Appends to benchmarks/results/plan.csv.
 
 from __future__ import annotations
 
-import argparse
-import os
+import math
 import tempfile
-from pathlib import Path
 
-import torch
-import torch.multiprocessing as mp
-from record import append
+from harness import append, argument_parser, peak, reset_peak, run
 
-from rlhf_engine.launching.ranks import free_port
-
-ROOT = Path(__file__).resolve().parent.parent
 SIZES = {  # hidden size, layers, MLP, vocabulary
     "6m": (256, 6, 704, 2048),
     "28m": (512, 8, 1408, 4096),
@@ -48,11 +41,8 @@ def planned(size: str, layout: tuple[int, int, int], folder: str):
     return preflight.plan(compose([*OVERRIDES, *sizes, *mesh, f"output_dir={folder}"]))
 
 
-def rank_main(rank: int, size: str, layout: tuple[int, int, int], folder: str, port: int, queue) -> None:
-    world = layout[0] * layout[1] * layout[2]
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+def measure(size: str, layout: tuple[int, int, int], folder: str) -> tuple:
+    """On a rank: its pipeline stage, the most bytes it held, seconds of the stages, and what they are planned by."""
     from rlhf_engine.mesh import ParallelMesh
     from rlhf_engine.plan import calibrate
 
@@ -61,70 +51,58 @@ def rank_main(rank: int, size: str, layout: tuple[int, int, int], folder: str, p
     start = calibrate.Schedule.__init__
 
     def with_roles_built(*args) -> None:
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark anew: making weights needs more
+        reset_peak()  # making weights needs more
         start(*args)
 
     calibrate.Schedule.__init__ = with_roles_built
     seconds, experience, models = calibrate.run_stages(plan, mesh, "ppo")
-    peak = 1024 * float(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
-    config = calibrate.as_measured(plan.config, experience)
-    queue.put((rank, mesh.pp_rank, peak, seconds if rank == 0 else None, config, models))
-    mesh.barrier()
+    return mesh.pp_rank, peak(), seconds, calibrate.as_measured(plan.config, experience), models
 
 
-def factors_main(size: str, layout: tuple[int, int, int], folder: str, queue) -> None:
+def calibrated(size: str, layout: tuple[int, int, int], folder: str) -> tuple:
+    """The factors of the stages, and this machine as a device."""
     from rlhf_engine.plan.calibrate import stage_factors
     from rlhf_engine.plan.measure import cpu
 
     plan = planned(size, layout, folder)
     device = cpu(plan.world_size)
-    queue.put((stage_factors(plan, device), device))
+    return stage_factors(plan, device), device
 
 
-def measure(size: str, layout: tuple[int, int, int]) -> list[list]:
+def compare(size: str, layout: tuple[int, int, int]) -> list[list]:
     """Rows of the table: what, planned, planned and calibrated, measured."""
     from rlhf_engine.config import MeshConfig
     from rlhf_engine.plan.forecast import Forecaster
 
-    context = mp.get_context("spawn")
-    queue = context.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
-        calibration = context.Process(target=factors_main, args=(size, layout, folder, queue))
-        calibration.start()
-        factors, device = queue.get()
-        calibration.join()
-        port, world = free_port(), layout[0] * layout[1] * layout[2]
-        args = (size, layout, folder, port, queue)
-        ranks = mp.start_processes(rank_main, args, world, join=False, start_method="spawn")
-        found = sorted((queue.get() for _ in range(world)), key=lambda entry: entry[0])
-        while not ranks.join():
-            pass
+        [(factors, device)] = run(calibrated, size, layout, folder)
+        found = run(measure, size, layout, folder, size=math.prod(layout))
     *_, seconds, config, models = found[0]
     mesh = MeshConfig(*layout)
     plain = Forecaster("ppo", config, mesh, models, device).run()
-    calibrated = Forecaster("ppo", config, mesh, models, device, factors).run()
+    fitted = Forecaster("ppo", config, mesh, models, device, factors).run()
     rows = []
     for p in range(mesh.pp):
-        peak = max(stage.memory[p].total for stage in plain.stages)
-        measured = max(entry[2] for entry in found if entry[1] == p)
-        rows.append([f"GB of pipeline stage {p}", peak / 1e9, peak / 1e9, measured / 1e9])
-    for stage, other in zip(plain.stages, calibrated.stages, strict=True):
+        foretold = max(stage.memory[p].total for stage in plain.stages)
+        measured = max(held for pp_rank, held, *_ in found if pp_rank == p)
+        rows.append([f"GB of pipeline stage {p}", foretold / 1e9, foretold / 1e9, measured / 1e9])
+    for stage, other in zip(plain.stages, fitted.stages, strict=True):
         if stage.kind != "local":
             rows.append([f"s of {stage.name}", stage.seconds, other.seconds, seconds[stage.name]])
     total = sum(seconds[stage.name] for stage in plain.stages)
-    rows.append(["s of an iteration", plain.seconds, calibrated.seconds, total])
+    rows.append(["s of an iteration", plain.seconds, fitted.seconds, total])
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
     parser.add_argument("--layouts", nargs="+", default=["1x1x1", "1x1x2", "2x1x1", "1x2x1", "2x2x1"])
     args = parser.parse_args()
     print(f"{'size':5} {'tp x pp x dp':12} {'what':48} {'planned':>8} {'calibrated':>10} {'measured':>8} {'off':>5}")
     for size in args.sizes:
         for layout in args.layouts:
-            rows = measure(size, tuple(map(int, layout.split("x"))))
+            rows = compare(size, tuple(map(int, layout.split("x"))))
             for what, plain, calibrated, measured in rows:
                 off = f"{calibrated / measured - 1:+.0%}"
                 print(

@@ -15,13 +15,11 @@ included. Appends to benchmarks/results/ppo.csv.
 from __future__ import annotations
 
 import argparse
-import os
+import math
 import random
-import resource
-import statistics
 import tempfile
 import time
-import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -29,13 +27,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
-from record import append
-from rollout import LLAMAS, make_llama
+from harness import World, append, argument_parser, medians, peak, take_turns
+from rollout import LAYOUTS, LLAMAS, THREADS, make_llama
 
-from rlhf_engine.launching.ranks import free_port
-
-THREADS = 2
 PROMPT, RESPONSE, EPOCHS, KL_COEF = 32, 64, 2, 0.05
 BATCH = {"6m": (64, 16), "40m": (32, 8)}  # rows of a step, rows of a micro-batch
 
@@ -54,126 +48,142 @@ def prompts_of(step: int, rows: int, vocab_size: int) -> list[list[int]]:
     return [[draw.randrange(3, vocab_size) for _ in range(PROMPT)] for _ in range(rows)]
 
 
-def peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 # -- TRL -----------------------------------------------------------------------------------------------------
 
 
-def trl_side(pipe: Connection, name: str, policy: Path, reward: Path, steps: int) -> None:
-    """Waits for a word before each step; answers with (seconds of generation, of the step, what it computed)."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(THREADS)
-    import numpy as np
+def trl_side(pipe: Connection, name: str, policy: Path, reward: Path, steps: int) -> int:
+    """Waits for a word before each step, and answers with the seconds of its generation, the seconds of all of it, and
+    what was computed in the first step. Returns the most bytes that it held."""
     import transformers
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
-    from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
+    from trl.experimental.ppo import ppo_trainer
 
     transformers.logging.set_verbosity_error()
-    rows, micro = BATCH[name]
     seen: dict[str, Any] = {}
-    clock = {"generation": 0.0, "start": 0.0}
-
-    def record(key: str, function, pick):
-        """The function, with what it gave or took kept under `key` the first time."""
-
-        def wrapped(*args, **kwargs):
-            result = function(*args, **kwargs)
-            seen.setdefault(key, pick(args, result))
-            return result
-
-        return wrapped
+    generate, times = ppo_trainer.batch_generation, [0.0, 0.0]  # when generation starts and ends
 
     def generation(*args):
         pipe.recv()
-        clock["start"] = started = time.perf_counter()
+        times[0] = time.perf_counter()
         result = generate(*args)
-        clock["generation"] = time.perf_counter() - started
+        times[1] = time.perf_counter()
         seen.setdefault("tokens", result[0])
         return result
 
-    generate = ppo_trainer.batch_generation
-    ppo_trainer.batch_generation = generation
-    # called for each part of the rollout in turn: the policy's logits, then the reference's
-    log_probs: list[torch.Tensor] = []
-    select = ppo_trainer.selective_log_softmax
-
-    def selected(logits, index):
-        result = select(logits, index)
-        if len(log_probs) < 2 * (rows // micro):
-            log_probs.append(result.detach())
-        return result
-
-    ppo_trainer.selective_log_softmax = selected
-    ppo_trainer.masked_whiten = record("advantages", ppo_trainer.masked_whiten, lambda args, _: args[0])
-    np.random.permutation = record("order", np.random.permutation, lambda _, order: order)
-    backward = record("loss", lambda loss: loss, lambda args, _: float(args[0]))
-
-    class Turns(TrainerCallback):
+    class Turns(transformers.TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            seconds = time.perf_counter() - clock["start"]
-            seen["log_probs"] = torch.cat(log_probs[::2])
-            pipe.send((clock["generation"], seconds, seen))
+            pipe.send((times[1] - times[0], time.perf_counter() - times[0], seen))
 
-    with tempfile.TemporaryDirectory() as temporary:
-        config = PPOConfig(
-            output_dir=temporary, use_cpu=True, bf16=False, report_to=[], disable_tqdm=True, save_strategy="no",
-            per_device_train_batch_size=micro, gradient_accumulation_steps=rows // micro, num_mini_batches=1,
-            num_ppo_epochs=EPOCHS, local_rollout_forward_batch_size=micro, response_length=RESPONSE,
-            temperature=1.0, kl_coef=KL_COEF, missing_eos_penalty=None, num_sample_generations=0, vf_coef=1.0,
-            total_episodes=rows * steps, learning_rate=1e-4, gradient_checkpointing=False, cliprange=0.2,
-            cliprange_value=0.2, gamma=1.0, lam=0.95,
-        )  # fmt: skip
-        models = [AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32) for _ in range(2)]
-        scorers = [AutoModelForSequenceClassification.from_pretrained(reward, dtype=torch.float32) for _ in range(2)]
-        vocab_size = models[0].config.vocab_size
-        prompts = [p for step in range(steps) for p in prompts_of(step, rows, vocab_size)]
-        trainer = PPOTrainer(
-            args=config,
-            # no token is padding and none an end
-            processing_class=SimpleNamespace(pad_token_id=vocab_size, eos_token_id=vocab_size),  # type: ignore[arg-type]
-            model=models[0],
-            ref_model=models[1],
-            reward_model=scorers[0],
-            value_model=scorers[1],
-            train_dataset=Dataset.from_dict({"input_ids": prompts}),
-            data_collator=lambda rows: {"input_ids": torch.tensor([row["input_ids"] for row in rows])},
-            callbacks=[Turns()],
-        )
-        inner = trainer.accelerator.backward
-
-        def and_backward(loss, **kwargs):
-            inner(backward(loss), **kwargs)
-
-        trainer.accelerator.backward = and_backward
+    ppo_trainer.batch_generation = generation
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trl_trainer(name, policy, reward, steps, folder, Turns())
+        keep_first(trainer, BATCH[name][0] // BATCH[name][1], seen)
         trainer.log = lambda *args: None
         trainer.train()
-    pipe.send(peak_mb())
+    return peak()
+
+
+def trl_trainer(name: str, policy: Path, reward: Path, steps: int, folder: str, callback):
+    """TRL's PPOTrainer at the workload, with prompts for so many steps."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    rows, micro = BATCH[name]
+    config = PPOConfig(
+        output_dir=folder, use_cpu=True, bf16=False, report_to=[], disable_tqdm=True, save_strategy="no",
+        per_device_train_batch_size=micro, gradient_accumulation_steps=rows // micro, num_mini_batches=1,
+        num_ppo_epochs=EPOCHS, local_rollout_forward_batch_size=micro, response_length=RESPONSE,
+        temperature=1.0, kl_coef=KL_COEF, missing_eos_penalty=None, num_sample_generations=0, vf_coef=1.0,
+        total_episodes=rows * steps, learning_rate=1e-4, gradient_checkpointing=False, cliprange=0.2,
+        cliprange_value=0.2, gamma=1.0, lam=0.95,
+    )  # fmt: skip
+    models = [AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32) for _ in range(2)]
+    scorers = [AutoModelForSequenceClassification.from_pretrained(reward, dtype=torch.float32) for _ in range(2)]
+    vocab_size = models[0].config.vocab_size
+    prompts = [p for step in range(steps) for p in prompts_of(step, rows, vocab_size)]
+    return PPOTrainer(
+        args=config,
+        # no token is padding and none an end
+        processing_class=SimpleNamespace(pad_token_id=vocab_size, eos_token_id=vocab_size),  # type: ignore[arg-type]
+        model=models[0],
+        ref_model=models[1],
+        reward_model=scorers[0],
+        value_model=scorers[1],
+        train_dataset=Dataset.from_dict({"input_ids": prompts}),
+        data_collator=lambda rows: {"input_ids": torch.tensor([row["input_ids"] for row in rows])},
+        callbacks=[callback],
+    )
+
+
+def keep_first(trainer, parts: int, seen: dict[str, Any]) -> None:
+    """Has TRL keep in `seen` what it computes in its first step.
+
+    Args:
+        parts: of the rollout. Their log-probs come in turn, the policy's and the reference's of each.
+    """
+    import numpy as np
+    from trl.experimental.ppo import ppo_trainer
+
+    def after(place: Any, function: str, note: Callable[[tuple, Any], None]) -> None:
+        inner = getattr(place, function)
+
+        def noted(*args, **kwargs):
+            result = inner(*args, **kwargs)
+            note(args, result)
+            return result
+
+        setattr(place, function, noted)
+
+    def log_probs(args: tuple, result: torch.Tensor) -> None:
+        found = seen.setdefault("log_probs", [])
+        if len(found) < 2 * parts:
+            found.append(result.detach())
+
+    after(ppo_trainer, "selective_log_softmax", log_probs)
+    after(ppo_trainer, "masked_whiten", lambda args, _: seen.setdefault("advantages", args[0]))
+    after(np.random, "permutation", lambda _, order: seen.setdefault("order", order))
+    after(trainer.accelerator, "backward", lambda args, _: seen.setdefault("loss", float(args[0])))
 
 
 # -- ours ----------------------------------------------------------------------------------------------------
 
 
-def our_side(
-    rank: int, pipe: Connection, port: int, layout: str, name: str, policy: Path, reward: Path, steps: int
-) -> None:
+def our_side(pipe: Connection, layout: str, name: str, policy: Path, reward: Path, steps: int) -> int:
     """The same, every rank; the first one has the pipe. Its first word brings TRL's rollout, to compare."""
-    warnings.simplefilter("ignore")
-    tp, dp = {"1x2t": (1, 1), "dp2": (1, 2), "tp2": (2, 1)}[layout]
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(tp * dp), "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(tp * dp)}
-    torch.set_num_threads(THREADS // (tp * dp))
+    from rlhf_engine.experience import Experience
+    from rlhf_engine.schedule import Schedule
+
+    rows, _ = BATCH[name]
+    ctx, algorithm, specs = our_trainer(layout, name, policy, reward, steps)
+    mesh, vocab_size = ctx.mesh, ctx.bases["policy"].model.vocab_size or 0
+    schedule = Schedule(algorithm.stages, algorithm.provided, specs)
+    gaps = compare(ctx, algorithm, specs, mesh.from_main(pipe.recv() if mesh.is_main else None))
+    if mesh.is_main:
+        pipe.send(gaps)
+    for step in range(1, steps):
+        mesh.from_main(pipe.recv() if mesh.is_main else None)
+        prompts = prompts_of(step, rows, vocab_size)
+        experience = Experience(prompts=prompts, reward_prompts=prompts, sample_ids=torch.arange(rows))
+        started = time.perf_counter()
+        schedule.run(ctx, experience)
+        seconds = time.perf_counter() - started
+        figures, _ = ctx.metrics.reduce(mesh)
+        ctx.trace.clear()
+        if mesh.is_main:
+            pipe.send((figures["time/rollout"], seconds))
+    return peak()
+
+
+def our_trainer(layout: str, name: str, policy: Path, reward: Path, steps: int) -> tuple:
+    """The engine at the workload: its context, algorithm and roles."""
     from rlhf_engine.algorithms import ALGORITHMS
     from rlhf_engine.config import MeshConfig, PPOConfig, RolloutConfig, RunConfig
     from rlhf_engine.context import Context
-    from rlhf_engine.experience import Experience
     from rlhf_engine.launching.build import build_role
     from rlhf_engine.launching.preflight import read_base
     from rlhf_engine.mesh import ParallelMesh
-    from rlhf_engine.schedule import Schedule
 
+    tp, dp = LAYOUTS[layout]
     rows, micro = BATCH[name]
     config = RunConfig(phases=["ppo"], device="cpu", output_dir="nowhere")
     config.policy.path, config.reward.path = str(policy), str(reward)
@@ -191,30 +201,7 @@ def our_side(
     algorithm = ALGORITHMS["ppo"](config)
     specs = algorithm.roles()
     ctx.roles = {role: build_role(ctx, role, spec) for role, spec in specs.items()}
-
-    def experience(step: int) -> Experience:
-        prompts = prompts_of(step, rows, bases["policy"].model.vocab_size or 0)
-        return Experience(prompts=prompts, reward_prompts=prompts, sample_ids=torch.arange(rows))
-
-    schedule = Schedule(algorithm.stages, algorithm.provided, specs)
-    theirs = mesh.from_main(pipe.recv() if mesh.is_main else None)
-    gaps = compare(ctx, algorithm, specs, theirs)
-    if mesh.is_main:
-        pipe.send(gaps)
-    for step in range(1, steps):
-        mesh.from_main(pipe.recv() if mesh.is_main else None)
-        started = time.perf_counter()
-        schedule.run(ctx, experience(step))
-        seconds = time.perf_counter() - started
-        figures, _ = ctx.metrics.reduce(mesh)
-        ctx.trace.clear()
-        if mesh.is_main:
-            pipe.send((figures["time/rollout"], seconds))
-    peaks = mesh.all_gather_object(peak_mb())
-    if mesh.is_main:
-        pipe.send(sum(peaks))
-    mesh.barrier()
-    torch.distributed.destroy_process_group()
+    return ctx, algorithm, specs
 
 
 def compare(ctx, algorithm, specs, theirs: dict[str, Any]) -> dict[str, float]:
@@ -236,7 +223,7 @@ def compare(ctx, algorithm, specs, theirs: dict[str, Any]) -> dict[str, float]:
     Schedule([s for s in algorithm.stages if s.name in names], given, specs).run(ctx, x)
     assert x.log_probs is not None and x.advantages is not None and x.advantage_moments is not None
     gaps = {
-        "log_probs": (x.log_probs[:, PROMPT:] - theirs["log_probs"]).abs().max(),
+        "log_probs": (x.log_probs[:, PROMPT:] - torch.cat(theirs["log_probs"][::2])).abs().max(),
         "advantages": (x.advantages[:, PROMPT:] - theirs["advantages"]).abs().max(),
     }
     # the losses, on the rows of TRL's first micro-batch; it divides the variance by one less than the count
@@ -260,57 +247,36 @@ def compare(ctx, algorithm, specs, theirs: dict[str, Any]) -> dict[str, float]:
 
 
 def measure(args: argparse.Namespace, name: str, layout: str, policy: Path, reward: Path) -> None:
-    steps = args.rounds + 2  # the first is compared, the second warms up
-    spawn = mp.get_context("spawn")
-    (trl, trl_end), (ours, our_end) = spawn.Pipe(), spawn.Pipe()
-    world = 1 if layout == "1x2t" else 2
-    port = free_port()
-    processes = [spawn.Process(target=trl_side, args=(trl_end, name, policy, reward, steps))]
-    for rank in range(world):
-        processes.append(
-            spawn.Process(target=our_side, args=(rank, our_end, port, layout, name, policy, reward, steps))
-        )
-    for process in processes:
-        process.start()
-    try:
-        trl.send("go")
-        first = trl.recv()[2]
-        ours.send(first)
-        gaps = ours.recv()
-        seconds: dict[str, list[tuple[float, float]]] = {"ours": [], "trl": []}
-        for step in range(1, steps):
-            for side, pipe in (("ours", ours), ("trl", trl)):
-                pipe.send("go")
-                times = pipe.recv()[:2]
-                if step > 1:
-                    seconds[side].append(times)
-        peaks = {"ours": ours.recv(), "trl": trl.recv()}
-    finally:
-        for process in processes:
-            process.join(timeout=30)
-            if process.is_alive():
-                process.kill()
+    steps, world = args.rounds + 2, math.prod(LAYOUTS[layout])  # the first is compared, the second warms up
+    common = (name, policy, reward, steps)
+    with (
+        World(trl_side, *common, threads=THREADS) as trl,
+        World(our_side, layout, *common, size=world, threads=THREADS // world) as ours,
+    ):
+        gaps = ours.ask(trl.ask()[2])
+        seconds = take_turns({"ours": ours.ask, "trl": lambda: trl.ask()[:2]}, args.rounds)
+        peaks = {"ours": sum(ours.results()) / 2**20, "trl": sum(trl.results()) / 2**20}
     publish(args, name, layout, gaps, seconds, peaks)
 
 
 def publish(args: argparse.Namespace, name: str, layout: str, gaps: dict, seconds: dict, peaks: dict) -> None:
-    def median(side: str, pick) -> float:
-        return statistics.median(map(pick, seconds[side]))
-
-    picks = {"generation": lambda t: t[0], "rest": lambda t: t[1] - t[0], "step": lambda t: t[1]}
-    found = {(side, part): median(side, pick) for side in seconds for part, pick in picks.items()}
-    ratios = {part: found["trl", part] / found["ours", part] for part in picks}
+    parts = ("generation", "rest", "step")
+    found = {}
+    for side, turns in seconds.items():
+        columns = medians([(generation, step - generation, step) for generation, step in turns])
+        found |= {(side, part): median for part, median in zip(parts, columns, strict=True)}
+    ratios = {part: found["trl", part] / found["ours", part] for part in parts}
     print(f"{name} {layout}  largest differences: " + "  ".join(f"{key} {value:.1e}" for key, value in gaps.items()))
-    for part in picks:
+    for part in parts:
         print(f"  {part:10}  ours {found['ours', part]:6.2f} s  TRL {found['trl', part]:6.2f} s  {ratios[part]:5.2f} x")
     print(f"  peak memory ours {peaks['ours']:.0f} MB  TRL {peaks['trl']:.0f} MB", flush=True)
     rows, micro = BATCH[name]
     row = {
         "workload": name, "layout": layout, "rows": rows, "micro": micro,
         "prompt": PROMPT, "response": RESPONSE, "epochs": EPOCHS,
-        **{f"{side}_{part}_s": f"{value:.4g}" for (side, part), value in found.items()},
-        **{f"{part}_ratio": f"{value:.3g}" for part, value in ratios.items()},
-        **{f"{key}_gap": f"{value:.1e}" for key, value in gaps.items()},
+        **{f"{side}_{part}_s": value for (side, part), value in found.items()},
+        **{f"{part}_ratio": value for part, value in ratios.items()},
+        **{f"{key}_gap": value for key, value in gaps.items()},
         **{f"{side}_peak_mb": f"{value:.0f}" for side, value in peaks.items()},
         "rounds": args.rounds,
     }  # fmt: skip
@@ -318,9 +284,9 @@ def publish(args: argparse.Namespace, name: str, layout: str, gaps: dict, second
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--workloads", nargs="+", choices=BATCH, default=list(BATCH))
-    parser.add_argument("--layout", nargs="+", choices=("1x2t", "dp2", "tp2"), default=["1x2t", "dp2"])
+    parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=["1x2t", "dp2"])
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

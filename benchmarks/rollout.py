@@ -16,21 +16,18 @@ benchmarks/results/rollout.csv.
 from __future__ import annotations
 
 import argparse
-import os
+import math
 import random
 import statistics
 import tempfile
-import time
-import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from record import append
-
-from rlhf_engine.launching.ranks import free_port
+from harness import append, argument_parser, run, seconds, take_turns
 
 THREADS = 2
+LAYOUTS = {"1x2t": (1, 1), "dp2": (1, 2), "tp2": (2, 1)}  # tp and dp
 BATCHES = (32, 64, 128, 256)
 LLAMAS = {
     "6m": dict(
@@ -105,9 +102,7 @@ class Transformers:
             for threads in (1, THREADS):  # more of them slow a small model down
                 torch.set_num_threads(threads)
                 part = prompts[:size]
-                started = time.perf_counter()
-                self._batch(part, 24)
-                speeds[size, threads] = len(part) / (time.perf_counter() - started)
+                speeds[size, threads] = len(part) / seconds(partial(self._batch, part, 24))
         self.batch, self.threads = max(speeds, key=speeds.__getitem__)
 
     def _batch(self, prompts: list[list[int]], length: int) -> None:
@@ -116,15 +111,9 @@ class Transformers:
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         with torch.inference_mode():
             out = self.model.generate(
-                tokens,
-                attention_mask=mask,
-                do_sample=True,
-                top_k=0,
-                top_p=1.0,
-                max_new_tokens=length,
-                min_new_tokens=length,
-                pad_token_id=0,
-            )
+                tokens, attention_mask=mask, do_sample=True, top_k=0, top_p=1.0, max_new_tokens=length,
+                min_new_tokens=length, pad_token_id=0,
+            )  # fmt: skip
         assert out.shape[1] == width + length
 
     def __call__(self, prompts: list[list[int]], limits: list[int]) -> None:
@@ -135,6 +124,8 @@ class Transformers:
 
 class Floor:
     """The weights of each layer, fused as they can be, times all tokens: prompts at once, then step by step."""
+
+    threads = THREADS
 
     def __init__(self, folder: Path):
         from rlhf_engine.hf.config import read_model_config
@@ -157,49 +148,45 @@ class Floor:
                 inputs[self.head.shape[1]][:active] @ self.head.t()
 
 
-def measure(rank: int, args: argparse.Namespace, port: int, name: str, folder: Path, layout: str) -> None:
-    """All sides on one workload; the first rank has the sides that know one process."""
-    warnings.simplefilter("ignore")
-    tp, dp = {"1x2t": (1, 1), "dp2": (1, 2), "tp2": (2, 1)}[layout]
-    world = tp * dp
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(world)}
+def measure(args: argparse.Namespace, name: str, folder: Path, layout: str) -> None:
+    """On a rank: all sides on one workload."""
+    tp, dp = LAYOUTS[layout]
     ours = Ours(folder, tp, dp)
     for lengths in args.lengths:
         prompts, limits = work(lengths, args.prompts, args.fixed, ours.role.model.vocab_size or 0)
-        sides = {"ours": ours}
-        if rank == 0:
-            torch.set_num_threads(THREADS)
-            sides |= {"transformers": Transformers(folder, prompts), "floor": Floor(folder)}
-        if world == 1:
-            ours(prompts[:8], limits[:8])  # warm
-            ours.threads = min((1, THREADS), key=lambda threads: timed(ours, prompts, limits, threads))
-        seconds: dict[str, list[float]] = {side: [] for side in sides}
-        for i in range(args.rounds + 1):  # the first warms up
-            for side in ("ours", "transformers", "floor"):
-                dist.barrier()
-                if side not in sides or (i == 0 and side == "transformers"):  # warm from the search of its size
-                    continue
-                taken = timed(sides[side], prompts, limits, getattr(sides[side], "threads", THREADS))
-                if i:
-                    seconds[side].append(taken)
-        if rank == 0:
-            publish(name, lengths, layout, args, sum(limits), ours, sides["transformers"], seconds)
-    dist.barrier()
-    dist.destroy_process_group()
+        sides, taken = compare(ours, folder, prompts, limits, args.rounds)
+        if ours.mesh.is_main:
+            publish(name, lengths, layout, args, sum(limits), ours, sides["transformers"], taken)
+
+
+def compare(ours: Ours, folder: Path, prompts: list[list[int]], limits: list[int], rounds: int) -> tuple[dict, dict]:
+    """The sides and the seconds of their turns. The first rank has the sides that know one process."""
+    choices = (1, THREADS) if ours.mesh.world_size == 1 else (1,)
+    ours(prompts[:8], limits[:8])
+    ours.threads = min(choices, key=lambda threads: timed(ours, prompts, limits, threads))
+    sides = {"ours": ours}
+    if ours.mesh.is_main:
+        torch.set_num_threads(THREADS)
+        sides |= {"transformers": Transformers(folder, prompts), "floor": Floor(folder)}
+        timed(sides["floor"], prompts, limits, THREADS)
+
+    def turn(name: str) -> float:
+        ours.mesh.barrier()
+        return timed(sides[name], prompts, limits, sides[name].threads) if name in sides else 0.0
+
+    turns = {name: partial(turn, name) for name in ("ours", "transformers", "floor")}
+    return sides, take_turns(turns, rounds, warm_up=0)  # each has run
 
 
 def timed(side, prompts: list[list[int]], limits: list[int], threads: int) -> float:
     torch.set_num_threads(threads)
-    started = time.perf_counter()
-    side(prompts, limits)
-    return time.perf_counter() - started
+    return seconds(lambda: side(prompts, limits))
 
 
 def publish(
-    name: str, lengths: str, layout: str, args, tokens: int, ours: Ours, theirs: Transformers, seconds: dict
+    name: str, lengths: str, layout: str, args, tokens: int, ours: Ours, theirs: Transformers, taken: dict
 ) -> None:
-    median = {side: statistics.median(values) for side, values in seconds.items()}
+    median = {side: statistics.median(values) for side, values in taken.items()}
     ratio = median["transformers"] / median["ours"]
     print(
         f"{name:8} {lengths:9} {layout:5} ours {median['ours']:7.2f} s ({tokens / median['ours']:7.0f} tokens/s,"
@@ -213,20 +200,20 @@ def publish(
         return
     row = {
         "workload": name, "lengths": lengths, "layout": layout,
-        "prompts": args.prompts, "tokens": tokens, "ours_s": f"{median['ours']:.4g}",
-        "transformers_s": f"{median['transformers']:.4g}", "transformers_batch": theirs.batch,
+        "prompts": args.prompts, "tokens": tokens, "ours_s": median["ours"],
+        "transformers_s": median["transformers"], "transformers_batch": theirs.batch,
         "ours_threads": ours.threads, "transformers_threads": theirs.threads,
-        "floor_s": f"{median['floor']:.4g}", "ratio": f"{ratio:.3g}", "rounds": args.rounds,
+        "floor_s": median["floor"], "ratio": ratio, "rounds": args.rounds,
     }  # fmt: skip
     append("rollout", [row], ["transformers"])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--stories", help="HF folder of stories260K; left out without one")
     parser.add_argument("--smollm", help="HF folder of SmolLM2-135M; left out without one")
     parser.add_argument("--workloads", nargs="*", choices=LLAMAS, default=list(LLAMAS))
-    parser.add_argument("--layout", nargs="+", choices=("1x2t", "dp2", "tp2"), default=["1x2t"])
+    parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=["1x2t"])
     parser.add_argument("--lengths", nargs="+", choices=("fixed", "geometric"), default=["fixed", "geometric"])
     parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--fixed", type=int, default=64, help="tokens of each response of fixed length")
@@ -241,9 +228,7 @@ def main() -> None:
         models |= {name: make_llama(name, Path(temporary) / name) for name in args.workloads}
         for name, folder in models.items():
             for layout in args.layout:
-                torch.multiprocessing.spawn(
-                    measure, (args, free_port(), name, folder, layout), nprocs=1 if layout == "1x2t" else 2
-                )
+                run(measure, args, name, folder, layout, size=math.prod(LAYOUTS[layout]))
 
 
 if __name__ == "__main__":

@@ -10,17 +10,13 @@ end a simulation of the same schedules for more stages. Appends to benchmarks/re
 
 from __future__ import annotations
 
-import argparse
+import functools
 import itertools
-import os
-import statistics
 import time
 
 import torch
-import torch.multiprocessing as mp
-from record import append
+from harness import append, argument_parser, medians, run, take_turns
 
-from rlhf_engine.launching.ranks import free_port
 from rlhf_engine.models.pipeline import simulate
 
 ROUNDS = 3
@@ -68,12 +64,8 @@ class Sleeper:
         return _Sleep.apply(x, self.seconds)
 
 
-def rank_main(rank: int, stages: int, chunks: int, micro_batches: int, seconds: float, port: int, queue) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(stages), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    import warnings
-
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
+def measure(stages: int, chunks: int, micro_batches: int, seconds: float) -> dict[tuple[str, str], list[float]]:
+    """On a rank: median idle share and length in seconds of each kind and way."""
     from rlhf_engine.config import MeshConfig
     from rlhf_engine.mesh import ParallelMesh
     from rlhf_engine.models.stream import _run
@@ -86,46 +78,28 @@ def rank_main(rank: int, stages: int, chunks: int, micro_batches: int, seconds: 
     def loss(output, batch):
         return output.sum(), torch.tensor(1), {}
 
-    for _ in range(ROUNDS + 1):
-        for kind, names in (("infer", INFERRED), ("train", TRAINED)):
-            works = [
-                Work(Sleeper(name, mesh, seconds), batch, loss if kind == "train" else sum_rows, 1) for name in names
-            ]
-            for how, groups in (("apart", [[work] for work in works]), ("stream", [works])):
-                trace = Trace()
+    def rows(output, batch):
+        return output.sum((0, 2))
+
+    def iteration(kind: str, groups: list[list[Work]]) -> tuple[float, float]:
+        trace = Trace()
+        mesh.barrier()
+        started = time.perf_counter()
+        with torch.set_grad_enabled(kind == "train"):
+            for group in groups:
+                with trace.stage(kind):
+                    _run(group, trace, forward_only=kind == "infer")
                 mesh.barrier()
-                started = time.perf_counter()
-                with torch.set_grad_enabled(kind == "train"):
-                    for group in groups:
-                        with trace.stage(kind):
-                            _run(group, trace, forward_only=kind == "infer")
-                        mesh.barrier()
-                length = time.perf_counter() - started
-                trace.finish()
-                idle = trace.idle_shares(mesh)[f"idle/{kind}"]
-                if rank == 0:
-                    queue.put((kind, how, idle, length))
-    mesh.barrier()
+        length = time.perf_counter() - started
+        trace.finish()
+        return trace.idle_shares(mesh)[f"idle/{kind}"], length
 
-
-def sum_rows(output, batch):
-    return output.sum((0, 2))
-
-
-def measure(stages: int, chunks: int, micro_batches: int, seconds: float) -> dict[tuple[str, str], tuple[float, float]]:
-    """Median idle share and length in seconds of each kind and way, without the first round."""
-    context = mp.get_context("spawn")
-    queue = context.SimpleQueue()
-    port = free_port()
-    args = (stages, chunks, micro_batches, seconds, port, queue)
-    ranks = mp.start_processes(rank_main, args, stages, join=False, start_method="spawn")
-    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for _ in range((ROUNDS + 1) * 4):
-        kind, how, idle, length = queue.get()
-        found.setdefault((kind, how), []).append((idle, length))
-    while not ranks.join():
-        pass
-    return {key: tuple(map(statistics.median, zip(*rows[1:], strict=True))) for key, rows in found.items()}
+    sides = {}
+    for kind, names, fn in (("infer", INFERRED, rows), ("train", TRAINED, loss)):
+        works = [Work(Sleeper(name, mesh, seconds), batch, fn, 1) for name in names]
+        for how, groups in (("apart", [[work] for work in works]), ("stream", [works])):
+            sides[kind, how] = functools.partial(iteration, kind, groups)
+    return {side: medians(samples) for side, samples in take_turns(sides, ROUNDS).items()}
 
 
 def formula(stages: int, chunks: int, micro_batches: int) -> float:
@@ -139,7 +113,7 @@ def simulated(stages: int, chunks: int, micro_batches: int, has_backward: bool) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--chunks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--micro-batches", type=int, default=4)
@@ -148,7 +122,7 @@ def main() -> None:
     rows = []
     print("stages  chunks  what   idle apart (formula)   idle in one stream (formula)   times as fast")
     for stages, chunks in itertools.product(args.stages, args.chunks):
-        found = measure(stages, chunks, args.micro_batches, args.milliseconds / 1e3)
+        found = run(measure, stages, chunks, args.micro_batches, args.milliseconds / 1e3, size=stages)[0]
         for kind, roles in ROLES.items():
             (apart, slow), (stream, fast) = found[kind, "apart"], found[kind, "stream"]
             wanted = [formula(stages, chunks, n * args.micro_batches) for n in (1, roles)]
