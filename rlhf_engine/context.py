@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -89,6 +90,7 @@ class Context:
     reward_fn: RewardFn | None
     phase: str = ""  # that runs, and the name of its section of the configuration
     roles: dict[str, RoleModel] = field(default_factory=dict)
+    finished: dict[str, Path | None] = field(default_factory=dict)  # last checkpoints of phases, as far as looked at
     state: TrainState = field(default_factory=TrainState)
     metrics: Metrics = field(default_factory=Metrics)
     trace: Trace = field(default_factory=Trace)

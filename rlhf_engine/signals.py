@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from typing import Any
 
 STOPPED = os.EX_TEMPFAIL  # 75, of sysexits.h: nothing that was saved is lost, start the same command again
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -22,18 +23,17 @@ _last_acts: list[Callable[[], None]] = []
 
 def say_errors_once() -> None:
     """Keeps Python 3.13 from telling of a file that a failed write has closed once more, when its object goes, and any
-    Python from a traceback of TensorBoard's thread, whose error its next caller gets."""
-    usual, usual_of_threads = sys.unraisablehook, threading.excepthook
+    Python of an error in TensorBoard's thread, which its next caller gets."""
 
-    def hook(what: sys.UnraisableHookArgs) -> None:
-        if not (isinstance(what.exc_value, ValueError) and "closed file" in str(what.exc_value)):
-            usual(what)
+    def quiet(usual: Callable[[Any], Any]) -> Callable[[Any], None]:
+        def hook(what: Any) -> None:
+            is_closed = isinstance(what.exc_value, ValueError) and "closed file" in str(what.exc_value)
+            if not is_closed and not type(getattr(what, "thread", None)).__module__.startswith("tensorboard."):
+                usual(what)
 
-    def hook_of_threads(what: threading.ExceptHookArgs) -> None:
-        if not type(what.thread).__module__.startswith("tensorboard."):
-            usual_of_threads(what)
+        return hook
 
-    sys.unraisablehook, threading.excepthook = hook, hook_of_threads
+    sys.unraisablehook, threading.excepthook = quiet(sys.unraisablehook), quiet(threading.excepthook)
 
 
 class Stop(Exception):

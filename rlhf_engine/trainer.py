@@ -10,7 +10,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -27,7 +26,7 @@ from .launching.preflight import SUMMARY, Plan, lock
 from .mesh import ParallelMesh
 from .models import checkpoint
 from .observing.logbook import Logbook
-from .observing.provenance import data_digest, say_finished, write_config
+from .observing.provenance import changes, data_digest, say_finished, write_config
 from .observing.report import write_report
 from .observing.trace import append_events
 from .plan.measure import device_of, peak_flops
@@ -108,10 +107,13 @@ def train(ctx: Context, algorithm: Algorithm) -> bool:
         mesh.barrier()
     specs = algorithm.roles()
     schedule = Schedule(algorithm.stages, algorithm.provided, specs)
+    ctx.finished.pop(algorithm.name, None)
+    checkpoints = phase_checkpoints(ctx, algorithm.name)
+    with ctx.watch(f"the check of {algorithm.name}'s checkpoint"):
+        found = checkpoints.newest()
     with ctx.watch(f"the loading of {algorithm.name}"):
         begin(ctx, algorithm.name, specs)
-        checkpoints = phase_checkpoints(ctx, algorithm.name)
-        if found := checkpoints.newest():
+        if found:
             ctx.state = TrainState.from_dict(checkpoint.load(found, ctx.roles))
     ctx.guard = Guard(config.guard, mesh.is_main, ctx.state.skipped)
     if ctx.state.experience is not None and ctx.state.metrics is not None:
@@ -152,6 +154,8 @@ def train(ctx: Context, algorithm: Algorithm) -> bool:
         finish(ctx, folder, algorithm, evaluation, logbook)
     mesh.barrier()
     ctx.roles = {}
+    if mesh.is_main:
+        shutil.rmtree(folder.parent / "offloaded", ignore_errors=True)
     gc.collect()  # megatron's configuration and its DDP refer to each other
     if mesh.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -171,20 +175,12 @@ def check_cut(ctx: Context, before: Path, phase: str) -> None:
     Raises:
         ConfigError: they would be other rows now.
     """
-
-    def cut(config: Mapping[str, Any]) -> dict[str, Any]:
-        values = {"seed": config.get("seed")} | {f"{phase}.{key}": (config.get(phase) or {}).get(key) for key in _CUT}
-        return {key: value for key, value in values.items() if value is not None}
-
-    old, now = (
-        cut(ctx.mesh.from_main(durable.read(before) if ctx.mesh.is_main else None) or {}),
-        cut(asdict(ctx.config)),
-    )
-    for key, was in old.items():
-        if was != now.get(key):
+    old = ctx.mesh.from_main(durable.read(before) if ctx.mesh.is_main else None) or {}
+    for key, was, now in changes(old, asdict(ctx.config)):
+        if key in {"seed", *(f"{phase}.{name}" for name in _CUT)}:
             raise ConfigError(
-                f"{key}={now.get(key)}, and {phase} was stopped within iteration {ctx.state.iteration + 1} with {was}:"
-                f" start it once more with {key}={was}, to the end of that iteration at least"
+                f"{key}={now}, and {phase} was stopped within iteration {ctx.state.iteration + 1} with {was}: start it"
+                f" once more with {key}={was}, to the end of that iteration at least"
             )
 
 

@@ -297,7 +297,7 @@ def test_no_room_for_a_folder(worlds, overrides, tmp_path):
     folder = str(tmp_path / "sft" / "checkpoints")
     for rank, (said, answers) in enumerate(worlds(2).run(save, overrides, TWO, folder, [8])):
         assert answers == [False]
-        assert said == "checkpoint of iteration 8 not saved: File exists; nothing is kept\n" * (rank == 0)
+        assert said == "checkpoint of iteration 8 not saved: File exists (rank 0); nothing is kept\n" * (rank == 0)
 
 
 def test_which_are_kept(worlds, overrides, tmp_path):

@@ -59,7 +59,7 @@ def test_where_there_is_no_room_the_old_file_stays(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["x"] and path.read_text() == "old"
     with pytest.raises(RunError), whole_folder(tmp_path / "hf") as folder, durable.needed(tmp_path / "hf"):
         (folder / "model.safetensors").write_text("")
-        durable.sync_tree(folder)
+        durable.sync(folder)
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
@@ -133,7 +133,7 @@ def test_a_configuration_cut_anywhere(tmp_path):
 def test_a_configuration_is_replaced_and_the_one_before_it_kept(tmp_path, calls, monkeypatch):
     first, second = (compose([*SMALL, f"seed={seed}"]) for seed in (1, 2))
     durable.make_folder(tmp_path / "sft")
-    for config in (first, first, second):
+    for config in (first, second):
         calls.clear()
         provenance.write_config(tmp_path / "sft", config, False)
         if config is first:

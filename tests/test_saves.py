@@ -26,6 +26,7 @@ from rlhf_engine.models.partition import rank_parameters
 from rlhf_engine.models.residency import Parcel, Presence, host_memory
 from rlhf_engine.models.shards import rectangles
 from rlhf_engine.plan.memory import Numbers, saved
+from rlhf_engine.signals import RunError
 
 # -- on the ranks --------------------------------------------------------------------------------------------
 
@@ -289,6 +290,47 @@ def before_the_first_step(folder: str) -> None:
     assert train_step([Work(role, batch, loss, 2)], Metrics(), Trace()) == {"policy": None}
     after = [bool(state["exp_avg"].any()) for state in fused.state.values()]
     print(type(fused).__name__, before, fused.param_groups[0]["step"], any(after))
+
+
+def looked_at(overrides: list[str]) -> tuple[list[str], list[str]]:
+    """Of what phases the checkpoints are read to be sure of them as PPO's four roles are made, and which times are
+    limited."""
+    from rlhf_engine.algorithms import ALGORITHMS
+    from rlhf_engine.launching.build import build_role
+    from rlhf_engine.surviving import manifest
+
+    ctx, looked, watched = cases.context(overrides, (1, 1, 1)), [], []
+    with pytest.MonkeyPatch.context() as patch:
+
+        def damage(folder, *part, original=manifest.damage):
+            looked.append(folder.parent.parent.name)
+            return original(folder, *part)
+
+        def watch(name: str):
+            watched.append(name)
+            return contextlib.nullcontext()
+
+        patch.setattr(manifest, "damage", damage)
+        ctx.watch = watch
+        for name, spec in ALGORITHMS["ppo"](ctx.config).roles().items():
+            build_role(ctx, name, spec)
+    return looked, watched
+
+
+def test_a_finished_checkpoint_is_looked_at_once(worlds, overrides):
+    looked, watched = worlds(1).run(looked_at, overrides)[0]
+    assert sorted(looked) == ["reward", "sft"]
+    assert watched == [f"the check of {phase}'s checkpoint" for phase in looked]
+
+
+def test_a_file_that_was_cut_is_not_a_role(tmp_path):
+    weights = torch.arange(50.0)
+    parcel = Parcel(lambda: [weights], torch.device("cpu"), tmp_path / "weights")
+    parcel.leave()
+    with open(tmp_path / "weights.0", "r+b") as file:
+        file.truncate(196)
+    with pytest.raises(RunError, match=r"weights.0 has 196 bytes of 200"):
+        parcel.arrive()
 
 
 # -- copies on a GPU, on one that is not there ----------------------------------------------------------------

@@ -188,7 +188,8 @@ def whole_folder(target: Path, manifest: dict[str, Any] | None = None) -> Iterat
     try:
         yield temporary
         listing.unlink(missing_ok=True)
-        durable.sync_tree(temporary)
+        for path in (*temporary.rglob("*"), temporary):
+            durable.sync(path)
     except BaseException as error:
         if manifest is None or isinstance(error, Exception):
             shutil.rmtree(temporary, ignore_errors=True)

@@ -83,8 +83,7 @@ def build_role(ctx: Context, name: str, spec: RoleSpec) -> RoleModel:
         config.schedule.micro_batch_tokens,
     )
     for phase, source in spec.weights:
-        is_finished = iterations_of_finished(ctx, phase) >= 0
-        if is_finished and (found := phase_checkpoints(ctx, phase).newest(is_finished)):
+        if found := last_checkpoint(ctx, phase):
             checkpoint.load_weights(found, source, role)
             break
     else:
@@ -121,6 +120,14 @@ def iterations_of_finished(ctx: Context, phase: str) -> int:
     summary = Path(ctx.config.output_dir) / phase / SUMMARY
     found = durable.read(summary) if ctx.mesh.is_main else None
     return ctx.mesh.from_main((found or {}).get("iterations", -1))
+
+
+def last_checkpoint(ctx: Context, phase: str) -> Path | None:
+    """Of a finished phase, for all roles that start from it: it is read whole to be sure of it."""
+    if phase not in ctx.finished and iterations_of_finished(ctx, phase) >= 0:
+        with ctx.watch(f"the check of {phase}'s checkpoint"):
+            ctx.finished[phase] = phase_checkpoints(ctx, phase).newest(is_finished=True)
+    return ctx.finished.get(phase)
 
 
 def phase_checkpoints(ctx: Context, phase: str) -> checkpoint.Checkpoints:

@@ -99,33 +99,9 @@ class Checkpoints:
     def save(self, iteration: int, roles: Mapping[str, RoleModel], state: Mapping[str, Any]) -> None:
         """Copies the trained roles and `state` and has them written, once an earlier save is finished."""
         self.finish()
-        target, error = self.mesh.from_main(self._new_folder() if self.mesh.is_main else None)
-        if error is not None:
-            self._is_saved = False
-            self._say_not_saved(iteration, error)
-            return
-        self._writing = _Writing(target, iteration, roles, state, self.mesh, self._memory_for)
+        self._writing = _Writing(self.folder, iteration, roles, state, self.mesh, self._memory_for)
         if not self.config.async_save:
             self.finish()
-
-    def _new_folder(self) -> tuple[Path, str | None]:
-        """A folder for a save, or what is in the way. No other save had its name: a client of a shared file system may
-        remember what a name led to, which is the last good checkpoint by now."""
-        target = self.folder / f"saving.{secrets.token_hex(8)}"
-        try:
-            durable.make_folder(self.folder)
-            for path in self.folder.iterdir():
-                if re.fullmatch(r"saving(\.[0-9a-f]{16})?", path.name):  # of a run that was killed while it saved
-                    shutil.rmtree(path, ignore_errors=True)
-            durable.make_folder(target)
-        except OSError as error:
-            return target, durable.reason(error)
-        return target, None
-
-    def _say_not_saved(self, iteration: int, error: str) -> None:
-        if self.mesh.is_main:
-            kept = self._line[-1] if self._line else "nothing"
-            print(f"checkpoint of iteration {iteration} not saved: {error}; {kept} is kept", flush=True)
 
     def _memory_for(self, role: str, size: int) -> Tensor:
         """Host memory for a role's copy, the same at every save: it takes longer to get than to fill."""
@@ -153,9 +129,10 @@ class Checkpoints:
                 name = self._complete(writing, reports) if error is None else None
             except (OSError, RuntimeError) as failure:
                 error = durable.reason(failure)
-            if error is not None:
+            if name is None:
                 shutil.rmtree(writing.target, ignore_errors=True)
-                self._say_not_saved(writing.iteration, error)
+                kept = self._line[-1] if self._line else "nothing"
+                print(f"checkpoint of iteration {writing.iteration} not saved: {error}; {kept} is kept", flush=True)
         name = self.mesh.from_main(name)
         self._is_saved = name is not None
         if name is not None:
@@ -217,6 +194,21 @@ def _names(folder: Path) -> list[str]:
     return [named, *(name for name in reversed(found) if _number(name) < _number(named))]
 
 
+def _new_folder(folder: Path) -> tuple[Path, str | None]:
+    """For a save, and what is in the way of it. No other save had its name: a client of a shared file system may know
+    what a name led to before, which is the last good checkpoint by now."""
+    target = folder / f"saving.{secrets.token_hex(8)}"
+    try:
+        durable.make_folder(folder)
+        for path in folder.iterdir():
+            if re.fullmatch(r"saving(\.[0-9a-f]{16})?", path.name):  # of a run that was killed while it saved
+                shutil.rmtree(path, ignore_errors=True)
+        durable.make_folder(target)
+    except OSError as error:
+        return target, durable.reason(error)
+    return target, None
+
+
 class _Plan(TorchDistSaveShardedStrategy):
     """Megatron's plan of a save, in `writer` and `metadata`; carrying it out is left to others."""
 
@@ -232,12 +224,21 @@ class _Writing:
     """A save on this rank: planned and copied when it exists, and written by a thread."""
 
     def __init__(
-        self, target: Path, iteration: int, roles: Mapping[str, RoleModel], state: Mapping[str, Any],
+        self, folder: Path, iteration: int, roles: Mapping[str, RoleModel], state: Mapping[str, Any],
         mesh: ParallelMesh, memory: Callable[[str, int], Tensor],
     ):  # fmt: skip
-        self.target, self.iteration = target, iteration
+        self.iteration = iteration
         self._results: list = []
         self._written: dict[str, manifest.Entry] = {}
+        self.target, self._error = mesh.from_main(_new_folder(folder) if mesh.is_main else None)
+        buckets = self._planned(roles, state, memory) if self._error is None else []
+        self.thread = threading.Thread(target=self._write, args=(buckets,), daemon=True)
+        self.thread.start()
+
+    def _planned(
+        self, roles: Mapping[str, RoleModel], state: Mapping[str, Any], memory: Callable[[str, int], Tensor]
+    ) -> list:
+        """What this rank writes, copied."""
         self.plan = _Plan("torch_dist", 1, thread_count=1)
         tree: dict[str, Any] = {"state": dict(state)}
         with _quiet():
@@ -249,12 +250,11 @@ class _Writing:
                             torch.cuda.current_stream().synchronize()
                     tree[name]["scheduler"] = role.scheduler.state_dict()
             with _without_common_errors() as errors:
-                dist_checkpointing.save(tree, str(target), self.plan, async_sharded_save=True, **_STRATEGY)
+                dist_checkpointing.save(tree, str(self.target), self.plan, async_sharded_save=True, **_STRATEGY)
         buckets = self.plan.writer.write_buckets
         self.plan.writer.write_buckets = None
         self._error = next(iter(errors), None)
-        self.thread = threading.Thread(target=self._write, args=(buckets,), daemon=True)
-        self.thread.start()
+        return buckets
 
     def report(self) -> _Report:
         """Waits for the thread."""
@@ -262,10 +262,10 @@ class _Writing:
         return self._error, self._results, self._written
 
     def _write(self, buckets: list) -> None:
-        writer = self.plan.writer
-        transforms = [writer.transforms] if hasattr(writer, "transforms") else []
         try:
             for bucket in buckets:
+                writer = self.plan.writer
+                transforms = [writer.transforms] if hasattr(writer, "transforms") else []
                 results: queue.Queue = queue.Queue()
                 running: queue.Queue = queue.Queue()
                 running.put(None)

@@ -24,13 +24,9 @@ _OF_ONE_START = {"phases", "rerun", "max_restarts", "output", "output_dir", "pla
 def write_config(folder: Path, config: RunConfig, goes_on: bool) -> None:
     """`config.yaml` of this start. That of an earlier one stays beside it as `config.N.yaml`, where it is another; of a
     phase that goes on it is said what is."""
-    path, now = folder / "config.yaml", asdict(config)
-    before = durable.read(path)
-    if before == now:
-        return
-    if before is not None:
-        old = folder / f"config.{1 + len(list(folder.glob('config.*.yaml')))}.yaml"
-        durable.write(old, path.read_bytes())
+    path, now, before = folder / "config.yaml", asdict(config), durable.read(folder / "config.yaml")
+    if before is not None and before != now:
+        durable.write(folder / f"config.{1 + len(list(folder.glob('config.*.yaml')))}.yaml", path.read_bytes())
         others = _OF_ONE_START | (_ALGORITHMS - {folder.name, "reward" if folder.name == "ppo" else ""})
         for key, was, value in changes(before, now) if goes_on else ():
             if key.partition(".")[0] not in others:

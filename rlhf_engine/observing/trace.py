@@ -142,8 +142,7 @@ class Trace:
 
 def append_events(path: Path, ranks: Sequence[Sequence[Span]], iteration: int) -> None:
     """Adds an iteration to a trace in Chrome's event format: a process for each rank, a track for stages and one for
-    what happens in them. The closing bracket is missing, which the format allows and readers take. An iteration that
-    there is no room for is left out."""
+    what happens in them. The closing bracket is missing, which the format allows and readers take."""
     lines = [] if path.is_file() and path.stat().st_size else ["[\n"]
     for rank, spans in enumerate(ranks):
         for span in spans:

@@ -37,11 +37,7 @@ def reason(error: Exception) -> str:
 
 @contextlib.contextmanager
 def needed(path: Path) -> Iterator[None]:
-    """Around what writes `path`.
-
-    Raises:
-        WriteError: in place of an OSError.
-    """
+    """Around what writes `path`: an OSError becomes a WriteError."""
     try:
         yield
     except OSError as error:
@@ -49,16 +45,11 @@ def needed(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def spared(path: Path, *kinds: type[Exception]) -> Iterator[None]:
-    """Around what writes `path`, which the run can do without: that it failed is said once.
-
-    Args:
-        kinds: of errors besides OSError.
-    """
-    expected: tuple[type[Exception], ...] = (OSError, *kinds)
+def spared(path: Path, errors: type[Exception] = OSError) -> Iterator[None]:
+    """Around what writes `path`, which the run can do without: that it failed is said once."""
     try:
         yield
-    except expected as error:
+    except errors as error:
         if path not in _said:
             _said.add(path)
             print(f"{path} cannot be written ({reason(error)}): the run goes on without it", flush=True)
@@ -76,12 +67,6 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def sync_tree(folder: Path) -> None:
-    """`sync` of a folder and everything in it."""
-    for path in (*folder.rglob("*"), folder):
-        sync(path)
-
-
 def make_folder(path: Path) -> None:
     """And those above it. A folder that is there is left as it is."""
     with needed(path):
@@ -92,12 +77,7 @@ def make_folder(path: Path) -> None:
 
 
 def aside(path: Path, content: str | bytes) -> Path:
-    """Writes what will be `path`. All that takes room on the disk is done when it returns, and nothing is left of it
-    where that failed.
-
-    Returns:
-        What to `move` there.
-    """
+    """Writes what is to be moved to `path`: with that all is done that takes room. Nothing is left where it fails."""
     temporary = path.with_name(path.name + ".tmp")
     with needed(path):
         try:
@@ -141,7 +121,7 @@ def read(path: Path) -> dict[str, Any] | None:
 
 
 def append(path: Path, content: str) -> None:
-    """Adds all of `content` to a file, or nothing. It is not synced."""
+    """Adds all of `content` to a file or nothing, unsynced."""
     with needed(path), path.open("ab", buffering=0) as file:
         size, left = file.seek(0, os.SEEK_END), memoryview(content.encode())
         try:
