@@ -63,6 +63,7 @@ class TrainState:
     # of an iteration that was left between two of its stages or updates
     experience: Experience | None = None
     metrics: dict[str, Any] | None = None  # Metrics.held
+    ending: dict[str, float] | None = None  # figures of the final evaluation, where it has changed a role
     data: str | None = None  # digest of the rows that it is made from
 
     def to_dict(self) -> dict[str, Any]:

@@ -36,6 +36,8 @@ from .surviving import durable
 from .surviving.guard import BadNumbers, Guard, NotFinite
 from .surviving.watchdog import Watchdog
 
+BEGUN_AGAIN = "rerun"  # in a phase's folder while a run with rerun=true is under way: the phases of that run
+
 
 def run(plan: Plan) -> int:
     """Runs every phase of a planned run on this rank.
@@ -72,6 +74,9 @@ def run_phases(plan: Plan) -> int:
         elif not train(ctx, ALGORITHMS[phase](plan.config)):
             code = signals.STOPPED
             break
+    else:
+        for phase in plan.config.phases if mesh.is_main else ():
+            (Path(plan.config.output_dir) / phase / BEGUN_AGAIN).unlink(missing_ok=True)
     watchdog.close()
     mesh.barrier()
     return code
@@ -96,25 +101,28 @@ def train(ctx: Context, algorithm: Algorithm) -> bool:
     """One phase: from its checkpoint, or the beginning, to its end; False where it was asked to stop before."""
     config, mesh = ctx.config, ctx.mesh
     folder = Path(config.output_dir) / algorithm.name
-    if iterations_of_finished(ctx, algorithm.name) >= algorithm.iterations:
-        if not config.rerun:
-            if mesh.is_main:
-                say_finished(folder, config)
-            return True
+    checkpoints = phase_checkpoints(ctx, algorithm.name)
+    if config.rerun:
+        begin_again(ctx, checkpoints)
+    finished = iterations_of_finished(ctx, algorithm.name)
+    if finished >= algorithm.iterations:
         if mesh.is_main:
-            (folder / SUMMARY).unlink()
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        mesh.barrier()
+            say_finished(folder, config)
+        return True
     specs = algorithm.roles()
     schedule = Schedule(algorithm.stages, algorithm.provided, specs)
     ctx.finished.pop(algorithm.name, None)
-    checkpoints = phase_checkpoints(ctx, algorithm.name)
     with ctx.watch(f"the check of {algorithm.name}'s checkpoint"):
         found = checkpoints.newest()
     with ctx.watch(f"the loading of {algorithm.name}"):
         begin(ctx, algorithm.name, specs)
         if found:
             ctx.state = TrainState.from_dict(checkpoint.load(found, ctx.roles))
+        elif finished >= 0:
+            raise ConfigError(
+                f"{algorithm.name} has {finished} iterations behind it, and there is no checkpoint in"
+                f" {checkpoints.folder}: put it back, or run the phase again (rerun=true)"
+            )
     ctx.guard = Guard(config.guard, mesh.is_main, ctx.state.skipped)
     if ctx.state.experience is not None and ctx.state.metrics is not None:
         check_cut(ctx, folder / "config.yaml", algorithm.name)
@@ -163,6 +171,26 @@ def train(ctx: Context, algorithm: Algorithm) -> bool:
     if mesh.device.type == "cuda":
         torch.cuda.empty_cache()
     return True
+
+
+def begin_again(ctx: Context, checkpoints: checkpoint.Checkpoints) -> None:
+    """Removes what there is of a phase: once, however often the run is stopped and started until all its phases are
+    finished. What is not removed would be taken for the phase's end, so the summary goes last.
+
+    Raises:
+        RunError: something cannot be removed.
+    """
+    folder, phases = checkpoints.folder.parent, " ".join(ctx.config.phases)
+    mark = folder / BEGUN_AGAIN
+    if ctx.mesh.is_main and not (mark.is_file() and mark.read_text() == phases):
+        try:
+            checkpoints.clear()
+            (folder / SUMMARY).unlink(missing_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            mark.write_text(phases)
+        except OSError as error:
+            raise RunError(f"rerun=true: {error.filename} cannot be removed or written: {error.strerror}") from None
+    ctx.mesh.barrier()
 
 
 # what cuts an iteration into updates, and deals them its rows

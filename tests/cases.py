@@ -252,7 +252,7 @@ def hf_greedy(
 
 def num_parameters(path: str) -> int:
     """Parameters of the model that a config.json describes."""
-    from rlhf_engine.converting.convert import count_parameters
+    from rlhf_engine.converting.layout import count_parameters
     from rlhf_engine.hf.config import parse, read_json
 
     return count_parameters(parse(read_json(Path(path)), path), "lm", worlds.mesh(1, 1, 1))

@@ -301,12 +301,15 @@ def test_no_room_for_a_folder(worlds, overrides, tmp_path):
 
 
 def test_which_are_kept(worlds, overrides, tmp_path):
+    theirs = ["iteration_10.copy", "iteration_1e3", "iteration_best"]  # a user's, who has put them beside ours
+    for name in theirs:
+        (tmp_path / name).mkdir()
     worlds(2).run(save_many, overrides, str(tmp_path))
-    assert kept(tmp_path) == ["iteration_10", "iteration_11", "iteration_5", "latest"]
+    assert kept(tmp_path) == sorted(["iteration_10", "iteration_11", "iteration_5", "latest", *theirs])
     # going back: what lies beyond is no part of this run
     (tmp_path / "latest").write_text("iteration_5")
     worlds(2).run(save, overrides, TWO, str(tmp_path), [6])
-    assert kept(tmp_path) == ["iteration_5", "iteration_6", "latest"]
+    assert kept(tmp_path) == sorted(["iteration_5", "iteration_6", "latest", *theirs])
     assert (tmp_path / "latest").read_text() == "iteration_6"
 
 

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from rlhf_engine.algorithms import rollouts
 from rlhf_engine.config import ModelConfig, RunConfig
 from rlhf_engine.context import TrainState
-from rlhf_engine.converting.convert import one_rank
+from rlhf_engine.converting.layout import one_rank
 from rlhf_engine.models import layers
 from rlhf_engine.models.role import RoleModel, head_weight
 from rlhf_engine.rollout.decoder import Decoder

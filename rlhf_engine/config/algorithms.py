@@ -125,6 +125,11 @@ def check_ppo(ppo: PPOConfig, reward: RewardConfig, dp: int) -> None:
         check_batch("ppo.ptx.rows", ppo.ptx.rows, dp)
     if ppo.score_min is not None and ppo.score_max is not None and ppo.score_min > ppo.score_max:
         raise ConfigError(f"ppo.score_min={ppo.score_min} exceeds ppo.score_max={ppo.score_max}")
+    if ppo.kl_controller == "adaptive" and samples >= 5 * ppo.kl_horizon:  # its error is cut to 0.2
+        raise ConfigError(
+            f"ppo.kl_horizon={ppo.kl_horizon} lets one iteration of {samples} samples take all of the KL coefficient:"
+            f" use more than {samples // 5}"
+        )
     if 0 < ppo.iterations <= ppo.critic_warmup_iterations:
         raise ConfigError(
             f"ppo.critic_warmup_iterations={ppo.critic_warmup_iterations} leaves the policy none of"

@@ -17,6 +17,7 @@ from ..data.dataset import build_datasets
 from ..data.sources import gold_rule
 from ..data.tokenizer import Tokenizer, train_tokenizer
 from ..hf.files import HFFolder
+from ..hf.index import is_checkpoint
 from ..hf.weights import RandomWeights, Source, load_weights
 from ..mesh import ParallelMesh
 from ..models import checkpoint
@@ -101,7 +102,7 @@ def base_policy(ctx: Context) -> RoleModel:
 
 def load_base(role: RoleModel, path: str | None, seed: int = 0) -> None:
     """Weights of an HF folder or of what tools/convert_hf made of one; random ones where there is no path."""
-    if path and (Path(path) / ".metadata").is_file():
+    if path and is_checkpoint(path):
         return checkpoint.load_weights(Path(path), checkpoint.IMPORTED, role)
     source: Source = HFFolder(path) if path else RandomWeights(role.model, seed)
     load_weights(role.chunks, role.model, role.head, role.mesh, source)

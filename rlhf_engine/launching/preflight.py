@@ -18,7 +18,8 @@ from ..data.sources import HH_MINI, Source, check_sources, parse_spec, read_sour
 from ..data.tokenizer import Tokenizer
 from ..data.vocabulary import has_tokenizer, read_vocabulary
 from ..hf.config import ARCHITECTURES, family, read_json, read_model_config
-from ..hf.index import check_adapter, index, unread_files
+from ..hf.index import check_adapter, index, is_checkpoint, unread_files
+from ..hf.pickles import read_index
 from ..observing.to_wandb import has_wandb
 from ..surviving import durable
 from ..surviving.parts import Parts, folder_digest, rows_digest
@@ -222,14 +223,11 @@ def read_base(path: str, section: str = "policy", ignore_keys: Sequence[str] = (
     model = read_model_config(path, ignore_keys, f"{section}.ignore_keys")
     if section == "policy" and has_score(path):
         raise ConfigError(f"policy.path={path} is a reward model: reward.path={path} scores with it, or trains it")
-    if not is_converted(path):
+    if is_checkpoint(path):
+        read_index(path, is_wanted=False)
+    else:
         index(path)
     return Base(path, model)
-
-
-def is_converted(path: str) -> bool:
-    """Whether a folder is what tools/convert_hf makes."""
-    return (Path(path) / ".metadata").is_file()
 
 
 def has_score(path: str) -> bool:
@@ -242,7 +240,7 @@ def folder_notes(config: RunConfig, policy: Base, reward: Base, tokenizer: Token
     """What the folders of weights hold that is not used, or is used in a way of its own."""
     notes = []
     for section, base in {"policy": policy, "reward": reward}.items():
-        if base.path is None or is_converted(base.path) or (section == "reward" and base is policy):
+        if base.path is None or is_checkpoint(base.path) or (section == "reward" and base is policy):
             continue
         if unread := [path.name for path in unread_files(base.path)]:
             notes.append(f"{section}.path={base.path}: not read: {', '.join(unread)}")
@@ -277,7 +275,7 @@ def check_reward(config: RunConfig, reward: Base) -> None:
         )
     head = ARCHITECTURES[reward.model.architecture].score
     path = config.reward.path
-    if not (has_score(path) if is_converted(path) else head in index(path)):
+    if not (has_score(path) if is_checkpoint(path) else head in index(path)):
         raise ConfigError(
             f"reward.path={config.reward.path} has no tensor {head}, so all its scores would be 0: phases=[reward,ppo]"
             " makes a reward model of it"
@@ -409,7 +407,7 @@ def load_function(name: str):
         sys.path.insert(0, os.getcwd())
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except Exception as error:  # whatever the user's module does when it is imported
+    except (Exception, SystemExit) as error:  # whatever the user's module does when it is imported
         raise ConfigError(f"reward.fn={name}: {type(error).__name__}: {error}") from None
     if not callable(function):
         raise ConfigError(f"reward.fn={name} is not a function")

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import inspect
 import logging
+import pickle
 import queue
 import re
 import secrets
@@ -32,11 +33,12 @@ from megatron.core.dist_checkpointing.strategies import common, filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from ..config import CheckpointConfig, ConfigError
 from ..mesh import ParallelMesh
 from ..surviving import durable, manifest
-from . import shards
+from . import readers, shards
 from .optim import load_optimizer
 from .residency import Presence, host_memory
 from .role import RoleModel
@@ -47,6 +49,8 @@ filesystem_async._results_queue = queue.Queue()
 # "nvrx", the default where it exists, writes in a process of its own
 _HAS_STRATEGIES = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
 _STRATEGY = {"async_strategy": "mcore"} if _HAS_STRATEGIES else {}
+
+readers.install()
 
 IMPORTED = "model"  # prefix of the keys of a converted HF folder, where a trained checkpoint has its roles
 _ALIGNED = 64  # bytes that a tensor's copy begins at a multiple of
@@ -73,7 +77,7 @@ class Checkpoints:
             is_finished: nothing but the last one will do, because the phase is finished.
 
         Raises:
-            ConfigError: there are some and none is whole.
+            ConfigError: there are some and none is whole, or a finished phase's is not there.
         """
         names = self.mesh.from_main(_names(self.folder) if self.mesh.is_main else None)
         for i, name in enumerate(names[: 1 if is_finished else None]):
@@ -85,11 +89,22 @@ class Checkpoints:
                 return self.folder / name
             if self.mesh.is_main:
                 print(f"checkpoint {self.folder / name} is damaged: {damage}", flush=True)
-        if names and is_finished:
-            raise ConfigError(f"a finished phase has left {self.folder / names[0]}, which is damaged: run it again")
+        if is_finished:
+            what = f"{self.folder / names[0]}, which is damaged" if names else f"no checkpoint in {self.folder}"
+            raise ConfigError(f"a finished phase has left {what}: put it back, or run the phase again (rerun=true)")
         if names:
             raise ConfigError(f"no checkpoint in {self.folder} is whole: remove it to begin the phase again")
         return None
+
+    def clear(self) -> None:
+        """Removes all of them, wherever links lead. The main rank calls it, before there is any save.
+
+        Raises:
+            OSError: one cannot be removed.
+        """
+        (self.folder / "latest").unlink(missing_ok=True)
+        for path in (self.folder / name for name in _names(self.folder)):
+            path.unlink() if path.is_symlink() else shutil.rmtree(path)
 
     @property
     def is_writing(self) -> bool:
@@ -138,9 +153,8 @@ class Checkpoints:
         if name is not None:
             self._line = self._kept([*self._line, name])
             if self.mesh.is_main:
-                for path in self.folder.glob("iteration_*"):
-                    if path.name not in self._line:
-                        shutil.rmtree(path, ignore_errors=True)
+                for other in set(_saved(self.folder)) - set(self._line):
+                    shutil.rmtree(self.folder / other, ignore_errors=True)
         return self._is_saved
 
     def _complete(self, writing: _Writing, reports: Sequence[_Report]) -> str:
@@ -180,13 +194,18 @@ class Checkpoints:
 
 def _number(name: str) -> tuple[int, int]:
     """Iteration, and which of its checkpoints: the later ones are `iteration_N.1` and so on. (-1, 0) of other names."""
-    found = re.fullmatch(r"iteration_(\d+)(?:\.(\d+))?", name)
+    found = re.fullmatch(r"iteration_(0|[1-9][0-9]*)(?:\.([1-9][0-9]*))?", name)
     return (int(found[1]), int(found[2] or 0)) if found else (-1, 0)
+
+
+def _saved(folder: Path) -> list[str]:
+    """Those that were saved, oldest first; a name of another form is somebody else's."""
+    return sorted((path.name for path in folder.glob("iteration_*") if _number(path.name)[0] >= 0), key=_number)
 
 
 def _names(folder: Path) -> list[str]:
     """What `latest` names and what comes before it, newest first; all of them where it names none."""
-    found = sorted((path.name for path in folder.glob("iteration_*") if _number(path.name)[0] >= 0), key=_number)
+    found = _saved(folder)
     pointer = folder / "latest"
     named = pointer.read_text().strip() if pointer.is_file() else ""
     if _number(named)[0] < 0:
@@ -294,14 +313,30 @@ def _on_host(tree: dict[str, Any], memory: Callable[[int], Tensor]) -> dict[str,
     return tree
 
 
+def _read(checkpoint: Path, tree: dict[str, Any]) -> dict[str, Any]:
+    """`tree` filled.
+
+    Raises:
+        ConfigError: a part of it cannot be read without running code.
+    """
+    try:
+        with _quiet():
+            return dist_checkpointing.load(tree, str(checkpoint))
+    except (CheckpointException, pickle.UnpicklingError) as error:
+        (first, _), *_ = error.failures.values() if isinstance(error, CheckpointException) else [(error, None)]
+        if isinstance(first, ConfigError | pickle.UnpicklingError):
+            raise ConfigError(f"{checkpoint} cannot be read without running code from it") from None
+        raise
+
+
 def load(checkpoint: Path, roles: Mapping[str, RoleModel]) -> dict[str, Any]:
     """Fills the trained roles, their optimizers and schedules, one role after the other; returns the `state` that was
     saved with them."""
     loaded: dict[str, Any] = {}
     for name, role in roles.items():
         if role.is_trained:
-            with role.on_device(Presence.STATE, changes=True), _quiet():
-                loaded = dist_checkpointing.load({name: shards.to_load(role, name)}, str(checkpoint))
+            with role.on_device(Presence.STATE, changes=True):
+                loaded = _read(checkpoint, {name: shards.to_load(role, name)})
                 load_optimizer(role.optimizer, loaded[name]["optimizer"])
             role.scheduler.load_state_dict(loaded[name]["scheduler"])
     return loaded["state"]
@@ -338,8 +373,7 @@ def load_weights(checkpoint: Path, name: str, role: RoleModel) -> None:
     if f"{name}.output_layer.bias" in held or role.head == "scalar":
         same_head = (f"{name}.output_layer.bias" in held) == (role.head == "scalar")
         model = {key: part for key, part in model.items() if same_head or ".output_layer." not in key}
-    with _quiet():
-        dist_checkpointing.load({"model": model}, str(checkpoint))
+    _read(checkpoint, {"model": model})
 
 
 @contextlib.contextmanager

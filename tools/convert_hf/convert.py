@@ -23,7 +23,8 @@ from pathlib import Path
 
 from rlhf_engine.config import ConfigError
 from rlhf_engine.hf.config import family, parse, read_json
-from rlhf_engine.hf.index import index, unread_files
+from rlhf_engine.hf.index import index, is_checkpoint, unread_files
+from rlhf_engine.hf.pickles import read_index
 from rlhf_engine.signals import say_errors_once
 
 
@@ -47,7 +48,7 @@ def import_hf(args: argparse.Namespace) -> int:
     """HF to Megatron."""
     import torch
 
-    from rlhf_engine.converting.convert import import_folder
+    from rlhf_engine.converting.importer import import_folder
 
     index(args.hf)
     _say_unread(args.hf)
@@ -100,7 +101,7 @@ def inspect_folder(args: argparse.Namespace) -> int:
         config = read_json(path)
         model = parse(config, str(path), args.ignore_keys, "--ignore-keys")
         head = family(config, str(path))[1]
-        from rlhf_engine.converting.convert import count_parameters, one_rank
+        from rlhf_engine.converting.layout import count_parameters, one_rank
 
         with one_rank() as mesh:
             table.add_row("parameters", f"{count_parameters(model, head, mesh):,}")
@@ -108,10 +109,8 @@ def inspect_folder(args: argparse.Namespace) -> int:
         for key, value in vars(model).items():
             if key != "init_std" and value is not None:
                 table.add_row(key, str(value))
-    if (args.folder / ".metadata").is_file():
-        from torch.distributed.checkpoint import FileSystemReader
-
-        held = FileSystemReader(args.folder).read_metadata().state_dict_metadata
+    if is_checkpoint(args.folder):
+        held = read_index(args.folder).state_dict_metadata
         table.add_row("format", f"megatron checkpoint, {len(list(args.folder.glob('*.distcp')))} files")
         table.add_row("holds", ", ".join(sorted({key.split(".")[0] for key in held})))
     else:
