@@ -28,7 +28,7 @@ from .models import checkpoint
 from .observing.logbook import Logbook
 from .observing.provenance import changes, data_digest, say_finished, write_config
 from .observing.report import write_report
-from .observing.trace import append_events
+from .observing.trace import append_events, cut_events, moments
 from .plan.measure import device_of, peak_flops
 from .schedule import Schedule
 from .signals import RunError, Stop
@@ -125,10 +125,13 @@ def train(ctx: Context, algorithm: Algorithm) -> bool:
             f"{algorithm.name}.iterations={algorithm.iterations}, and {found} has {ctx.state.iteration} behind it:"
             " use more iterations or another output_dir"
         )
+    if mesh.is_main:
+        (folder / SUMMARY).unlink(missing_ok=True)  # of a phase that gets more iterations, which is not finished now
     is_within, data = ctx.state.experience is not None, data_digest(ctx.datasets[algorithm.name])
     logbook = Logbook(config, algorithm.name, algorithm.iterations, ctx.state.iteration, mesh.is_main, is_within)
     if mesh.is_main:
         write_config(folder, config, found is not None)
+        cut_events(folder / "trace.json", ctx.state.iteration)
         if ctx.state.data not in (None, data):
             print(f"{algorithm.name}: data.sources has other rows from here on", flush=True)
     ctx.state.data = data
@@ -256,7 +259,7 @@ def close_trace(ctx: Context, folder: Path, times: Mapping[str, float], peak: fl
         for stage, flops in ctx.trace.flops.items():
             figures[f"mfu/{stage}"] = flops / (times[f"time/{stage}"] * ctx.mesh.world_size * peak)
     if ctx.config.trace:
-        ranks = ctx.mesh.all_gather_object(ctx.trace.spans)
+        ranks = ctx.mesh.all_gather_object((ctx.trace.spans, moments(ctx.mesh)))
         if ctx.mesh.is_main:
             append_events(folder / "trace.json", ranks, ctx.state.iteration - 1)
     ctx.trace.clear()

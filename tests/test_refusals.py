@@ -13,6 +13,7 @@ import worlds
 from conftest import ROOT, launch
 
 from rlhf_engine.config import ConfigError
+from rlhf_engine.launching import preflight
 from rlhf_engine.launching.compose import compose
 
 GOOD = {"chosen": "\n\nHuman: Hi?\n\nAssistant: Hello.", "rejected": "\n\nHuman: Hi?\n\nAssistant: No."}
@@ -173,6 +174,22 @@ def is_read(argument: str) -> bool:
     except ConfigError as error:
         return "quotes: " not in str(error)
     return True
+
+
+@pytest.mark.parametrize(("phases", "begun"), [("ppo", "sft"), ("reward,ppo", "sft"), ("ppo", "reward")])
+def test_what_is_built_on_a_phase_that_was_stopped(refused, run, monkeypatch, tmp_path, phases, begun):
+    """Would be built on its beginning; a phase that is finished, or goes on first, is taken."""
+    checkpoints = tmp_path / begun / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "latest").write_text("iteration_2")
+    monkeypatch.setattr(preflight, "check_reward", lambda *args: None)  # which would miss a reward model
+    message = refused(f"phases=[{phases}]", f"output_dir={tmp_path}")
+    assert f"{tmp_path / begun}, which was stopped" in message and f"use phases=[{begun},{phases}]" in message
+    monkeypatch.setattr(run, "start_ranks", lambda *args: 0)
+    settings = ["+exp=hh_rlhf", "device=cpu", f"output_dir={tmp_path}"]
+    assert run.main([*settings, f"phases=[{begun},{phases}]"]) == 0
+    (tmp_path / begun / "summary.json").write_text('{"iterations": 2}')
+    assert run.main([*settings, f"phases=[{phases}]"]) == 0
 
 
 def test_a_hub_data_set_without_its_package(refused, monkeypatch):

@@ -74,6 +74,11 @@ def test_what_a_run_leaves(whole):
     assert any(abs(row["kl/mean"]) > 1e-6 for row in rows[1:])
 
 
+def test_a_phase_begins_without_figures_of_the_one_before(small_run):
+    rows = [json.loads(line) for line in (small_run / "reward" / "metrics.jsonl").read_text().splitlines()]
+    assert "time/iteration" in rows[0] and "time/save" not in rows[0] and "time/save" in rows[1]
+
+
 def test_killed_and_started_again(phases, whole, tmp_path):
     """kill -9 of the launcher in the middle of PPO; the same command goes on, and nothing tells."""
     folder = tmp_path / "run"

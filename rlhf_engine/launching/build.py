@@ -21,6 +21,7 @@ from ..hf.weights import RandomWeights, Source, load_weights
 from ..mesh import ParallelMesh
 from ..models import checkpoint
 from ..models.role import RoleModel
+from ..observing.metrics import Metrics
 from ..observing.trace import Trace
 from ..surviving import durable
 from .preflight import SUMMARY, Plan, load_function
@@ -61,8 +62,8 @@ def trained_tokenizer(config: RunConfig, mesh: ParallelMesh, sources: list[data_
 
 
 def begin(ctx: Context, phase: str, specs: Mapping[str, RoleSpec]) -> None:
-    """A phase from its beginning: counters at zero, and roles with their weights in place."""
-    ctx.phase, ctx.state = phase, TrainState()
+    """A phase from its beginning: counters and figures at zero, and roles with their weights in place."""
+    ctx.phase, ctx.state, ctx.metrics = phase, TrainState(), Metrics()
     ctx.roles = {name: build_role(ctx, name, spec) for name, spec in specs.items()}
 
 

@@ -147,6 +147,7 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
             ptx_sources = read_sources(config.ppo.ptx.sources, data.num_rows, 0, config.seed, "ppo.ptx.sources")
             check_sources(ptx_sources, ["ptx"], "ppo.ptx.sources")
         check_output_dir(config)
+        check_finished(config)
     check_reward(config, reward)
     notes = [*folder_notes(config, policy, reward, tokenizer), *unusual_rates(config)]
     if device == "cuda" and is_main and cores() == 1:
@@ -302,6 +303,23 @@ def check_output_dir(config: RunConfig) -> None:
                     raise ConfigError(
                         f"{section}.{key}={value}, and {path.parent} was made with {old}: use another output_dir"
                     )
+
+
+def check_finished(config: RunConfig) -> None:
+    """A phase builds on the end of those before it.
+
+    Raises:
+        ConfigError: one of them was stopped before its end, and is not to go on.
+    """
+    order = ("sft", "reward", "ppo")
+    for i, phase in enumerate(order):
+        folder, later = Path(config.output_dir) / phase, [name for name in config.phases if name in order[i + 1 :]]
+        has_begun = (folder / "checkpoints" / "latest").is_file()
+        if later and phase not in config.phases and has_begun and not (folder / SUMMARY).is_file():
+            raise ConfigError(
+                f"phases=[{','.join(config.phases)}]: {later[0]} builds on {folder}, which was stopped before its end:"
+                f" use phases=[{','.join([phase, *config.phases])}], or another output_dir"
+            )
 
 
 def read_tokenizer(config: RunConfig, policy: Base) -> Tokenizer | None:

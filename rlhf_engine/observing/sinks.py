@@ -39,11 +39,14 @@ class Sink(Protocol):
 
 
 class TensorBoard:
-    """Events in the phase's folder."""
+    """Events in the phase's folder. Files are read in the order of their names, which begin with the time by some
+    machine's clock: those of earlier starts get names that come before any time."""
 
     def __init__(self, folder: Path, resumed_at: int):
         from torch.utils.tensorboard import SummaryWriter
 
+        for i, path in enumerate(sorted(folder.glob("events.out.tfevents.*"))):
+            path.rename(folder / f"events.out.tfevents.{i:010}")
         self.writer = SummaryWriter(str(folder), purge_step=resumed_at)
 
     def write(self, iteration: int, figures: Figures) -> None:

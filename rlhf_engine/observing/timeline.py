@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +41,16 @@ class Timeline:
         }
 
 
+def read_events(path: Path) -> Iterator[dict[str, Any]]:
+    """Of a trace, which lacks its closing bracket, and has half a line where a run was killed; none where there is no
+    trace."""
+    for line in path.read_text().splitlines()[1:] if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            yield json.loads(line.rstrip().rstrip(","))
+
+
 def read_trace(path: Path) -> Timeline | None:
-    """The last iteration of a trace, which lacks its closing bracket; None where there is none."""
-    if not path.is_file():
-        return None
-    lines = (line.rstrip().rstrip(",") for line in path.read_text().splitlines()[1:])
-    events = [json.loads(line) for line in lines if line.endswith("}")]
+    """The last iteration of a trace; None where there is none."""
+    events = list(read_events(path))
     last = max((event["args"]["iteration"] for event in events), default=0)
     return Timeline([event for event in events if event["args"]["iteration"] == last]) if events else None

@@ -178,8 +178,12 @@ def main(argv: list[str] | None = None) -> int:
         return args.run(args)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
-    except OSError as error:
-        print(f"error: {error.filename or 'writing'}: {error.strerror or error}", file=sys.stderr)
+    except (OSError, RuntimeError) as error:
+        # torch's archives fail once more when they are closed over what the system has refused
+        found = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(found, OSError):
+            raise
+        print(f"error: {found.filename or 'writing'}: {found.strerror or found}", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted: the same command goes on with an import, and starts an export anew", file=sys.stderr)
         return 130
