@@ -12,7 +12,7 @@ from statistics import mean
 import networkx as nx  # torch needs it, too
 from test_layers import FOLDERS, MODULES, ROOMS, imports, room
 
-BOX, LANE, HIGH, PITCH, SPACE = 132, 10, 30, 56, 16
+BOX, LANE, HIGH, PITCH, SPACE = 132, 10, 30, 56, 20
 HEAD = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}" role="img">
 <style>
 text{{font:600 13px system-ui,-apple-system,"Segoe UI",Helvetica,Arial,sans-serif;fill:#1f2430;text-anchor:middle}}
@@ -72,16 +72,14 @@ def arrange(rows: list[list[Place]], joined: nx.DiGraph) -> list[list[Place]]:
     return min(tried, key=crossings)
 
 
-def columns(rows: list[list[Place]], joined: nx.DiGraph) -> dict[Place, float]:
-    """Where the middle of each place is: near those that it is joined with, arrows straight, nothing overlapping."""
+def columns(rows: list[list[Place]], paths: list[list[Place]], joined: nx.DiGraph) -> dict[Place, float]:
+    """Where the middle of each place is: a room near what it is joined with, an arrow straight, nothing overlapping."""
+    near = {name: [*joined.predecessors(name), *joined.successors(name)] for name in ROOMS}
+    near |= {place: path for path in paths for place in path[1:-1]}
     x = {place: 0.0 for row in rows for place in row}
-    for _ in range(200):
+    for _ in range(300):
         for row in rows:
-            wanted = []
-            for place in row:
-                near = [*joined.predecessors(place), *joined.successors(place)]
-                weights = [1 + 4 * (isinstance(place, tuple) + isinstance(other, tuple)) for other in near]
-                wanted.append(sum(w * x[other] for w, other in zip(weights, near, strict=True)) / sum(weights))
+            wanted = [mean(x[other] for other in near[place]) for place in row]
             gaps = [
                 SPACE + sum(BOX if isinstance(place, str) else LANE for place in pair) / 2 for pair in pairwise(row)
             ]
@@ -109,7 +107,8 @@ def arrow(points: list[tuple[float, float]]) -> str:
     """A smooth line (Catmull-Rom) from below the first point through the others to above the last."""
     (x, y), *between, (to_x, to_y) = points
     y, to_y = y + HIGH / 2, to_y - HIGH / 2
-    line = [(x, y - PITCH), (x, y), *between, (to_x, to_y), (to_x, to_y + PITCH)]
+    passed = [(at, row + side) for at, row in between for side in (-HIGH / 2, HIGH / 2)]  # straight beside boxes
+    line = [(x, y - PITCH), (x, y), *passed, (to_x, to_y), (to_x, to_y + PITCH)]
     path = f"M{x:.0f},{y:.0f}"
     for (ax, ay), (bx, by), (cx, cy), (dx, dy) in zip(line, line[1:], line[2:], line[3:], strict=False):
         path += f"C{bx + (cx - ax) / 6:.0f},{by + (cy - ay) / 6:.0f} {cx - (dx - bx) / 6:.0f},{cy - (dy - by) / 6:.0f}"
@@ -129,7 +128,7 @@ def draw() -> str:
     for place in [*ROOMS, *(place for path in paths for place in path[1:-1])]:
         rows[level[place] if isinstance(place, str) else place[2]].append(place)
     rows = arrange(rows, joined)
-    x = columns(rows, joined)
+    x = columns(rows, paths, joined)
     y = {place: SPACE + HIGH / 2 + PITCH * r for r, row in enumerate(reversed(rows)) for place in row}
     width, height = max(x[name] for name in ROOMS) + BOX / 2 + SPACE, PITCH * len(rows) + 2 * SPACE
     shapes = [HEAD.format(width=width, height=height)]
