@@ -21,8 +21,9 @@ from .context import Context, TrainState
 from .converting.export import RunExport, export_role
 from .data.dataset import dialogues
 from .launching.build import base_policy, begin, build_context, iterations_of_finished, phase_checkpoints
+from .launching.earlier import SUMMARY
 from .launching.header import show_run
-from .launching.preflight import SUMMARY, Plan, lock
+from .launching.preflight import Plan, lock
 from .mesh import ParallelMesh
 from .models import checkpoint
 from .observing.logbook import Logbook

@@ -20,7 +20,7 @@ from rlhf_engine.data.dataset import Example, build_datasets
 from rlhf_engine.data.formats import Row
 from rlhf_engine.data.sources import Source, Spec
 from rlhf_engine.data.tokenizer import Tokenizer
-from rlhf_engine.launching.preflight import read_tokenizer
+from rlhf_engine.launching.folders import read_tokenizer
 
 DIALOGUE = [
     {"role": "user", "content": "Tell me of 12 cats, please."},

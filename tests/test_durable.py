@@ -14,7 +14,8 @@ from conftest import SMALL
 from rlhf_engine.config import ConfigError
 from rlhf_engine.hf.files import whole_folder
 from rlhf_engine.launching.compose import compose
-from rlhf_engine.launching.preflight import check_output_dir, plan
+from rlhf_engine.launching.earlier import check_output_dir
+from rlhf_engine.launching.preflight import plan
 from rlhf_engine.observing import provenance
 from rlhf_engine.signals import RunError
 from rlhf_engine.surviving import durable

@@ -16,7 +16,7 @@ from torch.distributed import checkpoint as dcp
 from rlhf_engine.config import ConfigError
 from rlhf_engine.converting.layout import one_rank
 from rlhf_engine.hf.pickles import read_index
-from rlhf_engine.launching.preflight import folder_notes, read_base
+from rlhf_engine.launching.folders import folder_notes, read_base
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf_engine.config import ConfigError, MeshConfig, RunConfig, check, resolve_mesh
 from rlhf_engine.launching.compose import compose
-from rlhf_engine.launching.preflight import read_base
+from rlhf_engine.launching.folders import read_base
 from rlhf_engine.launching.ranks import FINAL, Ranks, free_port
 from rlhf_engine.signals import STOPPED, Stop, answer
 from rlhf_engine.surviving.places import ATTEMPT, LAUNCH

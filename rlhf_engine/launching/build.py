@@ -25,7 +25,8 @@ from ..models.role import RoleModel
 from ..observing.metrics import Metrics
 from ..observing.trace import Trace
 from ..surviving import durable
-from .preflight import SUMMARY, Plan, load_function
+from .earlier import SUMMARY
+from .preflight import Plan, load_function
 
 
 def build_context(plan: Plan, mesh: ParallelMesh) -> Context:

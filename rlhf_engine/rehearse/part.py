@@ -11,7 +11,7 @@ from unittest import mock
 from ..config import ConfigError, LogConfig, RunConfig
 from ..hf.config import family, read_json
 from ..hf.index import index
-from ..launching import preflight
+from ..launching import folders, preflight
 from ..launching.compose import compose
 from ..models.partition import num_parameters
 
@@ -95,8 +95,8 @@ def settle(overrides: Sequence[str], world_size: int, output_dir: str) -> prefli
         phase.save_every = 1
     config.log = LogConfig()
     config.timeout.stage = 1e9
-    stand_ins: dict[str, Any] = dict(num_gpus=lambda: world_size, index=named_tensors, unread_files=lambda path: [])
-    with mock.patch.multiple(preflight, **stand_ins):
+    unread: dict[str, Any] = dict(index=named_tensors, unread_files=lambda path: [])
+    with mock.patch.object(preflight, "num_gpus", lambda: world_size), mock.patch.multiple(folders, **unread):
         return preflight.plan(config, world_size)
 
 
