@@ -219,6 +219,13 @@ def test_a_rank_that_dies_is_heard_first(tmp_path, monkeypatch, by_signal):
         assert "in stage score of iteration 0, on rank 0" in result.stderr
 
 
+def test_a_signal_without_a_name(capfd):
+    command = [sys.executable, "-c", "import os; os.kill(os.getpid(), 40)"]
+    started_ranks = ranks.Ranks(command, 3, 1, 4, "127.0.0.1", 1)
+    wait_until(lambda: started_ranks.poll() is not None, "its end")
+    assert started_ranks.poll() == 128 + 40 and capfd.readouterr().err == "rank 3 was ended by signal 40\n"
+
+
 def test_a_rank_that_dies_is_started_again(plain, tmp_path, monkeypatch):
     """From the last checkpoint; and not more often than allowed."""
     monkeypatch.setenv("DIED", str(tmp_path / "died"))
