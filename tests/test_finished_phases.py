@@ -15,8 +15,9 @@ from rlhf_engine.algorithms.algorithm import RoleSpec
 from rlhf_engine.config import CheckpointConfig, ConfigError
 from rlhf_engine.context import TrainState
 from rlhf_engine.converting.layout import one_rank
-from rlhf_engine.launching.build import build_context, build_role
+from rlhf_engine.launching.build import build_context, build_role, iterations_of_finished, phase_checkpoints
 from rlhf_engine.launching.compose import compose
+from rlhf_engine.launching.phase import begin_again
 from rlhf_engine.launching.preflight import plan
 from rlhf_engine.models.checkpoint import Checkpoints
 from rlhf_engine.signals import STOPPED, RunError
@@ -53,8 +54,7 @@ def test_a_reward_model_is_centred_once(context, tmp_path):
     ctx = context("phases=[reward]", "reward.iterations=1")
     algorithm = ALGORITHMS["reward"](ctx.config)
     ctx.roles = {
-        name: trainer.build_role(ctx, name, RoleSpec(spec.head, (), spec.optimizer))
-        for name, spec in algorithm.roles().items()
+        name: build_role(ctx, name, RoleSpec(spec.head, (), spec.optimizer)) for name, spec in algorithm.roles().items()
     }
     head = ctx.roles["reward"].chunks[-1].output_layer
     with torch.no_grad():
@@ -83,8 +83,8 @@ def test_a_rerun_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
 
     def train(ctx, algorithm):
         """The beginning of a phase as it is, and then its end, a stop or a kill."""
-        trainer.begin_again(ctx, trainer.phase_checkpoints(ctx, algorithm.name))
-        if trainer.iterations_of_finished(ctx, algorithm.name) >= 3:
+        begin_again(ctx, phase_checkpoints(ctx, algorithm.name))
+        if iterations_of_finished(ctx, algorithm.name) >= 3:
             return True
         begun.append(algorithm.name)
         assert not list((tmp_path / algorithm.name / "checkpoints").glob("iteration_3"))

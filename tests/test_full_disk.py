@@ -18,11 +18,11 @@ from conftest import ROOT, SMALL
 from rewards import fill
 from tensorboard.summary.writer import event_file_writer
 
-from rlhf_engine import trainer
 from rlhf_engine.algorithms import records
 from rlhf_engine.algorithms.algorithm import Evaluation
 from rlhf_engine.config import LogConfig
 from rlhf_engine.hf.files import HFWriter, whole_folder
+from rlhf_engine.launching import phase
 from rlhf_engine.launching.compose import compose
 from rlhf_engine.models.residency import Parcel
 from rlhf_engine.observing.logbook import Logbook
@@ -72,7 +72,7 @@ def test_metrics_wait_for_room(disk, capsys):
 
 
 def test_a_trace_has_whole_iterations(disk, capsys):
-    path, spans = disk / "trace.json", [[Span("log_probs", "stage", 0.0, 1.0)] * 50] * 2
+    path, spans = disk / "trace.json", [([Span("log_probs", "stage", 0.0, 1.0)] * 50, [0.0])] * 2
     for iteration, change in enumerate([None, fill, None, empty]):
         if change is not None:
             change(disk)
@@ -138,14 +138,14 @@ def finish(disk: Path, algorithm: str = "sft") -> None:
     ctx.state = SimpleNamespace(iteration=3)
     logbook = SimpleNamespace(finish=lambda figures, samples: None)
     (disk / "sft").mkdir(exist_ok=True)
-    trainer.finish(ctx, disk / "sft", SimpleNamespace(name="sft"), Evaluation({"eval/loss": 1.0}), logbook)
+    phase.finish(ctx, disk / "sft", SimpleNamespace(name="sft"), Evaluation({"eval/loss": 1.0}), logbook)
 
 
 def test_a_drawing_never_keeps_a_phase_unfinished(disk, capsys):
     (disk / "sft").mkdir()
-    (disk / "sft" / "trace.json").write_text('[\n{"name": "a"}{"name": "b"},\n')  # glued
+    (disk / "sft" / "trace.json").write_text('[\n{"name": "a"},\n')  # of another program
     finish(disk)
-    assert "sft/report.html cannot be written (Extra data" in capsys.readouterr().out
+    assert "sft/report.html cannot be written ('args'" in capsys.readouterr().out
     assert json.loads((disk / "sft" / "summary.json").read_text()) == {"iterations": 3, "eval/loss": 1.0}
 
 

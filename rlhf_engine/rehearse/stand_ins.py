@@ -21,6 +21,7 @@ from ..data.dataset import Dataset, Example
 from ..hf import files
 from ..hf.rows import Window
 from ..launching import build
+from ..launching.phase import Phase
 from ..launching.preflight import Plan
 from ..models import checkpoint, residency, role, stream
 from ..models.optim import gradient_tensors, optimizer_tensors
@@ -228,10 +229,10 @@ def _stop(part: Part) -> None:
     """The main rank is asked to stop in the first iteration of a phase, as a scheduler would."""
     iterate = trainer.iterate
 
-    def iterate_and_ask(ctx, algorithm, *args) -> bool:
-        if part.rank == 0 and algorithm.name == part.stops_in:
+    def iterate_and_ask(phase: Phase) -> bool:
+        if part.rank == 0 and phase.algorithm.name == part.stops_in:
             os.kill(os.getpid(), signal.SIGTERM)
-        return iterate(ctx, algorithm, *args)
+        return iterate(phase)
 
     put(trainer, iterate=iterate_and_ask)
 
