@@ -1,7 +1,7 @@
 # make run    install into .venv and run SFT, reward model and PPO on the embedded data
 # make test   install and run the tests
 # make check  style, types, layers
-# make docs   write docs/configuration.md from conf/ and rlhf_engine/config
+# make docs   write docs/configuration.md from conf/ and rlhf_engine/config, docs/layers.svg from the imports
 # make chaos  runs killed at random and started again, held to one that was not: RUNS=30 SEED=1
 # make bench-kernels   the kernels beside plain torch and public ones: benchmarks/results/kernels.csv and kernels.png
 # make bench-schedule  idle time of pipelines, roles apart and in one stream: benchmarks/results/schedule.csv
@@ -43,6 +43,7 @@ check: install
 
 docs: install
 	$(BIN)/python -m rlhf_engine.launching.reference > docs/configuration.md
+	PYTHONPATH=tests $(BIN)/python docs/layers.py > docs/layers.svg
 
 chaos: install
 	$(BIN)/python -W ignore tests/chaos.py $(if $(RUNS),--runs $(RUNS)) $(if $(SEED),--seed $(SEED)) $(CHAOS)

@@ -25,12 +25,12 @@ def measure(args: argparse.Namespace, folder: str) -> tuple[int, dict[bool, list
     whether it is asynchronous; and a step's seconds without one."""
     from rlhf_engine.config import CheckpointConfig, MeshConfig, ModelConfig, OptimizerConfig
     from rlhf_engine.mesh import ParallelMesh
+    from rlhf_engine.models.checkpoint import Checkpoints
     from rlhf_engine.models.role import RoleModel
     from rlhf_engine.models.stream import train_step
     from rlhf_engine.models.work import Work
     from rlhf_engine.observing.metrics import Metrics
     from rlhf_engine.observing.trace import Trace
-    from rlhf_engine.surviving.checkpoint import Checkpoints
 
     mesh = ParallelMesh(MeshConfig(tp=args.ranks, dp=1), args.device)
     model = ModelConfig(

@@ -65,7 +65,7 @@ def copy(source: Path, target: Path) -> None:
 def measure(side: str, source: Path, target: Path, tp: int, pp: int) -> tuple[float, float]:
     """Seconds of a side's work, and its peak memory in GB."""
     # both sides wait for it: a virtual machine gives memory that was idle so long back to its host
-    from rlhf_engine.converting.convert import import_folder
+    from rlhf_engine.converting.importer import import_folder
 
     def work() -> None:
         if side == "import":

@@ -183,7 +183,7 @@ def our_trainer(layout: str, name: str, policy: Path, reward: Path, steps: int) 
     from rlhf_engine.config import MeshConfig, PPOConfig, RolloutConfig, RunConfig
     from rlhf_engine.context import Context
     from rlhf_engine.launching.build import build_role
-    from rlhf_engine.launching.preflight import read_base
+    from rlhf_engine.launching.folders import read_base
     from rlhf_engine.mesh import ParallelMesh
 
     tp, dp = LAYOUTS[layout]

@@ -37,9 +37,7 @@ def rows_kernel(
             before += tl.sum((here & (then == 0)).to(tl.int32), 0)
     advantage = 0.0  # of the token after the block
     reward_sum = 0.0
-    count = 0.0
-    mean = 0.0
-    deviation = 0.0
+    count, mean, deviation = 0.0, 0.0, 0.0
     for i in range(num_blocks):
         start = (num_blocks - 1 - i) * BLOCK
         t = start + t0

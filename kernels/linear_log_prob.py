@@ -218,9 +218,8 @@ def linear_log_probs(
     kind = "cpu" if hidden.device.type == "cpu" else "cuda"
     chunk_bytes = CHUNK_BYTES[kind] if chunk_bytes is None else chunk_bytes
     keep_bytes = KEEP_BYTES[kind] if keep_bytes is None else keep_bytes
-    if not torch.is_grad_enabled() or not (hidden.requires_grad or weight.requires_grad):
-        keep_bytes = 0
-    options = _Options(vocabulary, sequence_parallel, chunk_bytes, keep_bytes)
+    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    options = _Options(vocabulary, sequence_parallel, chunk_bytes, keep_bytes if needs_grad else 0)
     x = hidden.reshape(-1, hidden.shape[-1])
     log_probs, entropy = _LinearLogProbs.apply(x, weight, flat, rows, banned, options)
     return log_probs.view(tokens.shape), entropy.view(tokens.shape)

@@ -15,6 +15,7 @@ from rlhf_engine.launching.reference import text
 
 
 def main(argv: list[str]) -> int:
+    """The exit code of what a command line asks for."""
     if {"--help", "-h"} & set(argv):
         print(__doc__, text(), sep="\n")
         return 0

@@ -20,9 +20,9 @@ from rlhf_engine.config import JOBS, ConfigError
 from rlhf_engine.launching.compose import compose
 from rlhf_engine.launching.environment import check_meeting, launched_world, num_threads, set_defaults
 from rlhf_engine.launching.preflight import Plan, lock, plan
-from rlhf_engine.launching.ranks import FINAL, PARENT, Ranks, end_with_parent, free_port
+from rlhf_engine.launching.ranks import FINAL, Ranks, end_with_parent, free_port
 from rlhf_engine.launching.reference import text
-from rlhf_engine.signals import SIGNALS, RunError, ignore, leave_at_once, say_errors_once
+from rlhf_engine.signals import RunError, answer, ignore, leave_at_once, say_errors_once
 from rlhf_engine.surviving.places import ATTEMPT, LAUNCH
 from rlhf_engine.xtuner.read import from_command_line
 
@@ -49,8 +49,7 @@ def start_ranks(world_size: int, argv: list[str], max_restarts: int, script: str
             asked = True
             ranks.send(signum)
 
-        for signum in SIGNALS:
-            signal.signal(signum, pass_on)
+        answer(pass_on)
         if asked:  # while nobody was there to be told
             ranks.send(signal.SIGTERM)
         while (found := ranks.poll()) is None:
@@ -78,8 +77,7 @@ def run_rank(checked: Plan, job: Callable[[Plan], int] = train) -> int:
     try:
         code = job(checked)
     except BaseException as error:
-        for signum in SIGNALS:
-            signal.signal(signum, signal.SIG_DFL)
+        answer(signal.SIG_DFL)
         refused = isinstance(error, ConfigError | RunError)
         # An error of a collective follows from another rank's end, and a refusal is found by every rank: the first to
         # say it ends the others.
@@ -95,6 +93,7 @@ def run_rank(checked: Plan, job: Callable[[Plan], int] = train) -> int:
 
 
 def say_notes(checked: Plan) -> None:
+    """What a user should read before the run starts."""
     for note in checked.notes:
         print(f"note: {note}", flush=True)
 
@@ -106,9 +105,6 @@ def main(
     if {"--help", "-h"} & set(argv):
         print(about, text(), sep="\n")
         return 0
-    if PARENT in os.environ:
-        end_with_parent()
-        leave_at_once()
     try:
         world_size = launched_world()
     except ConfigError as error:  # of this rank alone, perhaps
@@ -116,6 +112,7 @@ def main(
         return 2
     is_main = os.environ.get("RANK", "0") == "0"
     if world_size is not None:
+        end_with_parent()
         leave_at_once()
     try:
         checked = plan(compose(argv), world_size)

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ class RunningMoments:
     m2: float = 0.0
 
     def update(self, values: Sequence[float]) -> None:
+        """Adds the values, one after the other."""
         for value in values:
             self.count += 1
             delta = value - self.mean
@@ -43,6 +45,7 @@ class RunningMoments:
 
     @property
     def std(self) -> float:
+        """Of all values so far; 1 while there are fewer than two."""
         return (self.m2 / self.count) ** 0.5 if self.count > 1 else 1.0
 
 
@@ -60,13 +63,16 @@ class TrainState:
     # of an iteration that was left between two of its stages or updates
     experience: Experience | None = None
     metrics: dict[str, Any] | None = None  # Metrics.held
+    ending: dict[str, float] | None = None  # figures of the final evaluation, where it has changed a role
     data: str | None = None  # digest of the rows that it is made from
 
     def to_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainState:
+        """The inverse of `to_dict`."""
         nested = {"scores": RunningMoments, "skipped": Skipped, "experience": Experience}
         made = {k: kind(**values[k]) for k, kind in nested.items() if values.get(k) is not None}
         return cls(**{**values, **made})
@@ -83,7 +89,9 @@ class Context:
     datasets: Mapping[str, Dataset]  # by phase, and "ptx"
     gold: GoldFn | None
     reward_fn: RewardFn | None
+    phase: str = ""  # that runs, and the name of its section of the configuration
     roles: dict[str, RoleModel] = field(default_factory=dict)
+    finished: dict[str, Path | None] = field(default_factory=dict)  # last checkpoints of phases, as far as looked at
     state: TrainState = field(default_factory=TrainState)
     metrics: Metrics = field(default_factory=Metrics)
     trace: Trace = field(default_factory=Trace)
@@ -94,6 +102,11 @@ class Context:
     def model(self) -> ModelConfig:
         """The policy's."""
         return self.bases["policy"].model
+
+    @property
+    def settings(self) -> Any:
+        """The section of the phase that runs."""
+        return getattr(self.config, self.phase)
 
     def stop_if_asked(self) -> None:
         """Every rank calls it at the same point.

@@ -82,10 +82,12 @@ class ParallelMesh:
 
     @property
     def is_first_stage(self) -> bool:
+        """Whether this rank has the embedding."""
         return self.pp_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
+        """Whether this rank has the head."""
         return self.pp_rank == self.pp - 1
 
     @property
@@ -142,6 +144,7 @@ class ParallelMesh:
 
     @property
     def replica(self) -> int:
+        """Number of the replica that this rank generates with."""
         return self.pp_rank * self.dp + self.dp_rank
 
     # -- exports, which the main rank writes -------------------------------------------------------------------
@@ -188,6 +191,7 @@ class ParallelMesh:
         return box[0]
 
     def barrier(self) -> None:
+        """Waits for all ranks."""
         dist.barrier()
 
 
@@ -214,13 +218,19 @@ def own_gpu() -> int:
 
 def meeting_place(timeout: timedelta) -> dict[str, Any]:
     """The store where the ranks meet, hosted by rank 0, and this rank's place. It listens at `MASTER_ADDR` alone, where
-    torch's own would listen on all interfaces; at all of them only where the address is not one of this machine."""
+    torch's own would listen on all interfaces; at all of them only where the address is not one of this machine, or no
+    other machine can reach it: Debian has a machine's own name mean 127.0.1.1 there."""
     address, port = os.environ["MASTER_ADDR"].strip(), int(os.environ["MASTER_PORT"])
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     host: dict[str, Any] = {"is_master": rank == 0}
     if rank == 0:
         with contextlib.suppress(OSError):
-            host["master_listen_fd"] = socket.create_server((address, port), backlog=world_size).detach()
+            family, *_, place = min(socket.getaddrinfo(address, port, type=socket.SOCK_STREAM))
+            found = str(place[0])
+            is_named = address not in ("localhost", found) and found.startswith("127.")
+            if not is_named or os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+                listener = socket.create_server(place, family=family, backlog=world_size)
+                host["master_listen_fd"] = listener.detach()
     try:
         store = dist.TCPStore(address, port, world_size, timeout=timeout, **host)
     except dist.DistError as error:

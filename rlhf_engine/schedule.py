@@ -24,7 +24,7 @@ from .models.work import Work
 from .signals import Stop
 from .surviving.guard import NotFinite
 
-Fields = Mapping[str, Tensor]
+Fields = Mapping[str, Any]  # mostly tensors
 # What the body of an infer or a train stage is: it yields work for its role and gets an infer's result back. A train
 # stage may yield several works at once, for one step.
 Works = Generator[Work | list[Work], Tensor, Fields | None]

@@ -1,33 +1,40 @@
 """Stopping a run from outside, so that the same command goes on from there.
 
-SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) end a rank with the exit code `STOPPED`. While it trains it notes them instead:
-behind each update and each stage the ranks agree to stop if any of them has noted one, save, and exit with that code. A
-second Ctrl-C ends a rank at once.
+SIGTERM, SIGUSR1, SIGINT (Ctrl-C) and SIGHUP (a lost connection) end a rank with the exit code `STOPPED`. While it
+trains it notes them instead: behind each update and each stage the ranks agree to stop if any of them has noted one,
+save, and exit with that code. A second Ctrl-C ends a rank at once.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import stat
 import sys
+import threading
 from collections.abc import Callable
+from typing import Any
 
 STOPPED = os.EX_TEMPFAIL  # 75, of sysexits.h: nothing that was saved is lost, start the same command again
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 _noted = False
 _last_acts: list[Callable[[], None]] = []
 
 
 def say_errors_once() -> None:
-    """Keeps Python 3.13 from telling of a file that a failed write has closed once more, when its object goes."""
-    usual = sys.unraisablehook
+    """Keeps Python 3.13 from telling of a file that a failed write has closed once more, when its object goes, and any
+    Python of an error in TensorBoard's thread, which its next caller gets."""
 
-    def hook(what: sys.UnraisableHookArgs) -> None:
-        if not (isinstance(what.exc_value, ValueError) and "closed file" in str(what.exc_value)):
-            usual(what)
+    def quiet(usual: Callable[[Any], Any]) -> Callable[[Any], None]:
+        def hook(what: Any) -> None:
+            is_closed = isinstance(what.exc_value, ValueError) and "closed file" in str(what.exc_value)
+            if not is_closed and not type(getattr(what, "thread", None)).__module__.startswith("tensorboard."):
+                usual(what)
 
-    sys.unraisablehook = hook
+        return hook
+
+    sys.unraisablehook, threading.excepthook = quiet(sys.unraisablehook), quiet(threading.excepthook)
 
 
 class Stop(Exception):
@@ -40,12 +47,36 @@ class RunError(RuntimeError):
     code = os.EX_UNAVAILABLE  # 69: that the process exits with
 
 
+def answer(how: Callable[[int, object], None] | signal.Handlers) -> None:
+    """What this process does from now on when it is asked to stop. Under nohup a lost connection asks for nothing."""
+
+    def heard(signum: int, frame: object) -> None:
+        if signum == signal.SIGHUP:
+            _fall_silent()
+        how(signum, frame)  # type: ignore[operator]
+
+    for signum in SIGNALS:
+        if signum != signal.SIGHUP or not is_detached():
+            signal.signal(signum, heard if callable(how) else how)
+
+
+def is_detached() -> bool:
+    """Whether nohup has started this process."""
+    return signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def _fall_silent() -> None:
+    """What goes to a terminal or a pipe goes nowhere from now on: nobody is there, and an error would end the run."""
+    for descriptor in (1, 2):
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
+
 def leave_at_once() -> None:
     """From now on a signal ends this process, as does one that was noted: there is nothing to save."""
     if _noted:
         _leave()
-    for signum in SIGNALS:
-        signal.signal(signum, lambda signum, frame: _leave())
+    answer(lambda signum, frame: _leave())
 
 
 def before_leaving(act: Callable[[], None]) -> None:
@@ -61,15 +92,13 @@ def _leave() -> None:
 
 def take_note() -> None:
     """From now on a signal is noted."""
-    for signum in SIGNALS:
-        signal.signal(signum, _note)
+    answer(_note)
 
 
 def ignore() -> None:
     """From now on a signal changes nothing: this process is about to exit with a code of its own. Python gives every
     other answer back to the system when it ends, and a late signal would then be the end that is seen."""
-    for signum in SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)
+    answer(signal.SIG_IGN)
 
 
 def noted() -> bool:

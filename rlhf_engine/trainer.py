@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-import gc
-import json
 import os
-import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
-
-import torch
-import yaml
 
 from . import signals
 from .algorithms import ALGORITHMS, jobs
-from .algorithms.algorithm import Algorithm, Evaluation, RoleSpec
-from .config import JOBS, ConfigError
-from .context import Context, TrainState
-from .converting.export import RunExport, export_role
-from .data.dataset import dialogues
-from .launching.build import base_policy, build_context, build_role, iterations_of_finished, phase_checkpoints
+from .algorithms.algorithm import Algorithm
+from .config import JOBS
+from .context import Context
+from .launching.build import base_policy, build_context
 from .launching.header import show_run
-from .launching.preflight import SUMMARY, Plan, lock
+from .launching.phase import BEGUN_AGAIN, Phase, close_phase, open_phase, save, save_within
+from .launching.preflight import Plan, lock
 from .mesh import ParallelMesh
-from .observing.logbook import Logbook
-from .observing.provenance import data_digest, say_finished, write_config
-from .observing.report import write_report
-from .observing.trace import append_events
+from .observing.trace import append_events, moments
 from .plan.measure import device_of, peak_flops
-from .schedule import Schedule
-from .signals import RunError, Stop
-from .surviving import checkpoint
-from .surviving.guard import BadNumbers, Guard, NotFinite
+from .signals import Stop
+from .surviving.guard import BadNumbers, NotFinite
 from .surviving.watchdog import Watchdog
 
 
@@ -72,6 +59,9 @@ def run_phases(plan: Plan) -> int:
         elif not train(ctx, ALGORITHMS[phase](plan.config)):
             code = signals.STOPPED
             break
+    else:
+        for phase in plan.config.phases if mesh.is_main else ():
+            (Path(plan.config.output_dir) / phase / BEGUN_AGAIN).unlink(missing_ok=True)
     watchdog.close()
     mesh.barrier()
     return code
@@ -94,151 +84,76 @@ def settle_residency(ctx: Context) -> None:
 
 def train(ctx: Context, algorithm: Algorithm) -> bool:
     """One phase: from its checkpoint, or the beginning, to its end; False where it was asked to stop before."""
-    config, mesh = ctx.config, ctx.mesh
-    folder = Path(config.output_dir) / algorithm.name
-    if iterations_of_finished(ctx, algorithm.name) >= algorithm.iterations:
-        if not config.rerun:
-            if mesh.is_main:
-                say_finished(folder, config)
-            return True
-        if mesh.is_main:
-            (folder / SUMMARY).unlink()
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        mesh.barrier()
-    specs = algorithm.roles()
-    schedule = Schedule(algorithm.stages, algorithm.provided, specs)
-    ctx.state = TrainState()
-    with ctx.watch(f"the loading of {algorithm.name}"):
-        ctx.roles = {name: build_role(ctx, name, spec) for name, spec in specs.items()}
-        checkpoints = phase_checkpoints(ctx, algorithm.name)
-        if found := checkpoints.newest():
-            ctx.state = TrainState.from_dict(checkpoint.load(found, ctx.roles))
-    ctx.guard = Guard(config.guard, mesh.is_main, ctx.state.skipped)
-    if ctx.state.experience is not None and ctx.state.metrics is not None:
-        check_cut(ctx, folder / "config.yaml", algorithm.name)
-        ctx.state.experience.widen(mesh.tp)
-        ctx.metrics.hold(ctx.state.metrics, mesh)
-    if ctx.state.iteration > algorithm.iterations:
-        raise ConfigError(
-            f"{algorithm.name}.iterations={algorithm.iterations}, and {found} has {ctx.state.iteration} behind it:"
-            " use more iterations or another output_dir"
-        )
-    is_within, data = ctx.state.experience is not None, data_digest(ctx.datasets[algorithm.name])
-    logbook = Logbook(config, algorithm.name, algorithm.iterations, ctx.state.iteration, mesh.is_main, is_within)
-    if mesh.is_main:
-        write_config(folder, config, found is not None)
-        if ctx.state.data not in (None, data):
-            print(f"{algorithm.name}: data.sources has other rows from here on", flush=True)
-    ctx.state.data = data
-
+    phase = open_phase(ctx, algorithm)
+    if phase is None:
+        return True
     signals.take_note()
-    if not iterate(ctx, algorithm, schedule, checkpoints, logbook):
+    if not iterate(phase):
         return False
     signals.leave_at_once()
-
-    with ctx.watch(f"the last evaluation of {algorithm.name}"):
-        evaluation = algorithm.evaluate(ctx, final=True)
-    with ctx.watch(f"the last save of {algorithm.name}"):
-        if algorithm.changes_at_end:
-            checkpoints.save(ctx.state.iteration, ctx.roles, ctx.state.to_dict())
-        if not checkpoints.finish():
-            raise RunError(
-                f"{algorithm.name}: what follows needs the last checkpoint: make room and start the same again"
-            )
-    if config.export_hf:
-        with ctx.watch(f"the export of {algorithm.name}"):
-            export(ctx, folder, specs)
-    if mesh.is_main:
-        finish(ctx, folder, algorithm, evaluation, logbook)
-    mesh.barrier()
-    ctx.roles = {}
-    gc.collect()  # megatron's configuration and its DDP refer to each other
-    if mesh.device.type == "cuda":
-        torch.cuda.empty_cache()
+    close_phase(phase)
     return True
 
 
-# what cuts an iteration into updates, and deals them its rows
-_CUT = ("batch_size", "prompts_per_iteration", "samples_per_prompt", "epochs", "num_minibatches")
-
-
-def check_cut(ctx: Context, before: Path, phase: str) -> None:
-    """An iteration that was left between its updates goes on with the rows that are left.
-
-    Args:
-        before: the phase's configuration when it was left.
-
-    Raises:
-        ConfigError: they would be other rows now.
-    """
-    old = ctx.mesh.from_main(yaml.safe_load(before.read_text()) if ctx.mesh.is_main else None)
-    new = asdict(ctx.config)
-    cuts = [("seed", old["seed"], new["seed"])]
-    cuts += [(f"{phase}.{key}", old[phase][key], new[phase][key]) for key in _CUT if key in new[phase]]
-    for key, was, now in cuts:
-        if was != now:
-            raise ConfigError(
-                f"{key}={now}, and {phase} was stopped within iteration {ctx.state.iteration + 1} with {was}: start it"
-                f" once more with {key}={was}, to the end of that iteration at least"
-            )
-
-
-def iterate(
-    ctx: Context,
-    algorithm: Algorithm,
-    schedule: Schedule,
-    checkpoints: checkpoint.Checkpoints,
-    logbook: Logbook,
-) -> bool:
+def iterate(phase: Phase) -> bool:
     """The iterations that are left of a phase, the first of which may have begun; False where the run was asked to stop
     before the end.
 
     Raises:
         BadNumbers: too many updates were skipped, or a figure is beyond its limit. What there was before is saved.
     """
-    state, done, peak = ctx.state, ctx.state.iteration, peak_flops(ctx.mesh.device)
-    while done < algorithm.iterations:
+    ctx, algorithm, state = phase.ctx, phase.algorithm, phase.ctx.state
+    peak = peak_flops(ctx.mesh.device)
+    while state.iteration < algorithm.iterations:
         started = time.perf_counter()
         state.experience = state.experience or algorithm.batch(ctx)
         try:
-            schedule.run(ctx, state.experience)
+            phase.schedule.run(ctx, state.experience)
         except NotFinite as error:
-            for name in (name for name, role in ctx.roles.items() if role.is_trained):
-                ctx.guard.stepped(name, f"iteration {done}, {error}")
+            skip(ctx, error)
         except Stop:
-            with ctx.watch(f"the save within iteration {done}"):
-                state.metrics = ctx.metrics.held(ctx.mesh)
-                checkpoints.save(done, ctx.roles, state.to_dict())
-                logbook.stop(done, checkpoints.finish(), is_within=True)
+            save_within(phase)
             return False
-        done = state.iteration = done + 1
-        state.experience = state.metrics = None
-        with ctx.watch(f"the figures of iteration {done - 1}"):
-            flags = signals.noted(), checkpoints.is_writing
-            figures, (is_stopping, is_writing) = ctx.metrics.reduce(ctx.mesh, flags)
-            figures |= close_trace(ctx, logbook.folder, figures, peak)
-        skipped, reason = ctx.guard.look(figures)
-        figures |= skipped
-        if algorithm.eval_every and done % algorithm.eval_every == 0 and done < algorithm.iterations:
-            with ctx.watch(f"the evaluation behind iteration {done - 1}"):
-                figures |= algorithm.evaluate(ctx, final=False).figures
-        logbook.write({"iteration": done - 1, **figures, "time/iteration": time.perf_counter() - started})
-        started = time.perf_counter()
-        ends = is_stopping or reason is not None or done == algorithm.iterations
-        with ctx.watch(f"the save behind iteration {done - 1}"):
-            if not is_writing:
-                checkpoints.finish()
-            if ends or done % algorithm.save_every == 0:
-                checkpoints.save(done, ctx.roles, state.to_dict())
-            is_saved = checkpoints.finish() if ends else True
-        ctx.metrics.record("time/save", time.perf_counter() - started)
-        if is_stopping or reason is not None:
-            logbook.stop(done, is_saved)
+        figures, reason, is_stopping, is_writing = look(phase, peak)
+        seconds = time.perf_counter() - started
+        phase.logbook.write({"iteration": state.iteration - 1, **figures, "time/iteration": seconds})
+        is_last = is_stopping or reason is not None
+        is_saved = save(phase, is_last or state.iteration == algorithm.iterations, is_writing)
+        if is_last:
+            phase.logbook.stop(state.iteration, is_saved)
         if reason is not None:
             raise BadNumbers(reason)
         if is_stopping:
             return False
     return True
+
+
+def skip(ctx: Context, error: NotFinite) -> None:
+    """An iteration that can make no update counts as one skipped of each trained role."""
+    for name in (name for name, role in ctx.roles.items() if role.is_trained):
+        ctx.guard.stepped(name, f"iteration {ctx.state.iteration}, {error}")
+
+
+def look(phase: Phase, peak: float | None) -> tuple[dict[str, float], str | None, bool, bool]:
+    """The figures of an iteration that is done, with those of an evaluation where it is time for one; why the run is to
+    end, if there is a reason; and whether any rank was asked to stop, and is still writing a checkpoint.
+
+    Args:
+        peak: as for `close_trace`.
+    """
+    ctx, algorithm, state = phase.ctx, phase.algorithm, phase.ctx.state
+    done = state.iteration = state.iteration + 1
+    state.experience = state.metrics = None
+    with ctx.watch(f"the figures of iteration {done - 1}"):
+        flags = signals.noted(), phase.checkpoints.is_writing
+        figures, (is_stopping, is_writing) = ctx.metrics.reduce(ctx.mesh, flags)
+        figures |= close_trace(ctx, phase.folder, figures, peak)
+    skipped, reason = ctx.guard.look(figures)
+    figures |= skipped
+    if algorithm.eval_every and done % algorithm.eval_every == 0 and done < algorithm.iterations:
+        with ctx.watch(f"the evaluation behind iteration {done - 1}"):
+            figures |= algorithm.evaluate(ctx, final=False).figures
+    return figures, reason, is_stopping, is_writing
 
 
 def close_trace(ctx: Context, folder: Path, times: Mapping[str, float], peak: float | None) -> dict[str, float]:
@@ -255,38 +170,8 @@ def close_trace(ctx: Context, folder: Path, times: Mapping[str, float], peak: fl
         for stage, flops in ctx.trace.flops.items():
             figures[f"mfu/{stage}"] = flops / (times[f"time/{stage}"] * ctx.mesh.world_size * peak)
     if ctx.config.trace:
-        ranks = ctx.mesh.all_gather_object(ctx.trace.spans)
+        ranks = ctx.mesh.all_gather_object((ctx.trace.spans, moments(ctx.mesh)))
         if ctx.mesh.is_main:
             append_events(folder / "trace.json", ranks, ctx.state.iteration - 1)
     ctx.trace.clear()
     return figures
-
-
-def finish(ctx: Context, folder: Path, algorithm: Algorithm, evaluation: Evaluation, logbook: Logbook) -> None:
-    """Writes report.html and, last, summary.json, which says that the phase is finished."""
-    mesh, figures = ctx.mesh, evaluation.figures
-    logbook.finish(figures, evaluation.samples)
-    about = {
-        "data": ", ".join(part.source.spec.name for part in ctx.datasets[algorithm.name].parts),
-        "policy": ctx.config.policy.path or "random weights",
-        "mesh": f"tp {mesh.tp} x pp {mesh.pp} x dp {mesh.dp}",
-    }
-    title = f"{algorithm.name} · {folder.parent.name}"
-    write_report(folder, title=title, summary={**figures, **about}, samples=evaluation.samples)
-    temporary = folder / f"{SUMMARY}.tmp"
-    temporary.write_text(json.dumps({"iterations": ctx.state.iteration, **figures}, indent=1))
-    os.replace(temporary, folder / SUMMARY)
-
-
-def export(ctx: Context, folder: Path, specs: Mapping[str, RoleSpec]) -> None:
-    """The phase's trained models in HF format: the critic in `hf_critic`, what else there is in `hf`."""
-    prompts = dialogues(ctx.datasets[folder.name], ctx.tokenizer)
-    for name, role in ctx.roles.items():
-        if role.is_trained:
-            base = ctx.bases[specs[name].base].path
-            about = RunExport(role.model, role.head, Path(base) if base else None, ctx.tokenizer, prompts)
-            target = folder / ("hf_critic" if name == "critic" else "hf")
-            export_role(role, target, about.config, about.write)
-            if ctx.mesh.is_main:
-                for note in about.notes:
-                    print(f"{target}: {note}", flush=True)

@@ -6,6 +6,8 @@ import contextlib
 import functools
 import hashlib
 import os
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -34,16 +36,36 @@ def context(overrides: list[str], layout: tuple):
     return build_context(checked, worlds.mesh(tp, pp, dp, sequence_parallel, ep, virtual_pp))
 
 
+def disk_calls(patch: pytest.MonkeyPatch, folder: Path) -> list[str]:
+    """What is synced, renamed and removed in `folder`, or the two above it, as long as `patch` holds: a line for each
+    call as it is made."""
+    calls: list[str] = []
+
+    def name(path: int | str | os.PathLike) -> str:
+        whole = os.readlink(f"/proc/self/fd/{path}") if isinstance(path, int) else path
+        return re.sub(r"saving\.[0-9a-f]{16}", "saving", os.path.relpath(whole, folder))
+
+    def note(function: str, original, *args, **kwargs):
+        names = [name(arg) for arg in args]
+        if not names[0].startswith("../../../") and (function != "rmtree" or args[0].is_dir()):
+            calls.append(" ".join([function, *names]))
+        return original(*args, **kwargs)
+
+    for module, function in ((os, "fsync"), (os, "replace"), (os, "rename"), (shutil, "rmtree")):
+        patch.setattr(module, function, functools.partial(note, function, getattr(module, function)))
+    return calls
+
+
 def first_iteration(overrides: list[str], layout: tuple, phase: str) -> dict:
     """The first iteration of a phase: its tokens, its figures, and a digest of this rank's weights after it."""
     from rlhf_engine.algorithms import ALGORITHMS
-    from rlhf_engine.launching.build import build_role
+    from rlhf_engine.launching.build import begin
     from rlhf_engine.schedule import Schedule
 
     ctx = context(overrides, layout)
     algorithm = ALGORITHMS[phase](ctx.config)
     specs = algorithm.roles()
-    ctx.roles = {name: build_role(ctx, name, spec) for name, spec in specs.items()}
+    begin(ctx, algorithm.name, specs)
     for role in ctx.roles.values():
         if role.head == "scalar" and ctx.mesh.is_last_stage and ctx.bases["reward"].path is None:
             # from a head near 0 next to no gradient would reach the layers below
@@ -230,7 +252,7 @@ def hf_greedy(
 
 def num_parameters(path: str) -> int:
     """Parameters of the model that a config.json describes."""
-    from rlhf_engine.converting.convert import count_parameters
+    from rlhf_engine.converting.layout import count_parameters
     from rlhf_engine.hf.config import parse, read_json
 
     return count_parameters(parse(read_json(Path(path)), path), "lm", worlds.mesh(1, 1, 1))

@@ -33,9 +33,13 @@ from conftest import ROOT, SMALL
 from rlhf_engine.signals import STOPPED
 
 PHASES = {"sft": 3, "reward": 3, "ppo": 4}  # and their iterations
-RUN = [sys.executable, str(ROOT / "launch" / "run.py"), *SMALL]
+RUN = [str(ROOT / "launch" / "run.py"), *SMALL]
 RUN += [setting for name, n in PHASES.items() for setting in (f"{name}.iterations={n}", f"{name}.save_every=1")]
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1)
+LAUNCHERS = {
+    "run.py": [sys.executable],
+    "torchrun": [sys.executable, "-c", "from torch.distributed.run import main; main()", "--nproc-per-node=2"],
+}
 MESHES = (["mesh.dp=2"], ["mesh.tp=2", "mesh.dp=1"])
 
 
@@ -46,20 +50,23 @@ class Kill:
     signum: signal.Signals
     target: str  # one rank, all ranks, or the launcher
     phase: str | None  # in the middle of a save of this phase; None: by the clock
-    save: int  # which of its saves
+    save: int  # which of its saves; 0: between its last one and its summary
     seconds: float  # after the start of the run, or of the save
 
     def __str__(self) -> str:
-        when = f"in save {self.save} of {self.phase}" if self.phase else "from the start"
+        save = f"in save {self.save}" if self.save else "behind the last save"
+        when = f"{save} of {self.phase}" if self.phase else "from the start"
         return f"{self.signum.name} to {self.target} {self.seconds:.3f} s {when}"
 
 
 def draw(chance: random.Random, duration: float) -> Kill:
-    """A kill at any time of a run that lasts so many seconds, or, as often, in the middle of a save."""
+    """A kill at any time of a run that lasts so many seconds, or, as often, in the middle of a save or behind the last
+    one."""
     phase = chance.choice([None, None, None, *PHASES])
     target = chance.choice(["one rank", "all ranks", "the launcher"])
-    save = chance.randint(1, PHASES[phase]) if phase else 0
-    return Kill(chance.choice(SIGNALS), target, phase, save, chance.uniform(0, 0.05 if phase else duration))
+    save = chance.randint(0, PHASES[phase]) if phase else 0
+    longest = duration if phase is None else 0.05 if save else 0.5
+    return Kill(chance.choice(SIGNALS), target, phase, save, chance.uniform(0, longest))
 
 
 class Run:
@@ -69,8 +76,9 @@ class Run:
         folder: that it writes to.
     """
 
-    def __init__(self, folder: Path, mesh: list[str]):
-        self.folder, self.command = folder, [*RUN, *mesh, f"output_dir={folder}"]
+    def __init__(self, folder: Path, mesh: list[str], launcher: str):
+        self.folder, self.launcher = folder, launcher
+        self.command = [*LAUNCHERS[launcher], *RUN, *mesh, f"output_dir={folder}"]
 
     def start(self, kill: Kill | None = None, chance: random.Random | None = None) -> int:
         """Starts it, kills it where it gets that far, and gives the launcher's exit code when nothing of it is left."""
@@ -98,23 +106,31 @@ class Run:
             said = output.read()
         # asked to stop, or ended by the signal, itself or a rank of it; and never in a way that needs explaining
         expected = {0, STOPPED, -kill.signum, 128 + kill.signum} if kill else {0}
-        assert code in expected and "Traceback" not in said, f"exit code {code}\n{said}"
+        is_explained = "Traceback" in said
+        if kill and self.launcher == "torchrun":  # whose own code is 1, with a traceback of its own
+            expected, is_explained = {0, 1, -kill.signum}, False
+        assert code in expected and not is_explained, f"exit code {code}\n{said}"
         return code
 
     def _wait(self, kill: Kill, is_running: Callable[[], bool]) -> None:
         """For the moment of a kill, or the end of the run."""
         until = time.monotonic() + kill.seconds
         if kill.phase:
-            saving = self.folder / kill.phase / "checkpoints" / "saving"
-            seen, was_there = 0, saving.exists()  # which one that was killed before may have left
-            while is_running() and seen < kill.save:
-                if (is_there := saving.exists()) and not was_there:
-                    seen += 1
-                was_there = is_there
+            folder = self.folder / kill.phase / "checkpoints"
+            before = seen = set(folder.glob("saving.*"))  # which one that was killed before may have left
+            while is_running() and (
+                len(seen - before) < kill.save if kill.save else not self._is_all_but_done(kill.phase)
+            ):
+                seen = seen | set(folder.glob("saving.*"))
                 time.sleep(0.001)
             until = time.monotonic() + kill.seconds
         while is_running() and (left := until - time.monotonic()) > 0:
             time.sleep(min(left, 0.05))
+
+    def _is_all_but_done(self, phase: str) -> bool:
+        folder = self.folder / phase
+        last, latest = f"iteration_{PHASES[phase]}", folder / "checkpoints" / "latest"
+        return latest.is_file() and latest.read_text().startswith(last) and not (folder / "summary.json").exists()
 
     def left(self) -> dict[str, object]:
         """What it leaves of which nothing may depend on kills."""
@@ -152,18 +168,23 @@ def chaos(folder: Path, runs: int, seed: int, first: int = 0) -> None:
     """
 
     @functools.cache
-    def never_killed(i: int) -> tuple[dict[str, object], float]:
-        clean, started = Run(folder / f"clean{i}", MESHES[i]), time.monotonic()
+    def never_killed(i: int, launcher: str) -> tuple[dict[str, object], float]:
+        clean, started = Run(folder / f"clean_{launcher}_{i}", MESHES[i], launcher), time.monotonic()
         clean.start()
         return clean.left(), time.monotonic() - started
 
     for number in range(first, first + runs):
         chance = random.Random(f"{seed}/{number}")
         i = chance.randrange(len(MESHES))
-        run = Run(folder / f"run{number}", MESHES[i])
-        wanted, duration = never_killed(i)
+        launcher = chance.choice(["run.py", "run.py", "run.py", "torchrun"])
+        run = Run(folder / f"run{number}", MESHES[i], launcher)
+        wanted, duration = never_killed(i, launcher)
         kills = [draw(chance, duration) for _ in range(chance.choice([1, 1, 2]))]
-        print(f"seed {seed} run {number} ({MESHES[i][0]}): {', then '.join(map(str, kills))}", end="", flush=True)
+        print(
+            f"seed {seed} run {number} ({launcher}, {MESHES[i][0]}): {', then '.join(map(str, kills))}",
+            end="",
+            flush=True,
+        )
         started = time.monotonic()
         codes = [run.start(kill, chance) for kill in kills]
         codes.append(run.start())

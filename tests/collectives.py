@@ -27,7 +27,7 @@ def count(settings: Sequence[str], layout: tuple, phases: Sequence[str], folder:
     from torch.distributed import ProcessGroup
 
     from rlhf_engine.algorithms import ALGORITHMS
-    from rlhf_engine.rehearse.wire import LABELS
+    from rlhf_engine.rehearse.groups import LABELS
     from rlhf_engine.trainer import train
 
     found: dict[str, Counter[str]] = defaultdict(Counter)

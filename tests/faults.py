@@ -155,7 +155,7 @@ def noise_of_the_batch(patch) -> None:
 
 def forgotten_optimizer(patch) -> None:
     """A resumed run begins with an optimizer that has seen nothing."""
-    from rlhf_engine.surviving import checkpoint
+    from rlhf_engine.models import checkpoint
 
     patch.setattr(checkpoint, "load_optimizer", lambda optimizer, state: None)
 

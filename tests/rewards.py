@@ -95,3 +95,21 @@ def fails_for_one(prompts, responses, prompt_tokens, response_tokens):
 
 
 _third: list[str] = []
+
+
+def fills(*texts_and_tokens):
+    """The same; but its call number FULL_AT leaves no room on the disk with the folder FULL."""
+    if next(_calls) == int(os.environ["FULL_AT"]):
+        fill(Path(os.environ["FULL"]))
+    return short_and_polite(*texts_and_tokens)
+
+
+def fill(folder: Path) -> None:
+    """Takes all room on its disk."""
+    with open(folder / "filler", "ab", buffering=0) as file:
+        for size in (1 << 20, 1 << 12, 1):
+            try:
+                while file.write(bytes(size)):
+                    pass
+            except OSError:
+                continue

@@ -1,4 +1,5 @@
-"""A short version of `make chaos`, whose kills are always the same: all signals, in saves and by the clock."""
+"""A short version of `make chaos`, whose kills are always the same: all signals, in a save, behind the last one of a
+phase and by the clock. torchrun has a test of its own."""
 
 from __future__ import annotations
 
@@ -6,4 +7,4 @@ from chaos import chaos
 
 
 def test_killed_three_times(tmp_path):
-    chaos(tmp_path, 3, seed=10)
+    chaos(tmp_path, 3, seed=544)

@@ -20,7 +20,7 @@ from rlhf_engine.data.dataset import Example, build_datasets
 from rlhf_engine.data.formats import Row
 from rlhf_engine.data.sources import Source, Spec
 from rlhf_engine.data.tokenizer import Tokenizer
-from rlhf_engine.launching.preflight import read_tokenizer
+from rlhf_engine.launching.folders import read_tokenizer
 
 DIALOGUE = [
     {"role": "user", "content": "Tell me of 12 cats, please."},
@@ -268,7 +268,7 @@ def test_a_date_is_one_for_a_run(tmp_path):
     assert prompt(None) == Tokenizer(str(folder)).decode(today)
     assert prompt("2024-02-29").startswith("[SYS]It is 29 Feb 2024.")
     (tmp_path / "sft").mkdir()
-    (tmp_path / "sft" / "config.yaml").write_text("tokenizer: {date: '2021-11-05'}")
+    (tmp_path / "sft" / "config.yaml").write_text("tokenizer: {date: '2021-11-05'}\n")
     assert prompt(None).startswith("[SYS]It is 05 Nov 2021.")
     with pytest.raises(ConfigError, match=r"tokenizer\.date=tomorrow: a date is YYYY-MM-DD"):
         prompt("tomorrow")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
+import os
+import re
 import resource
 import subprocess
 import sys
@@ -47,7 +50,7 @@ def save(overrides: list[str], layout: tuple, folder: str, iterations: list[int]
     Args:
         full: a rank whose files cannot grow.
     """
-    from rlhf_engine.surviving.checkpoint import Checkpoints
+    from rlhf_engine.models.checkpoint import Checkpoints
 
     mesh, role = policy(overrides, layout)
     said, answers = io.StringIO(), []
@@ -71,9 +74,9 @@ def save(overrides: list[str], layout: tuple, folder: str, iterations: list[int]
 def load(overrides: list[str], layout: tuple, folder: str, is_finished: bool = False):
     """What is found, its state, its weights (which are all the same), and what was said; an error in its place."""
     from rlhf_engine.config import ConfigError
+    from rlhf_engine.models.checkpoint import Checkpoints
+    from rlhf_engine.models.checkpoint import load as load_checkpoint
     from rlhf_engine.models.optim import optimizer_tensors
-    from rlhf_engine.surviving.checkpoint import Checkpoints
-    from rlhf_engine.surviving.checkpoint import load as load_checkpoint
 
     mesh, role = policy(overrides, layout)
     said = io.StringIO()
@@ -87,6 +90,41 @@ def load(overrides: list[str], layout: tuple, folder: str, is_finished: bool = F
     state = load_checkpoint(found, {"policy": role})
     tensors = [*role.chunks.parameters(), *optimizer_tensors(role.optimizer, ())]
     return found.name, state, {float(v) for t in tensors for v in t.unique()}, said.getvalue()
+
+
+def recorded(overrides: list[str], folder: str) -> list[str]:
+    """What this rank syncs, renames and removes in `folder` as it saves twice."""
+    with pytest.MonkeyPatch.context() as patch:
+        calls = cases.disk_calls(patch, Path(folder))
+        save(overrides, TWO, folder, [1, 2], keep_last=1)
+    return calls
+
+
+def losing(overrides: list[str], folder: str, lost: str):
+    """A save of which the main rank does not find a file that a rank has written."""
+    from rlhf_engine.models import checkpoint
+
+    def complete(checkpoints, writing, reports, original=checkpoint.Checkpoints._complete):
+        (writing.target / lost).unlink()
+        return original(checkpoints, writing, reports)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint.Checkpoints, "_complete", complete)
+        return save(overrides, TWO, folder, [8])
+
+
+def without_room_for(overrides: list[str], folder: str, file: str):
+    """A save whose main rank cannot write `file`."""
+    from rlhf_engine.surviving import durable
+
+    def write(path, content, original=durable.aside):
+        if path.name == file:
+            raise durable.WriteError(path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        return original(path, content)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(durable, "aside", write)
+        return save(overrides, TWO, folder, [8])
 
 
 # -- the tests -----------------------------------------------------------------------------------------------
@@ -190,13 +228,88 @@ def test_a_lost_pointer_and_half_a_save(worlds, overrides, three):
     assert kept(three) == ["iteration_6", "iteration_8", "latest"]
 
 
+def test_everything_is_on_the_disk_before_it_is_named_and_before_older_ones_are_removed(worlds, overrides, tmp_path):
+    folder = tmp_path / "sft" / "checkpoints"
+    first, other = worlds(2).run(recorded, overrides, str(folder))
+    made = ["fsync ../..", "fsync ..", "fsync ."]  # the names of `sft`, `checkpoints` and `saving`
+    for iteration, start in (1, made), (2, ["fsync ."]):
+        n = first.index("fsync saving/manifest.json.tmp")
+        assert first[: len(start)] == start
+        written = {f"fsync saving/{name}" for name in kept(folder / "iteration_2")} - {"fsync saving/manifest.json"}
+        assert written <= {*first[:n], *other}
+        assert first[n : n + 8] == [
+            "fsync saving/manifest.json.tmp",
+            "replace saving/manifest.json.tmp saving/manifest.json",
+            "fsync saving",
+            "fsync latest.tmp",  # all that takes room
+            f"replace saving iteration_{iteration}",
+            "fsync .",
+            "replace latest.tmp latest",
+            "fsync .",
+        ]
+        first = first[n + 8 :]
+    assert first == ["rmtree iteration_1"]
+    assert other == ["fsync saving/__1_0.distcp"] * 2
+
+
+def test_no_two_saves_have_a_name_in_common(worlds, overrides, tmp_path):
+    """Another client of a shared file system may still know where an earlier one was."""
+    found = worlds(2).run(names_of_saves, overrides, str(tmp_path))
+    assert found[0] == found[1] and len(set(found[0])) == 3
+
+
+def names_of_saves(overrides: list[str], folder: str) -> list[str]:
+    from rlhf_engine.models import checkpoint
+
+    names = []
+
+    def write(writing, buckets, original=checkpoint._Writing._write):
+        names.append(writing.target.name)
+        original(writing, buckets)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint._Writing, "_write", write)
+        save(overrides, TWO, folder, [1, 2, 3])
+    return names
+
+
+def test_the_main_rank_looks_at_every_file(worlds, overrides, three):
+    """One that it does not find, as on a file system that is not the same for both."""
+    before = kept(three)
+    (said, answers), _ = worlds(2).run(losing, overrides, str(three), "__1_0.distcp")
+    assert answers == [False] and kept(three) == before
+    line = r"checkpoint of iteration 8 not saved: 0 of \d+ bytes are there of __1_0.distcp, which rank 1 has written; "
+    assert re.fullmatch(line + "iteration_6 is kept\n", said)
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "latest"])
+def test_no_room_for_the_last_files(worlds, overrides, three, file):
+    """Nothing is left that would keep the disk full."""
+    before = kept(three)
+    (said, answers), _ = worlds(2).run(without_room_for, overrides, str(three), file)
+    assert answers == [False] and kept(three) == before and (three / "latest").read_text() == "iteration_6"
+    assert said == "checkpoint of iteration 8 not saved: No space left on device; iteration_6 is kept\n"
+
+
+def test_no_room_for_a_folder(worlds, overrides, tmp_path):
+    """Found by the main rank; the others do not wait for it."""
+    (tmp_path / "sft").write_text("")
+    folder = str(tmp_path / "sft" / "checkpoints")
+    for rank, (said, answers) in enumerate(worlds(2).run(save, overrides, TWO, folder, [8])):
+        assert answers == [False]
+        assert said == "checkpoint of iteration 8 not saved: File exists (rank 0); nothing is kept\n" * (rank == 0)
+
+
 def test_which_are_kept(worlds, overrides, tmp_path):
+    theirs = ["iteration_10.copy", "iteration_1e3", "iteration_best"]  # a user's, who has put them beside ours
+    for name in theirs:
+        (tmp_path / name).mkdir()
     worlds(2).run(save_many, overrides, str(tmp_path))
-    assert kept(tmp_path) == ["iteration_10", "iteration_11", "iteration_5", "latest"]
+    assert kept(tmp_path) == sorted(["iteration_10", "iteration_11", "iteration_5", "latest", *theirs])
     # going back: what lies beyond is no part of this run
     (tmp_path / "latest").write_text("iteration_5")
     worlds(2).run(save, overrides, TWO, str(tmp_path), [6])
-    assert kept(tmp_path) == ["iteration_5", "iteration_6", "latest"]
+    assert kept(tmp_path) == sorted(["iteration_5", "iteration_6", "latest", *theirs])
     assert (tmp_path / "latest").read_text() == "iteration_6"
 
 

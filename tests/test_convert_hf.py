@@ -20,7 +20,8 @@ from test_exports import own_scores
 from test_hf_architectures import GPT2, LAYOUTS, SIZES, assert_same_weights, expected, make, rows, transformers
 from test_hf_folders import role_of
 
-from rlhf_engine.converting.convert import one_rank
+from rlhf_engine.converting import importer
+from rlhf_engine.converting.layout import one_rank
 from rlhf_engine.data.tokenizer import Tokenizer
 from rlhf_engine.launching.preflight import plan
 
@@ -139,9 +140,9 @@ def test_ctrl_c(imported, source, tmp_path, command, left):
     """One line; an import keeps what it can go on from, an export nothing."""
     words = ["import", "--hf", str(source)] if command == "import" else ["export", "--megatron", str(imported)]
     code = (
-        "import runpy, sys, rlhf_engine.converting.convert as convert\n"
+        "import runpy, sys\nfrom rlhf_engine.converting import convert, importer\n"
         "def interrupt(*args):\n    raise KeyboardInterrupt\n"
-        "convert.copy_assets = convert.HFWriter.close = interrupt\n"
+        "importer.copy_assets = convert.HFWriter.close = interrupt\n"
         f"sys.argv = ['convert.py', *{words!r}, '--out', {str(tmp_path / 'out')!r}]\n"
         f"runpy.run_path({str(TOOL)!r}, run_name='__main__')"
     )
@@ -157,7 +158,7 @@ def test_an_import_that_was_killed_goes_on(convert, source, tmp_path):
     code = (
         "import os, signal, sys; sys.argv[0] = 'x'; import importlib.util as u;"
         f"s = u.spec_from_file_location('c', {str(TOOL)!r}); m = u.module_from_spec(s); s.loader.exec_module(m);"
-        "import rlhf_engine.converting.convert as c; write = c._write_results\n"
+        "import rlhf_engine.converting.importer as c; write = c._write_results\n"
         "def stop(path, results):\n    write(path, results); os.kill(os.getpid(), signal.SIGKILL)\n"
         "c._write_results = stop\n"
         f"m.main(['import', '--hf', {str(source)!r}, '--out', {str(out)!r}, '--tp', '2'])"
@@ -170,6 +171,37 @@ def test_an_import_that_was_killed_goes_on(convert, source, tmp_path):
     assert (out / "__0_0.distcp").stat().st_mtime_ns == 10**18
     assert convert("verify", "--hf", source, "--megatron", out) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_an_import_whose_source_has_changed_begins_again(convert, source, tmp_path, monkeypatch, capsys, changed):
+    """Interrupted behind its first shard, which was on the disk before it was called done."""
+    hf, out, seen = tmp_path / "hf", tmp_path / "out", []
+    shutil.copytree(source, hf)
+    sync, replace = os.fsync, type(out).replace
+    monkeypatch.setattr(os, "fsync", lambda fd: [seen.append(os.readlink(f"/proc/self/fd/{fd}")), sync(fd)])
+    monkeypatch.setattr(type(out), "replace", lambda path, to: [seen.append(str(to)), replace(path, to)])
+    with monkeypatch.context() as patch:
+        patch.setattr(importer, "_write_results", stop_behind(importer._write_results))
+        assert convert("import", "--hf", hf, "--out", out, "--tp", 2) == 130
+    places = [seen.index(str(tmp_path / "out.incomplete" / name)) for name in ("__0_0.distcp", "rank_0.json")]
+    assert places == sorted(places)
+    if changed:
+        for path in hf.glob("*.safetensors"):
+            save_file({name: 2 * tensor for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    first = tmp_path / "out.incomplete" / "__0_0.distcp"
+    os.utime(first, ns=(10**18, 10**18))
+    assert convert("import", "--hf", hf, "--out", out, "--tp", 2) == 0
+    assert ((out / "__0_0.distcp").stat().st_mtime_ns == 10**18) is not changed
+    assert convert("verify", "--hf", hf, "--megatron", out) == 0
+
+
+def stop_behind(act):
+    def stop(*args):
+        act(*args)
+        raise KeyboardInterrupt
+
+    return stop
 
 
 # -- what a folder holds besides -------------------------------------------------------------------------------
@@ -423,12 +455,12 @@ def test_one_line_and_nothing_left_behind(convert, tmp_path, capsys, name):
     assert [path.name for path in tmp_path.iterdir()] == ["hf"] and not (folder / "executed").exists()
 
 
-@pytest.mark.parametrize("command", ["import", "export"])
-def test_a_full_disk(imported, source, tmp_path, command):
-    """A limit on the size of files stands for it."""
+@pytest.mark.parametrize(("command", "size"), [("import", 60_000), ("import", 102_400), ("export", 60_000)])
+def test_a_full_disk(imported, source, tmp_path, command, size):
+    """A limit on the size of files stands for it. Within an archive of torch's, another error hides the system's."""
     words = ["import", "--hf", str(source)] if command == "import" else ["export", "--megatron", str(imported)]
     code = (
-        "import resource, sys, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000));"
+        f"import resource, sys, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}));"
         f"sys.argv = ['convert.py', *{words!r}, '--out', {str(tmp_path / 'out')!r}];"
         f"runpy.run_path({str(TOOL)!r}, run_name='__main__')"
     )

@@ -10,7 +10,7 @@ from megatron.core.tensor_parallel import layers as megatron_layers
 from torch.overrides import TorchFunctionMode
 
 from rlhf_engine.config import ConfigError, MeshConfig, ModelConfig
-from rlhf_engine.converting.convert import one_rank
+from rlhf_engine.converting.layout import one_rank
 from rlhf_engine.mesh import ParallelMesh
 from rlhf_engine.models import layers
 from rlhf_engine.models.build import build_model

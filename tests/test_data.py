@@ -14,7 +14,7 @@ from rlhf_engine.data.formats import Row
 from rlhf_engine.data.messages import parse_hh
 from rlhf_engine.data.sources import HH_MINI, PRESETS, Source, Spec, read_sources
 from rlhf_engine.data.tokenizer import Tokenizer, train_tokenizer
-from rlhf_engine.observing.logbook import _remarks
+from rlhf_engine.launching.header import _remarks
 
 HELPFUL, HARMLESS = HH_MINI
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+from datetime import timedelta
 from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch.distributed as dist
 import worlds
 
 from rlhf_engine.config import ConfigError, RunConfig
@@ -208,6 +210,22 @@ def test_srun_gives_a_task_the_cores_of_sbatch(tmp_path, monkeypatch):
         assert found.stdout == said
 
 
+@pytest.mark.parametrize(
+    ("count", "most", "is_queued"), [(None, None, True), ("49", None, True), ("50", None, False), ("2", "2", False)]
+)
+def test_a_job_that_ends_the_same_way_each_time_stays_out(tmp_path, monkeypatch, count, most, is_queued):
+    for name, script in (("srun", "exit 75"), ("scontrol", 'echo "$@"')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name, value in (("SLURM_JOB_ID", "7"), ("SLURM_RESTART_COUNT", count), ("MAX_REQUEUES", most)):
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    script = str(worlds.ROOT / "launch" / "slurm" / "train.sbatch")
+    found = subprocess.run(["bash", script, "+exp=hh_rlhf"], capture_output=True, text=True)
+    assert found.returncode == 75 and found.stdout == ("requeue 7\n" if is_queued else "")
+    assert ("error: job 7 is not queued again" in found.stderr) != is_queued
+
+
 def test_a_host_that_does_not_resolve(env, monkeypatch):
     def unknown(*args, **kwargs):
         raise socket.gaierror(-2, "Name or service not known")
@@ -233,10 +251,38 @@ def test_a_port_in_use(env, rank):
         os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
 
 
+@pytest.mark.parametrize(
+    ("address", "means", "local", "listens"),
+    [
+        ("node-3", "127.0.1.1", "1", None),  # as Debian has a machine's own name: no other comes there
+        ("node-3", "127.0.1.1", "2", "127.0.1.1"),
+        ("node-3", "127.0.1.1", "", None),  # nobody has said that all ranks are here
+        ("localhost", "127.0.0.1", "", "127.0.0.1"),
+        ("127.0.0.1", "127.0.0.1", "1", "127.0.0.1"),
+        ("::1", "::1", "2", "::1"),
+    ],
+)
+def test_where_the_store_listens(env, monkeypatch, address, means, local, listens):
+    """At one address, or (None) where torch does, on all interfaces."""
+    family = socket.AF_INET6 if ":" in means else socket.AF_INET
+    given: dict = {}
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda *args, **kwargs: [(family, socket.SOCK_STREAM, 6, "", (means, 0))]
+    )
+    monkeypatch.setattr(dist, "TCPStore", lambda *args, **kwargs: given.update(kwargs))
+    env(**TWO | {"MASTER_ADDR": address, "LOCAL_WORLD_SIZE": local})
+    meeting_place(timedelta(seconds=1))
+    found = None
+    if "master_listen_fd" in given:
+        with socket.socket(fileno=given["master_listen_fd"]) as listener:
+            found = listener.getsockname()[0]
+    elif listens == "::1" and not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6 here")
+    assert found == listens
+
+
 def test_ranks_that_do_not_meet(env):
     """One line, and the place where the others were waited for."""
-    from datetime import timedelta
-
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     env(**TWO | {"RANK": "1", "MASTER_PORT": port})

@@ -18,8 +18,10 @@ from test_hf_folders import configure, copied, role_of
 
 from rlhf_engine.algorithms.heads import last_scores, score_batch
 from rlhf_engine.config import ConfigError, RunConfig
-from rlhf_engine.converting.convert import Checkpoint, export_folder, import_folder, one_rank
+from rlhf_engine.converting.convert import Checkpoint, export_folder
 from rlhf_engine.converting.export import RunExport, export_role
+from rlhf_engine.converting.importer import import_folder
+from rlhf_engine.converting.layout import one_rank
 from rlhf_engine.data.tokenizer import Tokenizer, train_tokenizer
 from rlhf_engine.experience import pad_rows
 from rlhf_engine.hf.config import ARCHITECTURES

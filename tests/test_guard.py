@@ -17,7 +17,9 @@ import torch
 import warm
 from conftest import ROOT, SMALL
 
+from rlhf_engine.algorithms.reward_function import call
 from rlhf_engine.config import GuardConfig, OptimizerConfig
+from rlhf_engine.signals import RunError
 from rlhf_engine.surviving.guard import Guard, Skipped
 
 # -- on the ranks --------------------------------------------------------------------------------------------
@@ -147,6 +149,12 @@ def test_a_reward_function_that_misbehaves(tmp_path, name, code, words):
     assert all(word in result.stderr for word in words), result.stderr
     assert result.stderr.count("Traceback") == (name == "fails_for_one")
     assert name == "fails_for_one" or result.stderr.splitlines()[-1].startswith("error: reward.fn=")
+
+
+@pytest.mark.parametrize("leave", [sys.exit, lambda: sys.exit("no")], ids=["none", "text"])
+def test_a_reward_function_that_leaves(leave):
+    with pytest.raises(RunError, match=r"reward.fn=m:f asked for the end of the run: SystemExit\("):
+        call(lambda *columns: leave(), "m:f", 60, ["a"], ["b"], [[1]], [[2]])
 
 
 def test_a_kl_beyond_its_limit(tmp_path):

@@ -17,8 +17,8 @@ from test_hf_architectures import GPT2, REWARD, SIZES, internlm2, make, referenc
 
 from rlhf_engine.algorithms.heads import last_scores, score_batch
 from rlhf_engine.config import ConfigError, ModelConfig
-from rlhf_engine.converting.convert import one_rank
 from rlhf_engine.converting.export import head_config
+from rlhf_engine.converting.layout import one_rank
 from rlhf_engine.experience import pad_rows
 from rlhf_engine.hf.config import ARCHITECTURES, parse, read_model_config
 from rlhf_engine.hf.files import HFFolder

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import clusters
 import psutil
@@ -22,7 +23,9 @@ from clusters import PATIENCE, wait_until
 from conftest import ROOT, SMALL
 from test_runs import assert_close, figures
 
-from rlhf_engine.signals import STOPPED
+from rlhf_engine.launching import ranks
+from rlhf_engine.launching.ranks import PARENT, end_with_parent
+from rlhf_engine.signals import STOPPED, answer
 
 RUN = [sys.executable, "launch/run.py"]
 PPO = [*SMALL, "phases=[ppo]", "reward=function", "ppo.iterations=6", "ppo.save_every=6", "mesh.dp=2"]
@@ -43,10 +46,10 @@ def reward_functions_are_found(monkeypatch, tmp_path):
 
 
 @contextlib.contextmanager
-def started(command: list, folder: Path):
-    """A command that runs, its output in a file; ended with the test."""
+def started(command: list, folder: Path, terminal: str | None = None):
+    """A command that runs, its output in a file or on a terminal; ended with the test."""
     path = folder / "output"
-    process = warm.Command(command, path, path)
+    process = warm.Command(command, terminal or path, terminal or path)
     process.output = path.read_text  # type: ignore[attr-defined]
     try:
         yield process
@@ -76,28 +79,75 @@ def plain(tmp_path_factory) -> list[dict]:
 # -- one node ------------------------------------------------------------------------------------------------
 
 
+TORCHRUN = [sys.executable, "-c", "from torch.distributed.run import main; main()"]
+
+
 def test_torchrun(plain, tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "launch/run.py"]
-    command = [*torchrun, *PPO, "reward.fn=rewards:short_and_polite", f"output_dir={tmp_path}"]
-    subprocess.run(command, check=True, capture_output=True)
+    """Killed, which ends its ranks too; and the same command once more."""
+    command = [*TORCHRUN, "--nproc-per-node=2", "launch/run.py", *HELD, f"output_dir={tmp_path}"]
+    with started(command, tmp_path) as torchrun:
+        wait_until((tmp_path / "held").exists, "the third iteration")
+        started_ranks = ranks_of(torchrun)
+        torchrun.kill()
+        _, alive = psutil.wait_procs(started_ranks, timeout=PATIENCE / 10)
+        for rank in alive:
+            rank.kill()
+        assert len(started_ranks) == 2 and not alive, "ranks outlived their launcher"
+    (tmp_path / "held.go").touch()
+    assert warm.run(command).returncode == 0
     assert figures(tmp_path / "ppo") == plain
 
 
-@pytest.mark.parametrize("case", ["SIGTERM to the launcher", "SIGUSR1 to one rank", "Ctrl-C"])
+@pytest.mark.parametrize(
+    ("launcher", "hangup", "parents"),
+    [(None, signal.SIG_DFL, [5, 5, 5, 1]), (None, signal.SIG_IGN, []), ("5", signal.SIG_IGN, [5, 5, 1]),
+     ("7", signal.SIG_DFL, [1, 1])],
+    ids=["torchrun", "nohup", "ours under nohup", "ours has ended before"],
+)  # fmt: skip
+def test_a_rank_ends_with_its_parent(monkeypatch, launcher, hangup, parents):
+    """`parents`: what it finds each time that it looks, to the last."""
+    ended, whole = [], bool(parents)
+    monkeypatch.setenv(PARENT, launcher) if launcher else monkeypatch.delenv(PARENT, raising=False)
+    monkeypatch.setattr(signal, "getsignal", lambda signum: hangup)
+    monkeypatch.setattr(os, "getppid", lambda: parents.pop(0))
+    monkeypatch.setattr(os, "write", lambda *args: None)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(ranks.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(ranks.threading, "Thread", lambda target, daemon: SimpleNamespace(start=target))
+    end_with_parent()
+    assert not parents and ended == [1] * whole
+
+
+def test_under_nohup_a_lost_connection_is_nothing(monkeypatch):
+    given: dict = {}
+    monkeypatch.setattr(signal, "signal", given.__setitem__)
+    monkeypatch.setattr(signal, "getsignal", lambda signum: signal.SIG_IGN)
+    answer(lambda signum, frame: None)
+    assert given.keys() == {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
+
+
+@pytest.mark.parametrize("case", ["SIGTERM to the launcher", "SIGUSR1 to one rank", "Ctrl-C", "a lost connection"])
 def test_stopped_and_started_again(plain, tmp_path, case):
     """The stage is finished and the state saved, the exit code says so, and the same command makes the run whole."""
     command = [*RUN, *HELD, f"output_dir={tmp_path}"]
-    with started(command, tmp_path) as launcher:
+    ours, theirs = os.openpty()
+    is_remote = case == "a lost connection"
+    with started(command, tmp_path, os.ttyname(theirs) if is_remote else None) as launcher:
         wait_until((tmp_path / "held").exists, "the third iteration")
-        if case == "SIGTERM to the launcher":
+        os.close(theirs)
+        if is_remote:
+            os.close(ours)  # what comes up now cannot be written any more
+        elif case == "SIGTERM to the launcher":
             launcher.terminate()
         elif case == "SIGUSR1 to one rank":
             ranks_of(launcher)[1].send_signal(signal.SIGUSR1)
             (tmp_path / "held.go").touch()  # no other rank was told
         else:
             os.killpg(launcher.pid, signal.SIGINT)  # as a terminal does
-        assert launcher.wait(PATIENCE) == STOPPED, launcher.output()
-        assert "start the same again" in launcher.output() and "Traceback" not in launcher.output()
+        assert launcher.wait(PATIENCE) == STOPPED, is_remote or launcher.output()
+        if not is_remote:
+            assert "start the same again" in launcher.output() and "Traceback" not in launcher.output()
+            os.close(ours)
     done = num_iterations(tmp_path)
     assert 2 <= done < 6
     assert (tmp_path / "ppo" / "checkpoints" / "latest").read_text() == f"iteration_{done}"
@@ -167,6 +217,13 @@ def test_a_rank_that_dies_is_heard_first(tmp_path, monkeypatch, by_signal):
         assert result.returncode == 1 and result.stderr.count("Traceback") == 1
         assert "ZeroDivisionError: of the reward function" in result.stderr
         assert "in stage score of iteration 0, on rank 0" in result.stderr
+
+
+def test_a_signal_without_a_name(capfd):
+    command = [sys.executable, "-c", "import os; os.kill(os.getpid(), 40)"]
+    started_ranks = ranks.Ranks(command, 3, 1, 4, "127.0.0.1", 1)
+    wait_until(lambda: started_ranks.poll() is not None, "its end")
+    assert started_ranks.poll() == 128 + 40 and capfd.readouterr().err == "rank 3 was ended by signal 40\n"
 
 
 def test_a_rank_that_dies_is_started_again(plain, tmp_path, monkeypatch):
@@ -281,6 +338,53 @@ def test_ray(plain, tmp_path):
             assert re.search(r"error: the node of ranks ([01]) to \1: ", driver.output()), driver.output()
             assert "starting again on 1 replicas, 0 of max_restarts=1 left" in driver.output()
         assert_close(figures(again / "ppo"), plain, 1e-4)
+
+
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_a_ray_node_that_is_lost_before_its_ranks_start(monkeypatch, capsys, restarts):
+    """Counts like one that is lost later. Ray is played here: its second node, as long as there is one, has died."""
+    ray = pytest.importorskip("ray")
+    from launch.ray import run as driver
+
+    alive, argvs = [2], []
+
+    def start(argv, first, *others):
+        argvs.append(argv)
+        return ray.exceptions.ActorDiedError() if first == 1 else None
+
+    def get(refs, timeout=None):
+        found = [one() for one in refs] if isinstance(refs, list) else [refs()]
+        for value in found:
+            if isinstance(value, Exception):
+                alive[0] = 1
+                raise value
+        return found if isinstance(refs, list) else found[0]
+
+    def answers(method):
+        return SimpleNamespace(remote=lambda *args: lambda: method(*args))
+
+    node = SimpleNamespace(
+        place=answers(lambda: ("127.0.0.1", 1)), start=answers(start), poll=answers(lambda: (b"done\n", 0))
+    )
+    actor = SimpleNamespace(options=lambda **about: SimpleNamespace(remote=lambda *args: node))
+    monkeypatch.setattr(driver, "placement_group", lambda *args, **about: SimpleNamespace(wait=lambda seconds: True))
+    monkeypatch.setattr(driver, "PlacementGroupSchedulingStrategy", lambda *args, **about: None)
+    monkeypatch.setattr(driver, "remove_placement_group", lambda group: None)
+    monkeypatch.setattr(driver, "answer", lambda how: None)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 1}}] * alive[0])
+    monkeypatch.setattr(ray, "remote", lambda kind: actor)
+    monkeypatch.setattr(ray, "kill", lambda node: None)
+    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(ray, "wait", lambda refs, timeout: (refs, []))
+    for name in (driver.LAUNCH, driver.ATTEMPT):
+        monkeypatch.setenv(name, "")
+    argv = ["+exp=hh_rlhf", "device=cpu", "mesh.dp=2", f"max_restarts={restarts}"]
+    assert driver.run(argv) == (0 if restarts else 1)
+    said = capsys.readouterr().out
+    assert said.startswith("error: a node was lost before its ranks were started: ActorDiedError: ")
+    if restarts:
+        assert argvs == [argv, argv, [*argv, "mesh.dp=1"]]
+        assert said.endswith("starting again on 1 replicas, 0 of max_restarts=1 left\ndone\n")
 
 
 def test_ray_without_a_cluster_is_refused(tmp_path):

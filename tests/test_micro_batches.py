@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_engine.config import DataConfig, ModelConfig, RunConfig
-from rlhf_engine.converting.convert import one_rank
+from rlhf_engine.converting.layout import one_rank
 from rlhf_engine.data.dataset import build_datasets
 from rlhf_engine.data.sources import read_sources
 from rlhf_engine.data.tokenizer import Tokenizer

@@ -354,15 +354,15 @@ def test_token_outside_the_true_vocabulary_is_refused(token):
 
 def test_scores_are_clipped_then_standardised_by_all_so_far():
     """As XTuner's norm_rewards has it; a response without an end loses its penalty after that."""
-    from rlhf_engine.algorithms.ppo import _shape_scores
+    from rlhf_engine.algorithms.rollouts import shape_scores
     from rlhf_engine.config import RunConfig
     from rlhf_engine.context import TrainState
 
-    ctx = SimpleNamespace(config=RunConfig(), state=TrainState())
-    ppo = ctx.config.ppo
+    ppo = RunConfig().ppo
+    ctx = SimpleNamespace(settings=ppo, state=TrainState())
     ppo.score_min, ppo.score_max, ppo.score_center, ppo.score_scale, ppo.missing_eos_penalty = -2, 3, True, True, 0.5
     first, second = np.array([-9.0, 1.0, 2.0]), np.array([0.0, 7.0])
-    _shape_scores(ctx, torch.tensor(first), torch.tensor([True, True, True]))
-    found = _shape_scores(ctx, torch.tensor(second), torch.tensor([True, False]))
+    shape_scores(ctx, torch.tensor(first), torch.tensor([True, True, True]))
+    found = shape_scores(ctx, torch.tensor(second), torch.tensor([True, False]))
     seen = np.concatenate([first, second]).clip(-2, 3)
     np.testing.assert_allclose(found, (second.clip(-2, 3) - seen.mean()) / seen.std() - [0, 0.5], rtol=1e-6)

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rlhf_engine.algorithms import ppo
+from rlhf_engine.algorithms import rollouts
 from rlhf_engine.config import ModelConfig, RunConfig
 from rlhf_engine.context import TrainState
-from rlhf_engine.converting.convert import one_rank
+from rlhf_engine.converting.layout import one_rank
 from rlhf_engine.models import layers
 from rlhf_engine.models.role import RoleModel, head_weight
 from rlhf_engine.rollout.decoder import Decoder
@@ -92,10 +92,10 @@ def test_when_the_samplers_log_probs_suffice(dtype, limit, gap, suffices):
     """bfloat16 rounds hidden states to some hundredths of a nat, which is no reason to compute log-probs anew."""
     config = RunConfig()
     config.ppo.old_log_probs, config.ppo.max_log_prob_gap = "sampler", limit or config.ppo.max_log_prob_gap
-    ctx = SimpleNamespace(config=config, state=TrainState(iteration=1, log_prob_gap=gap), tokenizer=None)
-    ctx.tokenizer = SimpleNamespace(end_ids=(0,))
+    state, tokenizer = TrainState(iteration=1, log_prob_gap=gap), SimpleNamespace(end_ids=(0,))
+    ctx = SimpleNamespace(config=config, settings=config.ppo, state=state, tokenizer=tokenizer)
     x = SimpleNamespace(sampler_log_probs=torch.zeros(1, 4), tokens=None, lengths=None, response_mask=None)
-    body = ppo.log_probs(ctx, SimpleNamespace(dtype=dtype), x)
+    body = rollouts.log_probs(ctx, SimpleNamespace(dtype=dtype), x)
     if not suffices:
         assert next(body) is not None  # work for the trainer
         return

@@ -1,9 +1,13 @@
-"""--help, docs/configuration.md, and the experiments of conf/ that are too large to be run here."""
+"""--help, what docs/ says of the code, and the experiments of conf/ that are too large to be run here."""
 
 from __future__ import annotations
 
+import re
+import runpy
+
 import pytest
 from conftest import ROOT
+from test_layers import FOLDERS, ROOMS
 
 from rlhf_engine.config import ModelConfig, check, keys, resolve_mesh
 from rlhf_engine.launching import reference
@@ -12,6 +16,28 @@ from rlhf_engine.launching.compose import CONF, compose
 
 def test_documentation_of_keys_is_current():
     assert (ROOT / "docs" / "configuration.md").read_text() == reference.markdown() + "\n", "run `make docs`"
+
+
+def test_picture_of_the_layers_is_current():
+    draw = runpy.run_path(str(ROOT / "docs" / "layers.py"))["draw"]
+    assert (ROOT / "docs" / "layers.svg").read_text() == draw(), "run `make docs`"
+
+
+def test_every_room_is_explained():
+    folders = {package: folder for folder, package in FOLDERS.items()}
+    found = re.findall(r"^\| `([\w.]+)/?` \|", (ROOT / "docs" / "architecture.md").read_text(), re.M)
+    rooms = [folders.get(name, name) for name in ROOMS]
+    assert sorted(name.removesuffix(".py") for name in found) == sorted(rooms)
+    assert all((ROOT / name).exists() or (ROOT / "rlhf_engine" / name).exists() for name in found)
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+def test_paths_that_a_page_names_are_there(page):
+    """Modules with their folder, from the root or from rlhf_engine/, and links."""
+    text = (ROOT / "docs" / page).read_text()
+    modules = [(ROOT / path, ROOT / "rlhf_engine" / path) for path in re.findall(r"`(\w[\w.]*/[\w./]*\.py)[:`]", text)]
+    links = [(ROOT / "docs" / path,) for path in re.findall(r"\]\(([\w./]+)(?:#[\w-]*)?\)", text)]
+    assert [places[0] for places in modules + links if not any(path.exists() for path in places)] == []
 
 
 def test_every_key_is_there_with_its_own_default():

@@ -13,6 +13,7 @@ import worlds
 from conftest import ROOT, launch
 
 from rlhf_engine.config import ConfigError
+from rlhf_engine.launching import preflight
 from rlhf_engine.launching.compose import compose
 
 GOOD = {"chosen": "\n\nHuman: Hi?\n\nAssistant: Hello.", "rejected": "\n\nHuman: Hi?\n\nAssistant: No."}
@@ -58,7 +59,6 @@ def refused(run, capsys, monkeypatch):
         (["mesh.tp=4"], ["mesh.tp=4", "num_key_value_heads=2"]),
         (["mesh.ep=2", "mesh.dp=3"], ["mesh.ep=2", "3 data parallel"]),
         (["mesh.ep=2"], ["mesh.ep=2", "num_experts=0"]),
-        (["max_restarts=1", "rerun=true"], ["max_restarts=1", "rerun=true"]),
         (["mesh.ep=2", "model.num_experts=3"], ["mesh.ep=2", "num_experts=3"]),
         (["mesh.pp=5"], ["mesh.pp=5", "num_layers=4"]),
         (["mesh.virtual_pp=2"], ["mesh.virtual_pp=2", "use mesh.pp=2"]),
@@ -102,6 +102,10 @@ def refused(run, capsys, monkeypatch):
         (["model.num_key_value_heads=0"], ["model.num_key_value_heads=0", "at least 1"]),
         (["rollout.slots=0"], ["rollout.slots=0", "at least 1"]),
         (["ppo.kl_coef=nan"], ["ppo.kl_coef=nan", "finite"]),
+        (["seed=4294967296"], ["seed=4294967296", "at most 4294967295"]),
+        (["reward.timeout=1e10"], ["reward.timeout=1", "at most 1000000000"]),
+        (["timeout.stage=1e10"], ["timeout.stage=1", "at most 1000000000"]),
+        (["ppo.kl_controller=adaptive", "ppo.kl_horizon=12"], ["ppo.kl_horizon=12", "64 samples", "more than 12"]),
         (["ppo.kl_target=0"], ["ppo.kl_target=0", "positive"]),
         (["sft.optimizer.min_lr=1"], ["sft.optimizer.min_lr", "exceeds"]),
         (["dtype=bfloat16"], ["dtype=bfloat16", "GPU"]),
@@ -173,6 +177,22 @@ def is_read(argument: str) -> bool:
     except ConfigError as error:
         return "quotes: " not in str(error)
     return True
+
+
+@pytest.mark.parametrize(("phases", "begun"), [("ppo", "sft"), ("reward,ppo", "sft"), ("ppo", "reward")])
+def test_what_is_built_on_a_phase_that_was_stopped(refused, run, monkeypatch, tmp_path, phases, begun):
+    """Would be built on its beginning; a phase that is finished, or goes on first, is taken."""
+    checkpoints = tmp_path / begun / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "latest").write_text("iteration_2")
+    monkeypatch.setattr(preflight, "check_reward", lambda *args: None)  # which would miss a reward model
+    message = refused(f"phases=[{phases}]", f"output_dir={tmp_path}")
+    assert f"{tmp_path / begun}, which was stopped" in message and f"use phases=[{begun},{phases}]" in message
+    monkeypatch.setattr(run, "start_ranks", lambda *args: 0)
+    settings = ["+exp=hh_rlhf", "device=cpu", f"output_dir={tmp_path}"]
+    assert run.main([*settings, f"phases=[{begun},{phases}]"]) == 0
+    (tmp_path / begun / "summary.json").write_text('{"iterations": 2}')
+    assert run.main([*settings, f"phases=[{phases}]"]) == 0
 
 
 def test_a_hub_data_set_without_its_package(refused, monkeypatch):

@@ -144,6 +144,31 @@ def test_page_loads_nothing_and_escapes_everything(tmp_path):
     assert page.words.count(shown) >= 3  # whitespace and all
 
 
+def test_what_is_hovered_over_is_said_line_by_line(tmp_path):
+    rows = [{"iteration": i, "score/mean": i / 4, "gold/mean": 2.0, "time/rollout": 3.0 * i} for i in (1, 2)]
+    words = Page(write(tmp_path, rows)).words
+    assert {"iteration 2\nscore/mean 0.5\ngold/mean 2", "iteration 2\nrollout 6 s"} <= set(words)
+
+
+def event(name, kind, start, length, rank=0):
+    place = {"pid": rank, "tid": int(kind != "stage"), "ts": start, "dur": length}
+    return {"name": name, "cat": kind, **place, "args": {"iteration": 4}}
+
+
+def test_what_each_rank_did_is_drawn_from_the_trace(tmp_path):
+    old = event("rollout", "stage", 0, 10) | {"args": {"iteration": 3}}
+    work = [event("policy", "forward", 20, 5e5), event("forward", "wait", 5e5, 1e5, rank=1)]
+    events = [old, event("train_policy", "stage", 20, 1e6), *work, event(HOSTILE, "stage", 1e6, 20, rank=1)]
+    (tmp_path / "trace.json").write_text("[\n" + "".join(json.dumps(e) + ",\n" for e in events))
+    text = write_report(tmp_path, title="SFT", summary={}, samples=[]).read_text()
+    page = Page(text)
+    hints = {"train_policy (stage), 1000.0 ms", "policy (forward), 500.0 ms", "forward (wait), 100.0 ms"}
+    assert hints | {"Iteration 4, 1.00 s", "rank 1"} <= set(page.words) and "rank 2" not in page.words
+    drawn = [value for name, value in page.attributes if name == "width" and value != "device-width"]
+    assert drawn == ["1072.0", "536.0", "107.2", "0.3"]  # of 1072 for the second; what is too short is still seen
+    assert "script" not in page.tags and not NAN_COORDINATE.search(text)
+
+
 def test_dialogues(tmp_path):
     words = Page(write(tmp_path, [])).words
     assert " Bread is bread.\n\tIt is what it is." in words

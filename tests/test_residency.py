@@ -79,6 +79,7 @@ def test_a_run_with_everything_offloaded(small_run, tmp_path):
             {k: v for k, v in json.loads(line).items() if not k.startswith(cases.MEASURED)} for line in lines
         ]
         assert (folder / "ppo" / "hf" / "model.safetensors").is_file()
+        assert not (folder / "offloaded").exists()
     assert rows["offload"] == rows["keep"]
 
 

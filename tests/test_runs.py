@@ -74,13 +74,18 @@ def test_what_a_run_leaves(whole):
     assert any(abs(row["kl/mean"]) > 1e-6 for row in rows[1:])
 
 
+def test_a_phase_begins_without_figures_of_the_one_before(small_run):
+    rows = [json.loads(line) for line in (small_run / "reward" / "metrics.jsonl").read_text().splitlines()]
+    assert "time/iteration" in rows[0] and "time/save" not in rows[0] and "time/save" in rows[1]
+
+
 def test_killed_and_started_again(phases, whole, tmp_path):
     """kill -9 of the launcher in the middle of PPO; the same command goes on, and nothing tells."""
     folder = tmp_path / "run"
     shutil.copytree(phases, folder)
     settings = [*LONG, f"output_dir={folder}", "ppo.write_rollouts=true"]
     metrics, latest = folder / "ppo" / "metrics.jsonl", folder / "ppo" / "checkpoints" / "latest"
-    holds = folder / "ppo" / "rollouts" / "3.tmp"
+    holds = folder / "ppo" / "rollouts" / "3.jsonl.tmp"
     holds.parent.mkdir(parents=True)
     os.mkfifo(holds)  # nobody reads what the fourth iteration would write, so the run stands still there
     process = warm.Command([sys.executable, str(ROOT / "launch" / "run.py"), *settings])

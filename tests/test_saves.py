@@ -26,6 +26,7 @@ from rlhf_engine.models.partition import rank_parameters
 from rlhf_engine.models.residency import Parcel, Presence, host_memory
 from rlhf_engine.models.shards import rectangles
 from rlhf_engine.plan.memory import Numbers, saved
+from rlhf_engine.signals import RunError
 
 # -- on the ranks --------------------------------------------------------------------------------------------
 
@@ -55,7 +56,7 @@ def moments(role):
 
 def save(model: dict, layout: tuple, folder: str, **optimizer) -> tuple[int, int]:
     """Saves and gives the bytes of float32 numbers that this rank has sent to others and written."""
-    from rlhf_engine.surviving.checkpoint import Checkpoints
+    from rlhf_engine.models.checkpoint import Checkpoints
 
     role, sent = trained(model, layout, 0, **optimizer), []
     with pytest.MonkeyPatch.context() as patch:
@@ -82,7 +83,7 @@ def save(model: dict, layout: tuple, folder: str, **optimizer) -> tuple[int, int
 
 def load(model: dict, layout: tuple, folder: str, **optimizer) -> None:
     """Weights and moments are those that were saved, in every place, and none is made anew."""
-    from rlhf_engine.surviving import checkpoint
+    from rlhf_engine.models import checkpoint
 
     found, wanted = trained(model, layout, 1, **optimizer), trained(model, layout, 0, **optimizer)
     before = [parameter.data_ptr() for parameter in found.chunks.parameters()]
@@ -99,9 +100,9 @@ def presences(overrides: list[str], folder: str) -> dict[str, list[tuple[Presenc
     """What of PPO's policy and critic is on the device as they are saved and loaded, at each of their moves."""
     from rlhf_engine.algorithms import ALGORITHMS
     from rlhf_engine.launching.build import build_role
+    from rlhf_engine.models.checkpoint import Checkpoints
+    from rlhf_engine.models.checkpoint import load as load_checkpoint
     from rlhf_engine.models.role import RoleModel
-    from rlhf_engine.surviving.checkpoint import Checkpoints
-    from rlhf_engine.surviving.checkpoint import load as load_checkpoint
 
     ctx = cases.context([*overrides, "schedule.residency=offload"], (1, 1, 1))
     specs = ALGORITHMS["ppo"](ctx.config).roles()
@@ -145,7 +146,7 @@ def left_by(overrides: list[str], stage: str, problem: str) -> dict[str, Presenc
     from dataclasses import replace
 
     from rlhf_engine.algorithms import ALGORITHMS
-    from rlhf_engine.launching.build import build_role
+    from rlhf_engine.launching.build import begin
     from rlhf_engine.schedule import Schedule
     from rlhf_engine.signals import Stop
     from rlhf_engine.surviving.guard import NotFinite
@@ -153,7 +154,7 @@ def left_by(overrides: list[str], stage: str, problem: str) -> dict[str, Presenc
     ctx = cases.context([*overrides, "schedule.residency=offload", "schedule.prefetch=true"], (1, 1, 1))
     algorithm = ALGORITHMS["ppo"](ctx.config)
     specs = algorithm.roles()
-    ctx.roles = {name: build_role(ctx, name, spec) for name, spec in specs.items()}
+    begin(ctx, algorithm.name, specs)
     error = {"Stop": Stop, "NotFinite": NotFinite}[problem]
 
     def leaves(*args):
@@ -267,12 +268,12 @@ def test_an_optimizer_that_makes_its_state_in_its_first_step(tmp_path):
 
 def before_the_first_step(folder: str) -> None:
     """Says which optimizer it was, its largest moment before a step, and the step and whether there are some after."""
+    from rlhf_engine.models.checkpoint import Checkpoints
+    from rlhf_engine.models.checkpoint import load as load_checkpoint
     from rlhf_engine.models.stream import train_step
     from rlhf_engine.models.work import Work
     from rlhf_engine.observing.metrics import Metrics
     from rlhf_engine.observing.trace import Trace
-    from rlhf_engine.surviving.checkpoint import Checkpoints
-    from rlhf_engine.surviving.checkpoint import load as load_checkpoint
 
     role = cases.build_role(MODELS["llama"], "lm", (1, 1, 1), optimizer=True)
     checkpoints = Checkpoints(Path(folder), role.mesh, CheckpointConfig())
@@ -289,6 +290,47 @@ def before_the_first_step(folder: str) -> None:
     assert train_step([Work(role, batch, loss, 2)], Metrics(), Trace()) == {"policy": None}
     after = [bool(state["exp_avg"].any()) for state in fused.state.values()]
     print(type(fused).__name__, before, fused.param_groups[0]["step"], any(after))
+
+
+def looked_at(overrides: list[str]) -> tuple[list[str], list[str]]:
+    """Of what phases the checkpoints are read to be sure of them as PPO's four roles are made, and which times are
+    limited."""
+    from rlhf_engine.algorithms import ALGORITHMS
+    from rlhf_engine.launching.build import build_role
+    from rlhf_engine.surviving import manifest
+
+    ctx, looked, watched = cases.context(overrides, (1, 1, 1)), [], []
+    with pytest.MonkeyPatch.context() as patch:
+
+        def damage(folder, *part, original=manifest.damage):
+            looked.append(folder.parent.parent.name)
+            return original(folder, *part)
+
+        def watch(name: str):
+            watched.append(name)
+            return contextlib.nullcontext()
+
+        patch.setattr(manifest, "damage", damage)
+        ctx.watch = watch
+        for name, spec in ALGORITHMS["ppo"](ctx.config).roles().items():
+            build_role(ctx, name, spec)
+    return looked, watched
+
+
+def test_a_finished_checkpoint_is_looked_at_once(worlds, overrides):
+    looked, watched = worlds(1).run(looked_at, overrides)[0]
+    assert sorted(looked) == ["reward", "sft"]
+    assert watched == [f"the check of {phase}'s checkpoint" for phase in looked]
+
+
+def test_a_file_that_was_cut_is_not_a_role(tmp_path):
+    weights = torch.arange(50.0)
+    parcel = Parcel(lambda: [weights], torch.device("cpu"), tmp_path / "weights")
+    parcel.leave()
+    with open(tmp_path / "weights.0", "r+b") as file:
+        file.truncate(196)
+    with pytest.raises(RunError, match=r"weights.0 has 196 bytes of 200"):
+        parcel.arrive()
 
 
 # -- copies on a GPU, on one that is not there ----------------------------------------------------------------

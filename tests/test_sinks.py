@@ -12,15 +12,18 @@ import tomllib
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
+import chaos
 import pytest
 from conftest import ROOT, SMALL, launch
+from tensorboard.summary.writer import event_file_writer
 
 from rlhf_engine.config import LogConfig, WandBConfig
 from rlhf_engine.launching.compose import compose
 from rlhf_engine.launching.preflight import plan
 from rlhf_engine.observing import sinks
-from rlhf_engine.observing.sinks import Sinks
+from rlhf_engine.observing.sinks import Sinks, TensorBoard
 
 
 def chunks(data: bytes) -> Iterator[tuple[int, bytes]]:
@@ -59,6 +62,20 @@ def history(folder: Path) -> list[dict]:
             items = record.history.item
             rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
     return [{name: value for name, value in row.items() if not name.startswith("_")} for row in rows]
+
+
+def test_tensorboard_shows_a_run_that_moves_between_clocks_in_order(tmp_path, monkeypatch):
+    """On to a machine whose clock is behind, and to another one: each iteration once, the later figure of it."""
+    clock = SimpleNamespace(time=lambda: 1.7e9)
+    monkeypatch.setattr(event_file_writer, "time", clock)
+    for start, (resumed_at, now) in enumerate([(0, 1.7e9), (3, 1.6e9), (4, 1.5e9)]):
+        clock.time = lambda now=now: now
+        sink = TensorBoard(tmp_path, resumed_at)
+        for iteration in range(resumed_at, resumed_at + 3):
+            sink.write(iteration, {"x": float(start)})
+        sink.close()
+    shown = [(0, 0.0), (1, 0.0), (2, 0.0), (3, 1.0), (4, 2.0), (5, 2.0), (6, 2.0)]
+    assert chaos.scalars(tmp_path) == {"x": shown}
 
 
 def test_weights_and_biases(tmp_path, monkeypatch):

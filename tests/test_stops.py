@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,6 +70,18 @@ def test_stopped_and_gone_on_with_on_other_meshes(small_run, worlds, whole, tmp_
         size = layout[0] * layout[1] * layout[2]
         assert worlds(size).run(train, folder, layout, stop_at) == [stop_at is None] * size
     assert_close(figures(folder / "ppo"), figures(whole / "ppo"), 1e-4)
+
+
+def test_a_phase_that_gets_more_iterations_is_not_finished(worlds, whole, tmp_path):
+    """Until they are made: what follows would be built on its middle."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    summary = folder / "ppo" / "summary.json"
+    assert worlds(2).run(train, folder, (1, 1, 2), None, 2) == [True, True] and summary.is_file()
+    assert worlds(2).run(train, folder, (1, 1, 2), 16, 3) == [False, False] and not summary.exists()
+    assert (folder / "ppo" / "checkpoints" / "latest").read_text() == "iteration_2.1"
+    assert worlds(2).run(train, folder, (1, 1, 2), None, 3) == [True, True]
+    assert json.loads(summary.read_text())["iterations"] == 3
 
 
 def test_an_iteration_that_is_cut_otherwise_is_refused(small_run, worlds, tmp_path):

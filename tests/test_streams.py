@@ -6,11 +6,13 @@ import itertools
 import json
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import cases
 import pytest
 import torch
+import worlds
 from conftest import SMALL, launch
 from test_hf_architectures import SIZES, make
 
@@ -18,8 +20,10 @@ from rlhf_engine.algorithms.ppo import PPO, stage_table
 from rlhf_engine.config import RunConfig, ScheduleConfig
 from rlhf_engine.models.stream import _Stream
 from rlhf_engine.models.work import Work
-from rlhf_engine.observing.trace import Stream, Trace
+from rlhf_engine.observing.timeline import read_trace
+from rlhf_engine.observing.trace import Span, Stream, Trace, append_events, cut_events
 from rlhf_engine.schedule import Schedule
+from rlhf_engine.trainer import close_trace
 
 TOGETHER = ["time/log_probs+ref_log_probs+score+values", "time/train_critic+train_policy"]
 
@@ -142,6 +146,10 @@ def test_a_trace_and_its_picture(tmp_path):
     """Every rank's stages, micro-batches and waits, in a file that Perfetto reads and in the report."""
     settings = [*SMALL, "phases=[sft]", "mesh.pp=2", "mesh.dp=1", "trace=true", f"output_dir={tmp_path}"]
     settings.append("schedule.micro_batch_tokens=1")  # each row alone
+    (tmp_path / "sft").mkdir()  # what a run that was killed has left, in the middle of a line
+    (tmp_path / "sft" / "trace.json").write_text(
+        '[\n{"pid": 7, "cat": "stage", "args": {"iteration": 0}},\n{"pid": 7, "c'
+    )
     launch(*settings, "sft.eval_every=0")
     text = (tmp_path / "sft" / "trace.json").read_text()
     events = json.loads(text.rstrip().rstrip(",") + "]")
@@ -153,6 +161,40 @@ def test_a_trace_and_its_picture(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "sft" / "metrics.jsonl").read_text().splitlines()]
     assert all(0 < row["idle/train_policy"] < 1 for row in rows)
     assert "What each rank did when" in (tmp_path / "sft" / "report.html").read_text()
+
+
+def test_a_trace_that_goes_on_has_each_iteration_once(tmp_path):
+    path, spans = tmp_path / "trace.json", [Span("s", "stage", 1.0, 2.0)]
+    for iteration in (0, 1, 2):
+        append_events(path, [(spans, [2.0])] * 2, iteration)
+    with path.open("a") as file:
+        file.write('{"name": "s", "cat": "sta')
+    cut_events(path, 2)
+    append_events(path, [(spans, [2.0])] * 2, 2)
+    events = json.loads(path.read_text().rstrip().rstrip(",") + "]")
+    assert [(e["args"]["iteration"], e["pid"]) for e in events] == [(i, rank) for i in range(3) for rank in range(2)]
+    last = read_trace(path)
+    assert last is not None and (last.iteration, last.ranks, len(last.boxes)) == (2, 2, 2)
+
+
+def traced(folder: Path) -> None:
+    """In a rank, whose clock is thousands of seconds from the other's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "perf_counter", lambda: time.monotonic() + 5000 * worlds.mesh(1, 1, 2).rank)
+        config, state = SimpleNamespace(trace=True), SimpleNamespace(iteration=1)
+        ctx = SimpleNamespace(config=config, state=state, mesh=worlds.mesh(1, 1, 2), trace=Trace())
+        with ctx.trace.stage("s"):
+            ctx.mesh.barrier()
+        close_trace(ctx, folder, {}, None)
+
+
+def test_ranks_of_several_machines_have_one_time(worlds, tmp_path):
+    """That of the first one's clock, whatever the others' say."""
+    before = time.time()
+    worlds(2).run(traced, tmp_path)
+    events = json.loads((tmp_path / "trace.json").read_text().rstrip().rstrip(",") + "]")
+    assert [event["pid"] for event in events] == [0, 1]
+    assert all(abs(event["ts"] / 1e6 - before) < 1000 for event in events)
 
 
 def test_idle_shares():

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf_engine.config import ModelConfig
-from rlhf_engine.converting.convert import one_rank
+from rlhf_engine.converting.layout import one_rank
 from rlhf_engine.models.role import RoleModel
 from rlhf_engine.rollout.decoder import Decoder
 from rlhf_engine.rollout.graphs import DecodeGraphs

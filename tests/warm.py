@@ -165,7 +165,7 @@ class _Fork:
         self.returncode: int | None = None
         self.pid = os.fork()
         if self.pid == 0:
-            for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
                 signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
             Path("/proc/self/comm").write_text(f"rank {env['RANK']}")  # its environment cannot be seen from outside
             if start_new_session:

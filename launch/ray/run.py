@@ -10,7 +10,6 @@ import argparse
 import logging
 import os
 import secrets
-import signal
 import socket
 import sys
 import tempfile
@@ -26,12 +25,13 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf_engine.config import ConfigError, MeshConfig, RunConfig, check, resolve_mesh
 from rlhf_engine.launching.compose import compose
-from rlhf_engine.launching.preflight import read_base
+from rlhf_engine.launching.folders import read_base
 from rlhf_engine.launching.ranks import FINAL, Ranks, free_port
-from rlhf_engine.signals import SIGNALS, STOPPED, Stop
+from rlhf_engine.signals import STOPPED, Stop, answer
 from rlhf_engine.surviving.places import ATTEMPT, LAUNCH
 
 RUN = str(Path(__file__).resolve().parent.parent / "run.py")
+_SECONDS_TO_START = 300.0  # of the nodes that have room
 _SECONDS_TO_ANSWER = 40.0  # of the nodes that are left, when a run ends, and of the cluster, when a node is lost
 
 
@@ -112,6 +112,7 @@ class Node:
         return ray.util.get_node_ip_address(), free_port()
 
     def start(self, argv: list[str], first: int, count: int, world_size: int, address: str, port: int) -> None:
+        """Starts so many ranks, from number `first` on."""
         command = [sys.executable, RUN, *argv]
         self.ranks = Ranks(command, first, count, world_size, address, port, self.output.fileno())
 
@@ -124,14 +125,16 @@ class Node:
         return written, code
 
     def send(self, signum: int) -> None:
+        """A signal to each rank."""
         self.ranks.send(signum)
 
     def end(self, code: int) -> None:
+        """`Ranks.end` of this node."""
         self.ranks.end(code)
 
 
-def start_nodes(argv: list[str], counts: Sequence[int], kind: str, received: Sequence[int]) -> tuple[list[Any], Any]:
-    """An actor on each of as many nodes as there are `counts`, its ranks running; and their placement group.
+def place_nodes(counts: Sequence[int], kind: str, received: Sequence[int]) -> tuple[list[Any], Any]:
+    """An actor on each of as many nodes as there are `counts`, and their placement group.
 
     Raises:
         Stop: a signal was received before there was room.
@@ -144,7 +147,7 @@ def start_nodes(argv: list[str], counts: Sequence[int], kind: str, received: Seq
     # as srun does; what belongs to the machine stays its own
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "CUDA_VISIBLE_DEVICES"))}
     actor: Any = ray.remote(Node)
-    nodes = [
+    nodes: list[Any] = [
         actor.options(
             num_cpus=count if kind == "CPU" else 0,
             num_gpus=count if kind == "GPU" else 0,
@@ -152,13 +155,23 @@ def start_nodes(argv: list[str], counts: Sequence[int], kind: str, received: Seq
         ).remote(environment, os.getcwd())
         for i, count in enumerate(counts)
     ]
-    address, port = ray.get(nodes[0].place.remote())
+    return nodes, group
+
+
+def start_ranks(nodes: Sequence[Any], argv: list[str], counts: Sequence[int]) -> None:
+    """Starts them on all nodes.
+
+    Raises:
+        RayActorError: a node is lost, or cannot start any.
+        GetTimeoutError: it does not answer.
+    """
+    address, port = ray.get(nodes[0].place.remote(), timeout=_SECONDS_TO_START)
     firsts = [sum(counts[:i]) for i in range(len(counts))]
-    ray.get([
+    started = [
         node.start.remote(argv, first, count, sum(counts), address, port)
         for node, first, count in zip(nodes, firsts, counts, strict=True)
-    ])  # fmt: skip
-    return nodes, group
+    ]
+    ray.get(started, timeout=_SECONDS_TO_START)
 
 
 def watch(nodes: Sequence[Any], counts: Sequence[int], received: Sequence[int]) -> tuple[int, int]:
@@ -204,15 +217,20 @@ def run(argv: list[str]) -> int:
     config = compose(argv)
     kind, free = slots(config.device)
     received: list[int] = []
-    for signum in SIGNALS:
-        signal.signal(signum, lambda signum, frame: received.append(signum))
+    answer(lambda signum, frame: received.append(signum))
     os.environ[LAUNCH] = secrets.token_hex(8)
     for left in range(config.max_restarts, -1, -1):
         os.environ[ATTEMPT] = str(config.max_restarts - left)
         counts = ranks_per_node(free, config.mesh)
         num_nodes = len(free)
-        nodes, group = start_nodes(argv, counts, kind, received)
-        code, lost = watch(nodes, counts, received)
+        nodes, group = place_nodes(counts, kind, received)
+        try:
+            start_ranks(nodes, argv, counts)
+            code, lost = watch(nodes, counts, received)
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+            reason = str(error).strip().rpartition("\n")[2]
+            print(f"error: a node was lost before its ranks were started: {type(error).__name__}: {reason}", flush=True)
+            code, lost = 1, 1
         if code in FINAL or received or not left:
             break
         for node in nodes:
@@ -231,6 +249,7 @@ def run(argv: list[str]) -> int:
 
 
 def main(arguments: list[str]) -> int:
+    """The exit code of what a command line asks for."""
     parser = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False)
     parser.add_argument("--address", default="auto", help="of the cluster's head; auto: the cluster of this machine")
     options, argv = parser.parse_known_args(arguments)

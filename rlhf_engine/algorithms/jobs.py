@@ -30,6 +30,7 @@ from ..rollout.engine import Progress
 from ..rollout.generate import rollout
 from ..rollout.sampling import sample_keys
 from ..signals import RunError, before_leaving
+from ..surviving.durable import reason
 from ..surviving.parts import Parts
 from .heads import choose, policy_log_probs
 
@@ -220,7 +221,7 @@ class _Output:
             yield
         except OSError as error:
             saved = f"{self.num_done} of {len(self.order)} rows are saved"
-            raise RunError(f"output={self.ctx.config.output}: {error}; {saved}, start the same again") from None
+            raise RunError(f"output={self.ctx.config.output}: {reason(error)}; {saved}, start the same again") from None
 
 
 BODIES = {"score": score, "generate": generate}

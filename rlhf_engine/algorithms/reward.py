@@ -40,6 +40,7 @@ def preference_loss(output: Tensor, batch: Batch):
 
 
 def train_reward(ctx: Context, reward: RoleModel, x) -> Works:
+    """One step on the pairs of the iteration."""
     batch = score_batch(reward, x.tokens, x.lengths)
     yield Work(reward, batch, preference_loss, 2 * ctx.config.reward.micro_batch_size, together=2)
     return None
@@ -64,6 +65,7 @@ class Reward:
         self.eval_every, self.save_every = config.reward.eval_every, config.reward.save_every
 
     def roles(self) -> dict[str, RoleSpec]:
+        """A scalar head on the SFT policy, or on the model of `reward.path`."""
         sft = (("sft", "policy"),)
         start = () if self.config.path else sft
         return {
@@ -72,10 +74,14 @@ class Reward:
         }
 
     def batch(self, ctx: Context) -> Experience:
+        """Pairs as neighbouring rows, the chosen one first."""
+        ctx.state.ending = None
         return pair_rows(ctx.draw(self.name, self.config.batch_size), ctx.mesh.tp)
 
     def evaluate(self, ctx: Context, final: bool) -> Evaluation:
-        """Accuracy on held-out pairs; at the end, centres the scores."""
+        """Accuracy on held-out pairs; at the end, centres the scores, unless that is saved already."""
+        if final and ctx.state.ending is not None:
+            return Evaluation(ctx.state.ending)
         reward = ctx.roles["reward"]
         x = pair_rows(ctx.datasets[self.name].held_out, ctx.mesh.tp)
         assert x.tokens is not None and x.lengths is not None
@@ -90,6 +96,7 @@ class Reward:
         )
         if final:
             evaluation.figures["eval/offset"] = self._centre(ctx)
+            ctx.state.ending = evaluation.figures
         return evaluation
 
     def _centre(self, ctx: Context) -> float:

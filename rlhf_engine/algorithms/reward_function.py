@@ -31,7 +31,7 @@ def call(
         timeout: seconds.
 
     Raises:
-        RunError: it took too long, or did not give a number for each response.
+        RunError: it took too long, did not give a number for each response, or called sys.exit().
         Exception: what it raised itself, with a note of the function and the response.
     """
     columns = prompts, responses, prompt_tokens, response_tokens
@@ -40,9 +40,9 @@ def call(
     def work() -> None:
         try:
             outcome.append(fn(*columns))
-        except Exception as error:
-            outcome.append(error)
+        except BaseException as error:  # sys.exit() would end this thread alone
             error.add_note(f"reward.fn={name} raised it for {_culprit(fn, columns)}")
+            outcome.append(error)
 
     # a thread, because a call that hangs in C or waits for a network cannot be broken off: the run ends beside it
     thread = threading.Thread(target=work, daemon=True)
@@ -57,6 +57,8 @@ def call(
     (result,) = outcome
     if isinstance(result, Exception):
         raise result
+    if isinstance(result, BaseException):
+        raise RunError(f"reward.fn={name} asked for the end of the run: {result!r}")
     return torch.tensor(_numbers(result, name, responses), dtype=torch.float32)
 
 
@@ -85,6 +87,6 @@ def _culprit(fn: RewardFn, columns: tuple[list, ...]) -> str:
     for i, row in enumerate(zip(*columns, strict=True)):
         try:
             fn(*([part] for part in row))  # type: ignore[arg-type]
-        except Exception:
+        except BaseException:
             return f"response {i}: {row[1]!r:.80}"
     return f"{len(columns[0])} responses at once, and for none of them alone"

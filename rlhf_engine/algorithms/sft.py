@@ -25,7 +25,7 @@ from .heads import choose, policy_log_probs
 from .samples import sample_dialogues
 
 
-def cross_entropy(role: RoleModel):
+def cross_entropy(role: RoleModel) -> LossFn:
     """Loss of a micro-batch: summed over the tokens of `loss_mask`, counted by them."""
 
     def loss(hidden: Tensor, batch: Batch):
@@ -42,6 +42,7 @@ def text_work(policy: RoleModel, x, fn: InferFn | LossFn, micro_batch_size: int)
 
 
 def train_policy(ctx: Context, policy: RoleModel, x) -> Works:
+    """One step on the dialogues of the iteration."""
     yield text_work(policy, x, cross_entropy(policy), ctx.config.sft.micro_batch_size)
     ctx.metrics.record("train/tokens", x.lengths.sum())
     return None
@@ -68,9 +69,11 @@ class SFT:
         self.eval_every, self.save_every = config.sft.eval_every, config.sft.save_every
 
     def roles(self) -> dict[str, RoleSpec]:
+        """The policy alone, from its base."""
         return {"policy": RoleSpec("lm", optimizer=self.config.optimizer, total_steps=self.iterations)}
 
     def batch(self, ctx: Context) -> Experience:
+        """The next dialogues, with the tokens that are learned."""
         return supervised(ctx.draw(self.name, self.config.batch_size), ctx.mesh.tp)
 
     def evaluate(self, ctx: Context, final: bool) -> Evaluation:

@@ -99,11 +99,13 @@ class PPOConfig:
 
 
 def check_optimizer(key: str, optimizer: OptimizerConfig) -> None:
+    """Refuses a rate below its least value."""
     if optimizer.min_lr > optimizer.lr:
         raise ConfigError(f"{key}.min_lr={optimizer.min_lr} exceeds {key}.lr={optimizer.lr}")
 
 
 def check_batch(key: str, rows: int, dp: int) -> None:
+    """Refuses rows that the replicas do not divide."""
     if rows < 1 or rows % dp:
         lower, upper = rows // dp * dp, (rows // dp + 1) * dp
         fits = f"{lower} or {upper}" if lower else upper
@@ -111,6 +113,7 @@ def check_batch(key: str, rows: int, dp: int) -> None:
 
 
 def check_ppo(ppo: PPOConfig, reward: RewardConfig, dp: int) -> None:
+    """Refuses numbers of an iteration that do not fit each other."""
     samples = ppo.prompts_per_iteration * ppo.samples_per_prompt
     if ppo.num_minibatches < 1 or samples % ppo.num_minibatches:
         raise ConfigError(
@@ -122,6 +125,11 @@ def check_ppo(ppo: PPOConfig, reward: RewardConfig, dp: int) -> None:
         check_batch("ppo.ptx.rows", ppo.ptx.rows, dp)
     if ppo.score_min is not None and ppo.score_max is not None and ppo.score_min > ppo.score_max:
         raise ConfigError(f"ppo.score_min={ppo.score_min} exceeds ppo.score_max={ppo.score_max}")
+    if ppo.kl_controller == "adaptive" and samples >= 5 * ppo.kl_horizon:  # its error is cut to 0.2
+        raise ConfigError(
+            f"ppo.kl_horizon={ppo.kl_horizon} lets one iteration of {samples} samples take all of the KL coefficient:"
+            f" use more than {samples // 5}"
+        )
     if 0 < ppo.iterations <= ppo.critic_warmup_iterations:
         raise ConfigError(
             f"ppo.critic_warmup_iterations={ppo.critic_warmup_iterations} leaves the policy none of"

@@ -51,6 +51,7 @@ class Device:
 
     @property
     def is_gpu(self) -> bool:
+        """Whether it has memory of its own."""
         return self.name != "cpu"
 
 

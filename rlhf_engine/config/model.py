@@ -57,6 +57,7 @@ class ModelConfig:
 
     @property
     def head_size(self) -> int:
+        """Numbers of one attention head."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
 

@@ -49,6 +49,7 @@ _POSITIVE = {
     "kl_target", "kl_horizon", "max_kl", "max_log_prob_gap", "stage", "temperature", "timeout", "top_p", "rope_theta",
     "rms_norm_eps", "memory", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
 }  # fmt: skip
+_AT_MOST = {"seed": 2**32 - 1, "timeout": 10**9, "stage": 10**9}  # what the seeds of minibatches and waits can take
 
 
 _KIND = {int: "whole number", float: "number", bool: "truth value (true or false)", str: "text"}
@@ -119,6 +120,8 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         value = hint(value)
         if value < _AT_LEAST.get(name, value):
             raise ConfigError(f"{key}={value} must be at least {_AT_LEAST[name]}")
+        if value > _AT_MOST.get(name, value):
+            raise ConfigError(f"{key}={value} must be at most {_AT_MOST[name]}")
         if name in _POSITIVE and value <= 0:
             hint_greedy = "; rollout.greedy=true takes the likeliest token" if name == "temperature" else ""
             raise ConfigError(f"{key}={value} must be positive{hint_greedy}")

@@ -32,6 +32,7 @@ class RolloutConfig:
 
 
 def check_rollout(rollout: RolloutConfig) -> None:
+    """Refuses settings that are out of their range."""
     if rollout.top_p > 1:
         raise ConfigError(f"rollout.top_p={rollout.top_p} must lie in (0, 1]")
     if rollout.min_p > 1:

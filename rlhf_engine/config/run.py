@@ -24,7 +24,7 @@ JOBS = frozenset({"score", "generate"})  # phases that read a file and write a f
 @dataclass
 class RunConfig:
     phases: list[Phase] = field(default_factory=lambda: ["sft", "reward", "ppo"])
-    rerun: bool = False  # run finished phases again
+    rerun: bool = False  # begin all phases again; started again after a stop, the same command goes on
     seed: int = 1
     output_dir: str = "runs/default"
     output: str | None = None  # file written by the score and generate jobs
@@ -68,8 +68,6 @@ def check(config: RunConfig, mesh: MeshConfig, model: ModelConfig, reward: Model
     Raises:
         ConfigError: names the keys and what would be right.
     """
-    if config.rerun and config.max_restarts:
-        raise ConfigError(f"max_restarts={config.max_restarts} with rerun=true would run finished phases once more")
     if not config.phases:
         raise ConfigError(f"phases is empty: choose from {', '.join(typing.get_args(Phase))}")
     for each in (model, reward):

@@ -33,6 +33,7 @@ class ScheduleConfig:
 
 
 def check_offload(schedule: ScheduleConfig) -> None:
+    """Refuses roles that do not exist."""
     for role in schedule.offload:
         if role not in ROLES:
             raise ConfigError(f"schedule.offload={role}: {nearest(role, ROLES)}")

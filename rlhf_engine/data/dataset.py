@@ -85,6 +85,7 @@ class Dataset:
         return rows[self._shuffles[i, epoch][offset]]
 
     def batch(self, start: int, size: int) -> list[Example]:
+        """So many examples from `position` on, in the order of the seed."""
         return [self[i] for i in range(start, start + size)]
 
     def _deal(self) -> None:

@@ -145,7 +145,7 @@ def _save_copy(vocabulary: HFVocabulary, folder: Path) -> dict[str, Any]:
         fast: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", MADE_FROM: FAST}
         config = {**vocabulary.variables, **config, **fast}
     if here != there or not (folder / FAST).is_file():
-        vocabulary.loaded().backend_tokenizer.save(str(folder / FAST))
+        (folder / FAST).write_text(vocabulary.loaded().backend_tokenizer.to_str(pretty=True), encoding="utf-8")
     bos = vocabulary.controls.get(vocabulary.variables.get("bos_token") or "")
     return {"add_bos_token": bos in vocabulary.begin, **config}  # transformers 4 takes its classes' word otherwise
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import sentencepiece
 
 from ..config import ConfigError
+from ..surviving import durable
 from .chat import Messages, Part, Template, clean, shared_start
 from .templates import choose, read_json
 from .vocabulary import read_vocabulary
@@ -203,7 +204,6 @@ def _end_ids(folder: Path) -> list[int]:
 
 def train_tokenizer(texts: Iterable[str], path: Path, vocab_size: int) -> None:
     """Trains a sentencepiece model on `texts`: unigram, text kept as it is, unknown characters as bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     trained = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -223,6 +223,5 @@ def train_tokenizer(texts: Iterable[str], path: Path, vocab_size: int) -> None:
         )
     except RuntimeError as error:
         raise ConfigError(f"tokenizer.vocab_size={vocab_size}: {str(error).splitlines()[-1]}") from None
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(trained.getvalue())
-    temporary.replace(path)
+    durable.make_folder(path.parent)
+    durable.write(path, trained.getvalue())

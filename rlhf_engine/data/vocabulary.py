@@ -28,6 +28,7 @@ _FOREIGN = ("tekken.json", "*.tiktoken", "tiktoken.model", "tokenizer.model.*", 
 
 
 def has_tokenizer(folder: Path) -> bool:
+    """Whether the folder holds a tokenizer that can be read."""
     return any((folder / name).is_file() for name in (_FAST, _BPE[0], _PIECES))
 
 
@@ -158,9 +159,11 @@ class PieceVocabulary:
         return named.get(i) or (self.model.id_to_piece(i) if i < self.model.vocab_size() else None)
 
     def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
         return self.model.encode(text)
 
     def decode(self, ids: list[int]) -> str:
+        """The text of token ids."""
         return self.model.decode([i for i in ids if i < self.model.vocab_size()])
 
 
@@ -229,12 +232,15 @@ class HFVocabulary:
         return reader.from_pretrained(str(self.folder), local_files_only=True, trust_remote_code=False)
 
     def name(self, i: int) -> str | None:
+        """Of a token; None where it has none."""
         return self.model.id_to_token(i)
 
     def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
         return self.model.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
+        """The text of token ids."""
         return self.model.decode(ids, skip_special_tokens=False)
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import ConfigError
+from ..surviving import durable
 from .config import family, read_json
 from .index import SCORE_BIAS, index, lm_head, untied
 from .rows import Window
@@ -165,6 +166,7 @@ def copy_assets(source: Path, folder: Path) -> None:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes values as HF folders have them."""
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
@@ -185,14 +187,16 @@ def whole_folder(target: Path, manifest: dict[str, Any] | None = None) -> Iterat
         listing.write_text(json.dumps(manifest))
     try:
         yield temporary
+        listing.unlink(missing_ok=True)
+        for path in (*temporary.rglob("*"), temporary):
+            durable.sync(path)
     except BaseException as error:
         if manifest is None or isinstance(error, Exception):
             shutil.rmtree(temporary, ignore_errors=True)
         raise
-    listing.unlink(missing_ok=True)
     replaced = target.with_name(target.name + ".replaced")
     if target.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         os.replace(target, replaced)
-    os.replace(temporary, target)
+    durable.move(temporary, target)
     shutil.rmtree(replaced, ignore_errors=True)

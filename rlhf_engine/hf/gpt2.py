@@ -16,6 +16,7 @@ IRRELEVANT = frozenset({
 
 
 def mlp_size(hf: dict[str, Any]) -> None:
+    """Fills in the MLP's size, which GPT-2 leaves out where it is four times the model's."""
     if hf.get("n_inner") is None and isinstance(hf.get("n_embd"), int):
         hf["n_inner"] = 4 * hf["n_embd"]
 

@@ -23,6 +23,7 @@ SCORE_BIAS = "score.bias"  # HF's scalar heads have no bias: ours stands in conf
 _VALUE_HEADS = ("v_head.summary", "v_head", "value_head")
 _HEAD_FILES = ("value_head.safetensors", "value_head.bin")
 _NO_WEIGHTS = re.compile(r"(training_args|optimizer.*|scheduler|rng_state.*|random_states.*)\.(bin|pt|pth)")
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # or an index of several such files; the first that is there
 _PIECE = 1 << 22  # bytes compared at once
 
 
@@ -95,9 +96,16 @@ def lm_head(architecture: Architecture) -> tuple[str, str]:
     return rows["output_layer.weight"], rows["embedding.word_embeddings.weight"]
 
 
+def is_checkpoint(folder: str | Path) -> bool:
+    """Whether a folder is a megatron checkpoint. With an HF folder's weights in it, it is an HF folder."""
+    files = (f"{stem}{suffix}" for stem in _WEIGHTS for suffix in ("", ".index.json"))
+    root = Path(folder)
+    return (root / ".metadata").is_file() and not any((root / name).is_file() for name in files)
+
+
 def weight_files(root: Path) -> list[Path]:
     """The files that tensors are read from, all of which are there."""
-    for stem in ("model.safetensors", "pytorch_model.bin"):
+    for stem in _WEIGHTS:
         if (root / stem).is_file():
             files = [root / stem]
             break
@@ -139,7 +147,7 @@ def check_adapter(folder: str | Path) -> None:
 def _weights(root: Path) -> list[Path]:
     kinds = (
         "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pth", "*.pt", "*.gguf", "*.h5",
-        "*.msgpack",
+        "*.msgpack", "*.distcp", ".metadata",
     )  # fmt: skip
     found = {path for kind in kinds for path in root.glob(kind)}
     return sorted(path for path in found if not _NO_WEIGHTS.fullmatch(path.name))
@@ -152,7 +160,7 @@ def _listed(paths: Iterable[Path]) -> str:
 
 def _listing(root: Path) -> Path | None:
     """The index that is used."""
-    for stem in ("model.safetensors", "pytorch_model.bin"):
+    for stem in _WEIGHTS:
         if (root / stem).is_file():
             return None
         if (listing := root / f"{stem}.index.json").is_file():

@@ -1,13 +1,17 @@
-"""Names and shapes of the tensors of a `.bin` file, by the standard library alone and without running code from it."""
+"""Pickles in other people's folders, read without running code from them: the names and shapes of the tensors of a
+`.bin` file, and the index of a checkpoint. The standard library alone."""
 
 from __future__ import annotations
 
 import pickle
+import re
 import struct
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import IO, Any
+
+from ..config import ConfigError
 
 _LEGACY_HEADER = 3  # pickles before the tensors in files of torch < 1.6: a magic number, a version, the machine
 
@@ -28,6 +32,51 @@ class _Shapes(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         return pid
+
+
+_IN_AN_INDEX = re.compile(
+    r"torch\.distributed\.checkpoint\.(metadata\.(Metadata|StorageMeta|MetadataIndex|\w+StorageMetadata|TensorProperties"
+    r"|_MEM_FORMAT_ENCODING)|planner\.(SavePlan|WriteItem|WriteItemType|TensorWriteData|BytesIOWriteData)"
+    r"|filesystem\.(_StorageInfo|_StoragePrefix))|torch\.serialization\._get_layout|pathlib\.(_local\.)?PosixPath"
+    r"|torch\.(Size|bool|bfloat16|(u?int|float|complex)\d+\w*)"
+)
+
+
+class _Index(pickle.Unpickler):
+    """Knows torch's classes of a checkpoint's index, sizes and types alone."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if not _IN_AN_INDEX.fullmatch(f"{module}.{name}"):
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return self.known(module, name)
+
+    known = pickle.Unpickler.find_class
+
+
+class _Check(_Index):
+    def known(self, module: str, name: str) -> Any:
+        return type(name, (), dict.fromkeys(("__init__", "__setstate__"), lambda self, *args: None))
+
+
+def load_index(file: IO[bytes], kind: type[_Index] = _Index) -> Any:
+    """`read_index` of an open `.metadata`."""
+    try:
+        return kind(file).load()
+    except Exception as error:  # whatever a pickle may bring about
+        raise ConfigError(f"{file.name} cannot be read without running code from it: {error or 'cut off'}") from None
+
+
+def read_index(folder: str | Path, is_wanted: bool = True) -> Any:
+    """A checkpoint's `.metadata`: what it holds and where.
+
+    Args:
+        is_wanted: False looks at it without torch, and what it returns is of no use.
+
+    Raises:
+        ConfigError: it asks for code, or is no index.
+    """
+    with (Path(folder) / ".metadata").open("rb") as file:
+        return load_index(file, _Index if is_wanted else _Check)
 
 
 def shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -157,6 +157,7 @@ LAYER = "decoder.layers.*."
 
 
 def norm(megatron: str, hf: str, bias: bool = False) -> list[Row]:
+    """Weight and, with `bias`, bias of a norm, the same on all ranks."""
     return [Row(f"{megatron}.{x}", f"{hf}.{x}") for x in (("weight", "bias") if bias else ("weight",))]
 
 

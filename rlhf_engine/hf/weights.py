@@ -30,7 +30,9 @@ class Source(Protocol):
 
     def __contains__(self, name: str) -> bool: ...
 
-    def read(self, window: Window) -> Tensor: ...
+    def read(self, window: Window) -> Tensor:
+        """The part of a tensor that `window` names."""
+        ...
 
 
 @dataclass(frozen=True)

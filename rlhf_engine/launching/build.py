@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,18 +11,22 @@ import torch
 
 from ..algorithms.algorithm import RoleSpec
 from ..config import JOBS, RunConfig
-from ..context import Context
+from ..context import Context, TrainState
 from ..data import sources as data_sources
 from ..data.dataset import build_datasets
 from ..data.sources import gold_rule
 from ..data.tokenizer import Tokenizer, train_tokenizer
 from ..hf.files import HFFolder
+from ..hf.index import is_checkpoint
 from ..hf.weights import RandomWeights, Source, load_weights
 from ..mesh import ParallelMesh
+from ..models import checkpoint
 from ..models.role import RoleModel
+from ..observing.metrics import Metrics
 from ..observing.trace import Trace
-from ..surviving import checkpoint
-from .preflight import SUMMARY, Plan, load_function
+from ..surviving import durable
+from .earlier import SUMMARY
+from .preflight import Plan, load_function
 
 
 def build_context(plan: Plan, mesh: ParallelMesh) -> Context:
@@ -59,6 +63,12 @@ def trained_tokenizer(config: RunConfig, mesh: ParallelMesh, sources: list[data_
     return Tokenizer(str(path))
 
 
+def begin(ctx: Context, phase: str, specs: Mapping[str, RoleSpec]) -> None:
+    """A phase from its beginning: counters and figures at zero, and roles with their weights in place."""
+    ctx.phase, ctx.state, ctx.metrics = phase, TrainState(), Metrics()
+    ctx.roles = {name: build_role(ctx, name, spec) for name, spec in specs.items()}
+
+
 def build_role(ctx: Context, name: str, spec: RoleSpec) -> RoleModel:
     """A role with its weights in place: from the first finished phase, else the base policy's."""
     config = ctx.config
@@ -76,8 +86,7 @@ def build_role(ctx: Context, name: str, spec: RoleSpec) -> RoleModel:
         config.schedule.micro_batch_tokens,
     )
     for phase, source in spec.weights:
-        is_finished = iterations_of_finished(ctx, phase) >= 0
-        if is_finished and (found := phase_checkpoints(ctx, phase).newest(is_finished)):
+        if found := last_checkpoint(ctx, phase):
             checkpoint.load_weights(found, source, role)
             break
     else:
@@ -94,7 +103,7 @@ def base_policy(ctx: Context) -> RoleModel:
 
 def load_base(role: RoleModel, path: str | None, seed: int = 0) -> None:
     """Weights of an HF folder or of what tools/convert_hf made of one; random ones where there is no path."""
-    if path and (Path(path) / ".metadata").is_file():
+    if path and is_checkpoint(path):
         return checkpoint.load_weights(Path(path), checkpoint.IMPORTED, role)
     source: Source = HFFolder(path) if path else RandomWeights(role.model, seed)
     load_weights(role.chunks, role.model, role.head, role.mesh, source)
@@ -112,10 +121,19 @@ def _dtype(config: RunConfig, mesh: ParallelMesh) -> torch.dtype:
 def iterations_of_finished(ctx: Context, phase: str) -> int:
     """How many iterations a finished phase has behind it; -1 where it is not finished."""
     summary = Path(ctx.config.output_dir) / phase / SUMMARY
-    read = ctx.mesh.is_main and summary.is_file()
-    return ctx.mesh.from_main(json.loads(summary.read_text())["iterations"] if read else -1)
+    found = durable.read(summary) if ctx.mesh.is_main else None
+    return ctx.mesh.from_main((found or {}).get("iterations", -1))
+
+
+def last_checkpoint(ctx: Context, phase: str) -> Path | None:
+    """Of a finished phase, for all roles that start from it: it is read whole to be sure of it."""
+    if phase not in ctx.finished and iterations_of_finished(ctx, phase) >= 0:
+        with ctx.watch(f"the check of {phase}'s checkpoint"):
+            ctx.finished[phase] = phase_checkpoints(ctx, phase).newest(is_finished=True)
+    return ctx.finished.get(phase)
 
 
 def phase_checkpoints(ctx: Context, phase: str) -> checkpoint.Checkpoints:
+    """The checkpoints of a phase of this run."""
     folder = Path(ctx.config.output_dir) / phase / "checkpoints"
     return checkpoint.Checkpoints(folder, ctx.mesh, ctx.config.checkpoint)

@@ -79,6 +79,7 @@ def set_defaults(device: str, tp: int) -> None:
 
 
 def has_expandable_segments() -> bool:
+    """Whether torch is asked for them."""
     return any("expandable_segments:true" in os.environ.get(name, "").lower().replace(" ", "") for name in _ALLOCATOR)
 
 

@@ -6,28 +6,24 @@ import glob
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from ..config import JOBS, Base, ConfigError, MeshConfig, ModelConfig, RunConfig, check, resolve_mesh
 from ..data.files import read_rows
 from ..data.messages import read_messages
 from ..data.sources import HH_MINI, Source, check_sources, parse_spec, read_sources
 from ..data.tokenizer import Tokenizer
-from ..data.vocabulary import has_tokenizer, read_vocabulary
-from ..hf.config import ARCHITECTURES, family, read_json, read_model_config
-from ..hf.index import check_adapter, index, unread_files
 from ..observing.to_wandb import has_wandb
 from ..surviving.parts import Parts, folder_digest, rows_digest
 from ..surviving.places import Lock, try_folder
+from .earlier import check_finished, check_output_dir
 from .environment import check_graphs, cores
+from .folders import check_reward, check_vocabulary, folder_notes, read_base, read_tokenizer
 from .sizes import settle
 
-SUMMARY = "summary.json"  # of a finished phase
 _NO_DIFFERENCE = {"path", "kv_tokens", "cuda_graphs", "vocab_size"}  # to the rows of a job
 
 
@@ -48,6 +44,7 @@ class Plan:
 
     @property
     def world_size(self) -> int:
+        """Ranks of the run."""
         assert self.mesh.dp is not None
         return self.mesh.tp * self.mesh.pp * self.mesh.dp
 
@@ -84,27 +81,9 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
     Raises:
         ConfigError: what is wrong and what would be right.
     """
-    device = config.device if config.device != "auto" else ("cuda" if num_gpus() else "cpu")
-    if config.starts_nothing:  # on devices that need not be here
-        device = device if config.plan.device is None else "cpu" if config.plan.device == "cpu" else "cuda"
-        model_ranks = config.mesh.tp * config.mesh.pp
-        world_size = config.plan.world or model_ranks * (config.mesh.dp or max(1, 2 // model_ranks))
-    elif device == "cuda" and not num_gpus():
-        raise ConfigError("device=cuda, and there is no GPU: use device=cpu or device=auto")
-    generates = bool({"ppo", "generate"} & set(config.phases))
-    if device == "cuda" and generates and config.rollout.cuda_graphs and not config.starts_nothing:
-        check_graphs(config.mesh.tp)
-    if device == "cpu" and os.environ.get("RLHF_KERNELS") == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ConfigError("RLHF_KERNELS=triton in the environment needs a GPU, or TRITON_INTERPRET=1")
-    if world_size is None:
-        model_ranks = max(1, config.mesh.tp) * max(1, config.mesh.pp)
-        if config.mesh.dp is not None:
-            world_size = model_ranks * max(1, config.mesh.dp)
-        else:
-            # on a CPU two ranks with a thread each, the least that shows every kind of parallelism
-            world_size = max(1, (num_gpus() if device == "cuda" else 2) // model_ranks) * model_ranks
-        if device == "cuda" and world_size > num_gpus():
-            raise ConfigError(f"mesh needs {world_size} GPUs and {num_gpus()} are here: use a cluster launcher")
+    device = _device(config)
+    if world_size is None or config.starts_nothing:
+        world_size = _world_size(config, device)
     mesh = resolve_mesh(config.mesh, world_size)
     if device == "cpu" and config.dtype == "bfloat16":
         raise ConfigError("dtype=bfloat16 needs a GPU: megatron's optimizers keep float32 weights on a CPU")
@@ -130,36 +109,17 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
     ptx_sources: list[Source] = []
     made_with: dict[str, Any] = {}
     if jobs:
-        for source in config.data.sources:
-            spec = parse_spec(source)
-            if (spec.system, spec.reward) != ("default", None):
-                raise ConfigError(f"data.sources={source}: the {config.phases[0]} job reads rows without presets")
-            for where, row in read_rows(spec.name):
-                check_job_row(row, where, config.phases[0], tokenizer)
+        check_job_rows(config, tokenizer)
         if is_main:
             made_with = job_settings(config, device)
             Parts(Path(config.output or ""), made_with, config.rerun).check()
     else:
-        data = config.data
-        sources = read_sources(data.sources or HH_MINI, data.num_rows, data.num_eval_rows, config.seed)
-        check_sources(sources, config.phases)
-        if "ppo" in config.phases and config.ppo.ptx.sources:
-            ptx_sources = read_sources(config.ppo.ptx.sources, data.num_rows, 0, config.seed, "ppo.ptx.sources")
-            check_sources(ptx_sources, ["ptx"], "ppo.ptx.sources")
-        if not config.rerun:
-            check_output_dir(config)
+        sources, ptx_sources = _sources(config)
+        check_output_dir(config)
+        check_finished(config)
     check_reward(config, reward)
     notes = [*folder_notes(config, policy, reward, tokenizer), *unusual_rates(config)]
-    if device == "cuda" and is_main and cores() == 1:
-        notes.append(
-            "one core for each GPU, which its threads for autograd, NCCL and checkpoints share: more are faster"
-            " (Slurm's --cpus-per-task)"
-        )
-    if config.log.wandb.project is not None and not has_wandb():
-        notes.append(
-            f"log.wandb.project={config.log.wandb.project}: wandb is not installed (pip install -e '.[wandb]'):"
-            " the run goes on without it"
-        )
+    notes += _notes_of_the_machine(config, device, is_main)
     if config.reward.kind == "function" and "ppo" in config.phases:
         load_function(config.reward.fn or "")
     bases = {"policy": policy, "reward": reward}
@@ -168,6 +128,61 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
         assert place is not None
         try_folder(Path(place).parent if jobs else Path(place), f"{key}={place}")
     return Plan(config, mesh, bases, device, tokenizer, sources, ptx_sources, made_with, notes, settled)
+
+
+def _device(config: RunConfig) -> str:
+    """ "cpu" or "cuda", on which the run can be."""
+    device = config.device if config.device != "auto" else ("cuda" if num_gpus() else "cpu")
+    if config.starts_nothing:  # on devices that need not be here
+        device = device if config.plan.device is None else "cpu" if config.plan.device == "cpu" else "cuda"
+    elif device == "cuda" and not num_gpus():
+        raise ConfigError("device=cuda, and there is no GPU: use device=cpu or device=auto")
+    generates = bool({"ppo", "generate"} & set(config.phases))
+    if device == "cuda" and generates and config.rollout.cuda_graphs and not config.starts_nothing:
+        check_graphs(config.mesh.tp)
+    if device == "cpu" and os.environ.get("RLHF_KERNELS") == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ConfigError("RLHF_KERNELS=triton in the environment needs a GPU, or TRITON_INTERPRET=1")
+    return device
+
+
+def _world_size(config: RunConfig, device: str) -> int:
+    """Ranks of a run that no launcher has started."""
+    model_ranks = max(1, config.mesh.tp) * max(1, config.mesh.pp)
+    if config.starts_nothing:
+        return config.plan.world or model_ranks * (config.mesh.dp or max(1, 2 // model_ranks))
+    if config.mesh.dp is not None:
+        world_size = model_ranks * max(1, config.mesh.dp)
+    else:
+        # on a CPU two ranks with a thread each, the least that shows every kind of parallelism
+        world_size = max(1, (num_gpus() if device == "cuda" else 2) // model_ranks) * model_ranks
+    if device == "cuda" and world_size > num_gpus():
+        raise ConfigError(f"mesh needs {world_size} GPUs and {num_gpus()} are here: use a cluster launcher")
+    return world_size
+
+
+def _sources(config: RunConfig) -> tuple[list[Source], list[Source]]:
+    """Of the training phases, and of the text that PPO mixes into its update."""
+    data = config.data
+    sources = read_sources(data.sources or HH_MINI, data.num_rows, data.num_eval_rows, config.seed)
+    check_sources(sources, config.phases)
+    ptx_sources: list[Source] = []
+    if "ppo" in config.phases and config.ppo.ptx.sources:
+        ptx_sources = read_sources(config.ppo.ptx.sources, data.num_rows, 0, config.seed, "ppo.ptx.sources")
+        check_sources(ptx_sources, ["ptx"], "ppo.ptx.sources")
+    return sources, ptx_sources
+
+
+def _notes_of_the_machine(config: RunConfig, device: str, is_main: bool) -> Iterator[str]:
+    if device == "cuda" and is_main and cores() == 1:
+        yield (
+            "one core for each GPU, which its threads for autograd, NCCL and checkpoints share: more are faster"
+            " (Slurm's --cpus-per-task)"
+        )
+    if config.log.wandb.project is not None and not has_wandb():
+        yield (
+            f"log.wandb.project={config.log.wandb.project}: wandb is not installed (pip install -e '.[wandb]'):"
+            " the run goes on without it"
+        )
 
 
 def lock(config: RunConfig) -> Lock:
@@ -211,150 +226,14 @@ def unusual_rates(config: RunConfig) -> list[str]:
     ]
 
 
-def read_base(path: str, section: str = "policy", ignore_keys: Sequence[str] = ()) -> Base:
-    """A folder that weights begin from, in HF format or converted.
-
-    Args:
-        section: of the configuration that names it.
-        ignore_keys: see `hf.config.parse`.
-    """
-    check_adapter(path)
-    model = read_model_config(path, ignore_keys, f"{section}.ignore_keys")
-    if section == "policy" and has_score(path):
-        raise ConfigError(f"policy.path={path} is a reward model: reward.path={path} scores with it, or trains it")
-    if not is_converted(path):
-        index(path)
-    return Base(path, model)
-
-
-def is_converted(path: str) -> bool:
-    return (Path(path) / ".metadata").is_file()
-
-
-def has_score(path: str) -> bool:
-    """Whether the folder's model is one that scores."""
-    where = Path(path) / "config.json"
-    return family(read_json(where), str(where))[1] == "scalar"
-
-
-def folder_notes(config: RunConfig, policy: Base, reward: Base, tokenizer: Tokenizer | None) -> list[str]:
-    """What the folders of weights hold that is not used, or is used in a way of its own."""
-    notes = []
-    for section, base in {"policy": policy, "reward": reward}.items():
-        if base.path is None or is_converted(base.path) or (section == "reward" and base is policy):
-            continue
-        if unread := [path.name for path in unread_files(base.path)]:
-            notes.append(f"{section}.path={base.path}: not read: {', '.join(unread)}")
-        score = index(base.path).get(ARCHITECTURES[base.model.architecture].score)
-        if section == "policy" and score is not None:
-            notes.append(
-                f"policy.path={base.path}: {score.name} in {score.path.name} is a score's head, not the policy's"
-            )
-        if section == "reward" and score is None and "reward" in config.phases:
-            notes.append(f"reward.path={base.path} has no score's head: the reward phase starts with one of zeros")
-    if tokenizer is not None and reward.model.score_pad in tokenizer.end_ids:
-        notes.append(
-            f"reward.path={reward.path}: pad_token_id={reward.model.score_pad} of its config.json ends rows: its score"
-            " is read at the token before, as by transformers"
-        )
-    return notes
-
-
-def check_reward(config: RunConfig, reward: Base) -> None:
-    """What PPO builds on.
-
-    Raises:
-        ConfigError: there is no reward model, or it gives no scores.
-    """
-    trained = "reward" in config.phases or (Path(config.output_dir) / "reward" / SUMMARY).is_file()
-    if "ppo" not in config.phases or config.reward.kind != "model" or trained:
-        return
-    if config.reward.path is None:
-        raise ConfigError(
-            f"PPO needs a reward model, and no reward phase is finished in {config.output_dir}:"
-            " use phases=[reward,ppo], reward.path=DIR, or reward=function reward.fn=package.module:name"
-        )
-    head = ARCHITECTURES[reward.model.architecture].score
-    path = config.reward.path
-    if not (has_score(path) if is_converted(path) else head in index(path)):
-        raise ConfigError(
-            f"reward.path={config.reward.path} has no tensor {head}, so all its scores would be 0: phases=[reward,ppo]"
-            " makes a reward model of it"
-        )
-
-
-def check_output_dir(config: RunConfig) -> None:
-    """A run goes on only where it began as the same: another model or tokenizer cannot load what is there.
-
-    Raises:
-        ConfigError: names the key that differs from the config.yaml of an earlier phase.
-    """
-    now = {name: asdict(getattr(config, name)) for name in ("model", "tokenizer", "policy")}
-    with_reward = now | {"reward": {"path": config.reward.path}}  # of which the SFT phase knows nothing
-    for phase in ("sft", "reward", "ppo"):
-        path = Path(config.output_dir) / phase / "config.yaml"
-        if not path.is_file():
-            continue
-        before = yaml.safe_load(path.read_text())
-        for section, values in (now if phase == "sft" else with_reward).items():
-            for key, value in values.items():
-                if (old := before.get(section, {}).get(key, value)) != value:
-                    raise ConfigError(
-                        f"{section}.{key}={value}, and {path.parent} was made with {old}: use another output_dir"
-                    )
-
-
-def read_tokenizer(config: RunConfig, policy: Base) -> Tokenizer | None:
-    """The configured tokenizer or the policy's own; None where one is to be trained on the data.
-
-    Raises:
-        ConfigError: it cannot be read, lacks what the template needs, or has more ids than the model.
-    """
-    path, template = config.tokenizer.path or config.policy.path, config.tokenizer.template
-    if path is None and config.tokenizer.end_id is not None:
-        raise ConfigError(
-            f"tokenizer.end_id={config.tokenizer.end_id} needs a tokenizer that has it: set tokenizer.path"
-        )
-    if path is None and template not in (None, "hh"):
-        raise ConfigError(
-            f"tokenizer.template={template} needs control tokens, which a tokenizer trained on the data does not have:"
-            " set tokenizer.path"
-        )
-    most = policy.model.vocab_size
-    if path is None:
-        if most is not None and (size := config.tokenizer.vocab_size) > most:
-            raise ConfigError(f"the tokenizer (trained on the data) has {size} ids, and the model's vocabulary {most}")
-        return None
-    config.tokenizer.date = config.tokenizer.date or kept_date(config)
-    tokenizer = Tokenizer(path, template, config.tokenizer.end_id, config.tokenizer.date)
-    if most is not None:
-        tokenizer.fit(most, "the model's vocabulary")
-    return tokenizer
-
-
-def kept_date(config: RunConfig) -> str | None:
-    """The date that the templates of a run wrote when it began, which a resumed one goes on with."""
-    for phase in ("sft", "reward", "ppo"):
-        path = Path(config.output_dir) / phase / "config.yaml"
-        if not set(config.phases) & JOBS and path.is_file():
-            return yaml.safe_load(path.read_text()).get("tokenizer", {}).get("date")
-    return None
-
-
-def check_vocabulary(tokenizer: Tokenizer | None, reward: Base) -> None:
-    """A reward model reads the token ids that the policy writes.
-
-    Raises:
-        ConfigError: it would take them for other words.
-    """
-    assert reward.path is not None and reward.model.vocab_size is not None
-    if tokenizer is None:
-        raise ConfigError("reward.path needs the tokenizer that it was trained with: set policy.path or tokenizer.path")
-    tokenizer.fit(reward.model.vocab_size, f"the vocabulary of reward.path={reward.path}")
-    if has_tokenizer(Path(reward.path)):
-        own, text = read_vocabulary(Path(reward.path)), "Which words are these? 1, 2, 3: naïve\n\nAssistant: tokens."
-        if [*own.begin, *own.encode(text)] != tokenizer.encode(text):
-            raise ConfigError(f"reward.path={reward.path} has another tokenizer than the policy")
+def check_job_rows(config: RunConfig, tokenizer: Tokenizer | None) -> None:
+    """Refuses what a job cannot read, before anything starts."""
+    for source in config.data.sources:
+        spec = parse_spec(source)
+        if (spec.system, spec.reward) != ("default", None):
+            raise ConfigError(f"data.sources={source}: the {config.phases[0]} job reads rows without presets")
+        for where, row in read_rows(spec.name):
+            check_job_row(row, where, config.phases[0], tokenizer)
 
 
 def check_job_row(row: Any, where: str, job: str, tokenizer: Tokenizer | None) -> None:
@@ -391,7 +270,7 @@ def load_function(name: str):
         sys.path.insert(0, os.getcwd())
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except Exception as error:  # whatever the user's module does when it is imported
+    except (Exception, SystemExit) as error:  # whatever the user's module does when it is imported
         raise ConfigError(f"reward.fn={name}: {type(error).__name__}: {error}") from None
     if not callable(function):
         raise ConfigError(f"reward.fn={name} is not a function")

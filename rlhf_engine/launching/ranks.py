@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import random
 import signal
 import socket
 import subprocess
-import sys
+import threading
 import time
 from collections.abc import Sequence
 
-from ..signals import STOPPED, RunError
+from ..signals import STOPPED, RunError, is_detached
 
 PARENT = "RLHF_ENGINE_PARENT"  # process id of who started this rank and watches it
 # Exit codes after which there is nothing to start again: finished, refused, asked to stop, or it would be no better.
 FINAL = {0, 2, os.EX_DATAERR, RunError.code, STOPPED, 128 + signal.SIGINT}
+_SECONDS_BETWEEN_LOOKS = 0.2  # for the process that started this one
 _SECONDS_TO_END = 30.0  # between the first rank's exit with STOPPED and the last one's
 
 
@@ -102,7 +102,8 @@ class Ranks:
             if code and not self.code:
                 self.end(code if code > 0 else 128 - code)
                 if code < 0:
-                    line = f"rank {self.first + i} was ended by {signal.Signals(-code).name}\n"
+                    by = signal.Signals(-code).name if -code in {*signal.Signals} else f"signal {-code}"
+                    line = f"rank {self.first + i} was ended by {by}\n"
                     os.write(2 if self.output is None else self.output, line.encode())
         if self.code and time.monotonic() >= self.deadline:
             self.send(signal.SIGKILL)
@@ -110,8 +111,20 @@ class Ranks:
 
 
 def end_with_parent() -> None:
-    """Asks Linux to end this rank when the process that started it ends, however that happens."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if str(os.getppid()) != os.environ[PARENT]:
-        sys.exit("the process that started this rank has ended")
+    """Has this rank end when the process that started it does, however that happens. One that nohup has started, and
+    whom none of our launchers watches, stays.
+
+    Linux's own PR_SET_PDEATHSIG would also act when one thread of that process ends.
+    """
+    if PARENT not in os.environ and is_detached():
+        return
+    parent = int(os.environ.get(PARENT, os.getppid()))
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        with contextlib.suppress(OSError):
+            os.write(2, b"error: the process that started this rank has ended\n")
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

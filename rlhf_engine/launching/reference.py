@@ -1,4 +1,4 @@
-"""What can be said on a command line, read from where it is defined: the options of conf/ and the keys of config.py.
+"""What can be said on a command line, read from where it is defined: the options of conf/ and the keys of config/.
 
 `python launch/run.py --help` prints it; `make docs` writes it to docs/configuration.md.
 """

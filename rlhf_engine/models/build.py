@@ -57,21 +57,6 @@ def transformer_config(
         recompute: what backward computes again.
     """
     pp = 1 if folded else mesh.pp
-    experts: dict[str, Any] = {}
-    if model.num_experts is not None:
-        experts = dict(
-            num_moe_experts=model.num_experts,
-            moe_ffn_hidden_size=model.intermediate_size,
-            moe_router_topk=model.experts_per_token,
-            # a softmax over the chosen experts is a softmax over all of them, its weights made to add up to 1
-            moe_router_pre_softmax=not model.normalize_experts,
-            moe_router_load_balancing_type="none",
-            moe_router_dtype="fp32",  # as the sampler's: whom bfloat16 chooses, its last digit decides
-            moe_token_dispatcher_type="allgather",
-            moe_grouped_gemm=False,
-            expert_model_parallel_size=1 if folded else mesh.ep,
-            expert_tensor_parallel_size=mesh.tp,
-        )
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -107,7 +92,23 @@ def transformer_config(
         recompute_granularity=None if recompute == "none" else recompute,
         recompute_method="uniform" if recompute == "full" else None,
         recompute_num_layers=1 if recompute == "full" else None,
-        **experts,
+        **(_experts(model, mesh, folded) if model.num_experts is not None else {}),
+    )
+
+
+def _experts(model: ModelConfig, mesh: ParallelMesh, folded: bool) -> dict[str, Any]:
+    return dict(
+        num_moe_experts=model.num_experts,
+        moe_ffn_hidden_size=model.intermediate_size,
+        moe_router_topk=model.experts_per_token,
+        # a softmax over the chosen experts is a softmax over all of them, its weights made to add up to 1
+        moe_router_pre_softmax=not model.normalize_experts,
+        moe_router_load_balancing_type="none",
+        moe_router_dtype="fp32",  # as the sampler's: whom bfloat16 chooses, its last digit decides
+        moe_token_dispatcher_type="allgather",
+        moe_grouped_gemm=False,
+        expert_model_parallel_size=1 if folded else mesh.ep,
+        expert_tensor_parallel_size=mesh.tp,
     )
 
 

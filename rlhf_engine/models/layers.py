@@ -29,6 +29,7 @@ class RMSNorm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
+        """`(..., H)` of the same shape."""
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
@@ -41,6 +42,7 @@ class LayerNorm(RMSNorm):
         self.bias.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
+        """`(..., H)` of the same shape."""
         return F.layer_norm(x, (x.shape[-1],), self.weight, self.bias, self.eps)
 
 
@@ -123,6 +125,7 @@ class LMHead(tensor_parallel.ColumnParallelLinear):
     """
 
     def forward(self, hidden: Tensor, weight=None, runtime_gather_output=None) -> tuple[Tensor, None]:
+        """The hidden states themselves: their product with the head is left to the loss."""
         return hidden, None
 
 

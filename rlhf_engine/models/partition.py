@@ -39,6 +39,7 @@ class Parameters:
 
     @property
     def total(self) -> int:
+        """All of them."""
         return self.dense + self.experts
 
 

@@ -18,6 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, UntypedStorage
 
+from ..signals import RunError
+from ..surviving import durable
+
 
 class Presence(IntEnum):
     """How much of a role is on the device."""
@@ -68,9 +71,10 @@ class Parcel:
         if not self.is_kept:
             return
         if self.device.type != "cuda":
-            for i, (storage, _) in enumerate(self._away):
+            for i, (storage, size) in enumerate(self._away):
                 with self._file(i).open("rb") as file:
-                    file.readinto(_memory(storage))
+                    if (found := file.readinto(_memory(storage))) != size:
+                        raise RunError(f"{self._file(i)} has {found} bytes of {size}: start the same again")
             return
         _, back = _streams(self.device)
         back.wait_stream(torch.cuda.current_stream(self.device))  # which had this memory before
@@ -90,9 +94,10 @@ class Parcel:
 
     def _copy_off(self) -> None:
         if self.device.type != "cuda":
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            for i, (storage, _) in enumerate(self._away):
-                self._file(i).write_bytes(_memory(storage))
+            durable.make_folder(self.path.parent)
+            with durable.needed(self.path):
+                for i, (storage, _) in enumerate(self._away):
+                    self._file(i).write_bytes(_memory(storage))
             return
         sizes = [size for _, size in self._away]
         if [host.nbytes for host in self._host] != sizes:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 from ..config import RunConfig
+from ..surviving import durable
 from .sinks import Dialogues, Sinks
 
 # figures of a progress line, in order; those that an iteration lacks are left out
@@ -34,13 +34,9 @@ class Logbook:
         self.last_line = 0.0
         if not is_main:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / "metrics.jsonl"
-        kept = _lines_before(path, resumed_at) if resumed_at else []
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, path)
-        self.file = path.open("a")
+        durable.make_folder(self.folder)
+        self.path, self.lines = self.folder / "metrics.jsonl", ""  # those that there was no room for as yet
+        durable.write(self.path, "".join(_lines_before(self.path, resumed_at) if resumed_at else ()))
         self.sinks = Sinks(config.log, self.folder, asdict(config), resumed_at, bool(resumed_at or is_within))
         if resumed_at or is_within:
             place = f"{'within' if is_within else 'at'} iteration {resumed_at + is_within}"
@@ -50,8 +46,10 @@ class Logbook:
         """One iteration's figures."""
         if not self.is_main:
             return
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        self.lines += json.dumps(row) + "\n"
+        with durable.spared(self.path):
+            durable.append(self.path, self.lines)
+            self.lines = ""
         figures = {name: value for name, value in row.items() if name != "iteration"}
         self.sinks.write(int(row["iteration"]), figures)
         now, done = time.monotonic(), int(row["iteration"]) + 1
@@ -70,7 +68,6 @@ class Logbook:
         """The phase was asked to stop, after so many iterations or within the next one."""
         if not self.is_main:
             return
-        self.file.close()
         self.sinks.close()
         saved = "and saved" if is_saved else "and could not save"
         place = f"{'within' if is_within else 'at'} iteration {done + is_within}"
@@ -78,7 +75,6 @@ class Logbook:
 
     def finish(self, figures: dict[str, float], dialogues: Dialogues) -> None:
         """The held-out figures at the end of the phase, and what the model says there."""
-        self.file.close()
         self.sinks.write(self.total, figures)
         self.sinks.show(dialogues)
         self.sinks.close()

@@ -14,6 +14,7 @@ import yaml
 
 from ..config import RunConfig
 from ..data.dataset import Dataset
+from ..surviving import durable
 
 _ALGORITHMS = {"sft", "reward", "ppo"}
 _SHARED = ("seed", "data", "model", "policy", "tokenizer")  # that every phase's weights depend on
@@ -23,21 +24,21 @@ _OF_ONE_START = {"phases", "rerun", "max_restarts", "output", "output_dir", "pla
 def write_config(folder: Path, config: RunConfig, goes_on: bool) -> None:
     """`config.yaml` of this start. That of an earlier one stays beside it as `config.N.yaml`, where it is another; of a
     phase that goes on it is said what is."""
-    path, now, before = folder / "config.yaml", asdict(config), _read(folder)
+    path, now, before = folder / "config.yaml", asdict(config), durable.read(folder / "config.yaml")
     if before is not None and before != now:
-        path.rename(folder / f"config.{1 + len(list(folder.glob('config.*.yaml')))}.yaml")
+        durable.write(folder / f"config.{1 + len(list(folder.glob('config.*.yaml')))}.yaml", path.read_bytes())
         others = _OF_ONE_START | (_ALGORITHMS - {folder.name, "reward" if folder.name == "ppo" else ""})
         for key, was, value in changes(before, now) if goes_on else ():
             if key.partition(".")[0] not in others:
                 print(f"{folder.name}: {key}={value} from here on, {was} before", flush=True)
-    path.write_text(yaml.safe_dump(now, sort_keys=False))
+    durable.write(path, yaml.safe_dump(now, sort_keys=False))
 
 
 def say_finished(folder: Path, config: RunConfig) -> None:
     """That a phase needs nothing more, and what it was made with that would be another thing now."""
     print(f"{folder.name}: finished before, in {folder} (rerun=true runs it again)", flush=True)
     relevant = {*_SHARED, folder.name, *(("reward", "rollout") if folder.name == "ppo" else ())}
-    for key, was, value in changes(_read(folder) or {}, asdict(config)):
+    for key, was, value in changes(durable.read(folder / "config.yaml") or {}, asdict(config)):
         if key.partition(".")[0] in relevant:
             print(f"{folder.name}: was made with {key}={was}, not {value}", flush=True)
 
@@ -60,8 +61,3 @@ def data_digest(dataset: Dataset) -> str:
             for tokens in (row.prompt, row.chosen or (), row.rejected or ()):
                 digest.update(array("q", tokens).tobytes() + b"|")
     return digest.hexdigest()
-
-
-def _read(folder: Path) -> dict[str, Any] | None:
-    path = folder / "config.yaml"
-    return yaml.safe_load(path.read_text()) if path.is_file() else None

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..config import LogConfig
+from ..surviving import durable
 from .to_wandb import has_wandb
 
 Figures = Mapping[str, float]
@@ -25,20 +26,27 @@ _SECONDS_TO_FINISH = 60.0
 class Sink(Protocol):
     """Whatever it raises ends it, and not the run."""
 
-    def write(self, iteration: int, figures: Figures) -> None: ...
+    def write(self, iteration: int, figures: Figures) -> None:
+        """Figures of an iteration."""
+        ...
 
     def show(self, dialogues: Dialogues) -> None:
         """The same keys in each: `prompt`, `after`, and what else is known of it."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Nothing is written behind it."""
+        ...
 
 
 class TensorBoard:
-    """Events in the phase's folder."""
+    """Events in the phase's folder. Files are read in the order of their names, which begin with the time by some
+    machine's clock: those of earlier starts get names that come before any time."""
 
     def __init__(self, folder: Path, resumed_at: int):
         from torch.utils.tensorboard import SummaryWriter
 
+        for i, path in enumerate(sorted(folder.glob("events.out.tfevents.*"))):
+            path.rename(folder / f"events.out.tfevents.{i:010}")
         self.writer = SummaryWriter(str(folder), purge_step=resumed_at)
 
     def write(self, iteration: int, figures: Figures) -> None:
@@ -70,7 +78,7 @@ class WandB:
     def __init__(self, folder: Path, about: Mapping[str, Any], goes_on: bool):
         number = folder / "wandb_id"
         if not (goes_on and number.is_file()):
-            number.write_text(uuid.uuid4().hex[:8])
+            durable.write(number, uuid.uuid4().hex[:8])
         self.folder = folder
         # -P: modules of this folder are not to be taken for those of the standard library
         command = [sys.executable, "-P", "-W", "ignore", str(Path(__file__).with_name("to_wandb.py"))]
@@ -126,12 +134,15 @@ class Sinks:
             self._open("wandb", lambda: WandB(folder, about, goes_on))
 
     def write(self, iteration: int, figures: Figures) -> None:
+        """Figures of an iteration, to each sink."""
         self._each(lambda sink: sink.write(iteration, figures))
 
     def show(self, dialogues: Dialogues) -> None:
+        """Dialogues, to each sink."""
         self._each(lambda sink: sink.show(dialogues))
 
     def close(self) -> None:
+        """Closes each sink."""
         self._each(lambda sink: sink.close())
 
     def _open(self, name: str, make: Callable[[], Sink]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import statistics
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -19,8 +20,11 @@ from typing import Any, Literal
 import torch
 
 from ..mesh import ParallelMesh
+from ..surviving import durable
+from .timeline import read_events
 
 Kind = Literal["stage", "forward", "backward", "wait", "move"]
+_NUM_MOMENTS = 9  # at which ranks compare their clocks
 _CPU = torch.device("cpu")
 Moment = Any  # seconds of the host's clock, or a torch.cuda.Event
 
@@ -60,6 +64,7 @@ class Trace:
         self.clear()
 
     def clear(self) -> None:
+        """Forgets what was noted."""
         self.spans: list[Span] = []
         self.streams: list[Stream] = []
         self.flops: Counter[str] = Counter()
@@ -80,6 +85,7 @@ class Trace:
 
     @contextlib.contextmanager
     def span(self, name: str, kind: Kind) -> Iterator[None]:
+        """Notes what happens within."""
         started = self._moment()
         try:
             yield
@@ -137,22 +143,46 @@ class Trace:
         return {f"idle/{name}": sum(found) / len(found) for name, found in shares.items()}
 
 
-def append_events(path: Path, ranks: Sequence[Sequence[Span]], iteration: int) -> None:
+def cut_events(path: Path, iteration: int) -> None:
+    """Leaves in a trace the whole lines of what lies before an iteration, which will be made once more."""
+    if path.is_file():
+        kept = [json.dumps(event) + ",\n" for event in read_events(path) if event["args"]["iteration"] < iteration]
+        with durable.spared(path):
+            durable.write(path, "".join(["[\n", *kept]))
+
+
+def moments(mesh: ParallelMesh) -> list[float]:
+    """By this rank's clock, the moments at which all ranks leave some barriers together, more or less."""
+    found = []
+    for _ in range(_NUM_MOMENTS):
+        mesh.barrier()
+        found.append(time.perf_counter())
+    return found
+
+
+def append_events(path: Path, ranks: Sequence[tuple[Sequence[Span], Sequence[float]]], iteration: int) -> None:
     """Adds an iteration to a trace in Chrome's event format: a process for each rank, a track for stages and one for
-    what happens in them. The closing bracket is missing, which the format allows and readers take."""
-    with path.open("a") as file:
-        if not file.tell():
-            file.write("[\n")
-        for rank, spans in enumerate(ranks):
-            for span in spans:
-                event = {
-                    "name": span.name,
-                    "cat": span.kind,
-                    "ph": "X",
-                    "ts": round(span.start * 1e6, 1),
-                    "dur": round((span.stop - span.start) * 1e6, 1),
-                    "pid": rank,
-                    "tid": 0 if span.kind == "stage" else 1,
-                    "args": {"iteration": iteration},
-                }
-                file.write(json.dumps(event) + ",\n")
+    what happens in them. The closing bracket is missing, which the format allows and readers take. An iteration that
+    there is no room for is left out.
+
+    Args:
+        ranks: of each its spans and `moments`. Times become those of the first one, on which this runs.
+    """
+    to_epoch = time.time() - time.perf_counter()
+    lines = [] if path.is_file() and path.stat().st_size else ["[\n"]
+    for rank, (spans, seen) in enumerate(ranks):
+        shift = to_epoch + statistics.median(first - mine for first, mine in zip(ranks[0][1], seen, strict=True))
+        for span in spans:
+            event = {
+                "name": span.name,
+                "cat": span.kind,
+                "ph": "X",
+                "ts": round((span.start + shift) * 1e6, 1),
+                "dur": round((span.stop - span.start) * 1e6, 1),
+                "pid": rank,
+                "tid": 0 if span.kind == "stage" else 1,
+                "args": {"iteration": iteration},
+            }
+            lines.append(json.dumps(event) + ",\n")
+    with durable.spared(path):
+        durable.append(path, "".join(lines))

@@ -17,7 +17,7 @@ from ..algorithms import ALGORITHMS
 from ..config import Base, ConfigError, MeshConfig, ModelConfig, RunConfig
 from ..config.devices import Device
 from ..experience import Experience
-from ..launching.build import build_context, build_role
+from ..launching.build import begin, build_context
 from ..launching.preflight import Plan
 from ..mesh import ParallelMesh
 from ..schedule import Schedule
@@ -34,7 +34,7 @@ def run_stages(
     ctx = build_context(plan, mesh)
     algorithm = ALGORITHMS[phase](ctx.config)
     specs = algorithm.roles()
-    ctx.roles = {name: build_role(ctx, name, spec) for name, spec in specs.items()}
+    begin(ctx, algorithm.name, specs)
     schedule = Schedule(algorithm.stages, algorithm.provided, specs)
     seconds: dict[str, list[float]] = {}
     for _ in range(1 + iterations):

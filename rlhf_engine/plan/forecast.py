@@ -77,6 +77,7 @@ class PhaseForecast:
 
     @property
     def seconds(self) -> float:
+        """Of one iteration."""
         return sum(stage.seconds for stage in self.stages)
 
     @property
@@ -91,6 +92,7 @@ class PhaseForecast:
 
     @property
     def fits(self) -> bool:
+        """Whether the fullest rank has the memory."""
         return max(self.peaks) <= self.device.memory
 
 
@@ -120,6 +122,7 @@ class Forecaster:
         self.groups = schedule.groups(config.schedule, mesh.pp, offloaded)
 
     def run(self) -> PhaseForecast:
+        """The forecast of a phase."""
         roles = [self._role(name) for name in self.specs]
         world = self.mesh.tp * self.mesh.pp * self.dp
         copied = max(self._copied(p) for p in range(self.mesh.pp))
@@ -349,4 +352,5 @@ def forecast(
 
 
 def training_phases(config: RunConfig) -> list[str]:
+    """The phases of a run that train."""
     return [phase for phase in config.phases if phase in ALGORITHMS]

@@ -29,6 +29,7 @@ class Memory:
 
     @property
     def total(self) -> float:
+        """Bytes in all."""
         return sum(getattr(self, field.name) for field in fields(self))
 
     def __add__(self, other: Memory) -> Memory:
@@ -186,6 +187,7 @@ def at_a_step(held: Parameters, optimizer: OptimizerConfig, mesh: MeshConfig, nu
 
 
 def kv_bytes_per_token(model: ModelConfig, tp: int, itemsize: int) -> int:
+    """Bytes of the KV cache for one position, on one rank."""
     return model.num_layers * 2 * model.num_key_value_heads // tp * model.head_size * itemsize
 
 

@@ -28,6 +28,7 @@ class Choice:
 
 
 def mesh_text(mesh: MeshConfig) -> str:
+    """A mesh as a line names it."""
     experts = f" (ep {mesh.ep})" if mesh.ep > 1 else ""
     chunks = f" ({mesh.virtual_pp} chunks a stage)" if mesh.virtual_pp > 1 else ""
     return f"tp {mesh.tp} x pp {mesh.pp}{chunks} x dp {mesh.dp}{experts}" + (

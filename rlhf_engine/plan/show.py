@@ -75,6 +75,7 @@ def refusal(
 
 
 def show_phase(console: Console, phase: PhaseForecast, config: RunConfig, mesh: MeshConfig) -> None:
+    """Prints the tables of a phase."""
     rows, device, peak = phase.rows, phase.device, max(phase.peaks)
     console.print(
         f"[bold]{phase.phase}[/] on {phase.world} x {device.name}, {mesh_text(mesh)}:"

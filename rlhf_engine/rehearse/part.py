@@ -11,7 +11,7 @@ from unittest import mock
 from ..config import ConfigError, LogConfig, RunConfig
 from ..hf.config import family, read_json
 from ..hf.index import index
-from ..launching import preflight
+from ..launching import folders, preflight
 from ..launching.compose import compose
 from ..models.partition import num_parameters
 
@@ -45,6 +45,7 @@ class Part:
 
 
 def is_small(plan: preflight.Plan) -> bool:
+    """Whether the run is rehearsed whole, with all that it writes."""
     largest = max(num_parameters(model, "lm") for model in plan.models.values())
     return plan.world_size <= _SMALL_WORLD and largest <= _SMALL_MODEL
 
@@ -94,11 +95,12 @@ def settle(overrides: Sequence[str], world_size: int, output_dir: str) -> prefli
         phase.save_every = 1
     config.log = LogConfig()
     config.timeout.stage = 1e9
-    stand_ins: dict[str, Any] = dict(num_gpus=lambda: world_size, index=named_tensors, unread_files=lambda path: [])
-    with mock.patch.multiple(preflight, **stand_ins):
+    unread: dict[str, Any] = dict(index=named_tensors, unread_files=lambda path: [])
+    with mock.patch.object(preflight, "num_gpus", lambda: world_size), mock.patch.multiple(folders, **unread):
         return preflight.plan(config, world_size)
 
 
 def world_of(config: RunConfig) -> int:
+    """Ranks of the run."""
     model_ranks = config.mesh.tp * config.mesh.pp
     return config.plan.world or model_ranks * (config.mesh.dp or 1)

@@ -34,7 +34,7 @@ def run_rank(part: Part, line: Connection) -> int:
     from ..plan.measure import device_of
     from ..signals import RunError
     from ..trainer import run
-    from . import cuda, wire
+    from . import cuda, groups, wire
     from .device import FakeGPU
     from .part import settle
     from .stand_ins import stand_in
@@ -46,7 +46,7 @@ def run_rank(part: Part, line: Connection) -> int:
     gpu = FakeGPU(device.memory, device.name, part.rank, part.writes)
     cuda.install(gpu, device)
     per_stage = part.world_size // checked.mesh.pp
-    wire.install(
+    groups.install(
         wire.Wire(gpu, part.rank, part.present, lambda rank: rank // per_stage, line), part.rank, part.world_size
     )
     stand_in(gpu, part, checked)
@@ -75,7 +75,7 @@ def serve(door: socket.socket) -> None:
     shim.load()
     warnings.simplefilter("ignore")
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    for name in ("device", "cuda", "wire", "stand_ins"):
+    for name in ("device", "cuda", "groups", "stand_ins"):
         importlib.import_module(f"{__package__}.{name}")
     children: list[int] = []
     while True:

@@ -68,6 +68,7 @@ class Ranks:
         return pickle.loads(answer)
 
     def close(self) -> None:
+        """Ends the process."""
         self.door.close()
         self.process.wait()
 

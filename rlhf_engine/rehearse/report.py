@@ -19,7 +19,7 @@ from ..plan.forecast import forecast
 from ..plan.measure import device_of
 from ..plan.search import mesh_text
 from ..plan.show import si
-from .device import KINDS
+from .ledger import KINDS
 from .rehearsal import Found
 
 
@@ -50,6 +50,7 @@ class Line:
 
     @property
     def total(self) -> int:
+        """Bytes at the fullest moment."""
         return sum(self.peak.values())
 
 

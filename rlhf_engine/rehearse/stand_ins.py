@@ -15,18 +15,19 @@ from torch import Tensor
 from torch.distributed.checkpoint import default_planner
 
 from .. import mesh, trainer
-from ..algorithms import ppo, samples
+from ..algorithms import rollouts, samples
 from ..config import RunConfig
 from ..data.dataset import Dataset, Example
 from ..hf import files
 from ..hf.rows import Window
 from ..launching import build
+from ..launching.phase import Phase
 from ..launching.preflight import Plan
-from ..models import residency, role, stream
+from ..models import checkpoint, residency, role, stream
 from ..models.optim import gradient_tensors, optimizer_tensors
 from ..rollout import cache, decoder, fold, generate, graphs, sampling
-from ..surviving import checkpoint, watchdog
-from . import wire
+from ..surviving import watchdog
+from . import groups
 from .device import CUDA, FakeGPU, put
 from .part import Part
 
@@ -73,7 +74,7 @@ def _mark_memory(gpu: FakeGPU) -> None:
         return gpt
 
     def exchange_alike(mine, *args) -> None:
-        wire.Group.wire.assumed = [list(mine)]  # a stage that is not rehearsed has layers of its own, as many
+        groups.Group.wire.assumed = [list(mine)]  # a stage that is not rehearsed has layers of its own, as many
         exchange(mine, *args)
 
     def new_cache(self, *args, **kwargs) -> None:
@@ -180,7 +181,7 @@ def _few_micro_batches(count: int) -> None:
         rows = (torch.arange(len(work.batch["tokens"])) for work in works)
         return [part[index % len(part)] for part, index in zip(found, rows, strict=True)]
 
-    for module in (stream, ppo, role):
+    for module in (stream, samples):
         put(module, infer=infer_some)
     put(stream, train_step=lambda works, *args: train_step([cut(work) for work in works], *args))
 
@@ -221,17 +222,17 @@ def _own_share() -> None:
         return [found[place.get(i, i % len(found))] for i in range(len(prompts))]
 
     put(samples, rollout=rollout_own)
-    put(ppo, generate=rollout_own)
+    put(rollouts, generate=rollout_own)
 
 
 def _stop(part: Part) -> None:
     """The main rank is asked to stop in the first iteration of a phase, as a scheduler would."""
     iterate = trainer.iterate
 
-    def iterate_and_ask(ctx, algorithm, *args) -> bool:
-        if part.rank == 0 and algorithm.name == part.stops_in:
+    def iterate_and_ask(phase: Phase) -> bool:
+        if part.rank == 0 and phase.algorithm.name == part.stops_in:
             os.kill(os.getpid(), signal.SIGTERM)
-        return iterate(ctx, algorithm, *args)
+        return iterate(phase)
 
     put(trainer, iterate=iterate_and_ask)
 

@@ -19,6 +19,7 @@ _WINDOW = 16  # lanes are read up to a multiple of it, so shapes and views stay 
 
 
 def round_up(length: int) -> int:
+    """The least multiple of `unit` that is no less than `n`."""
     return -(-length // _WINDOW) * _WINDOW
 
 
@@ -127,4 +128,5 @@ class KVCache:
         return Lane(region, offset, used.unflatten(1, (rows, self.groups, capacity)))
 
     def close(self, lane: Lane) -> None:
+        """Frees its memory."""
         self.free.append(lane.region)

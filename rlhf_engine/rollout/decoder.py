@@ -55,6 +55,7 @@ class Decoder:
         self.rotary = self._rotary_tables(length) if gpt.position_embedding_type == "rope" else None
 
     def new_cache(self, num_regions: int, region_tokens: int) -> KVCache:
+        """An empty cache of so many regions, `region_tokens` positions each."""
         shape = (len(self.windows), self.num_groups, self.head_dim, num_regions, region_tokens)
         return KVCache(*shape, self.head.dtype, self.head.device)
 

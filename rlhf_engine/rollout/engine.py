@@ -56,10 +56,12 @@ class Progress:
 
     @property
     def slot_occupancy(self) -> float:
+        """Share of slots that decoded a sequence."""
         return self.rows_decoded / max(1, self.slots_offered)
 
     @property
     def prefill_share(self) -> float:
+        """Share of the seconds that went into prompts."""
         return self.prefill_seconds / max(1e-9, self.busy_seconds)
 
     @classmethod

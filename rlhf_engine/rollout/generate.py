@@ -47,12 +47,8 @@ def rollout(
         ConfigError: `config.kv_tokens` has no room for the longest sequence.
         FloatingPointError: a logit is not finite; the same on every rank, naming the sample and a rank that saw it.
     """
-    mesh, context = role.mesh, role.model.max_position_embeddings
-    for i, prompt in enumerate(prompts):
-        if not 0 < len(prompt) < context:
-            raise ValueError(f"prompt {i} has {len(prompt)} tokens; the model's context takes 1 to {context - 1}")
-    most = [config.max_new_tokens] * len(prompts) if limits is None else limits
-    most = [min(limit, context - len(prompt)) for prompt, limit in zip(prompts, most, strict=True)]
+    mesh = role.mesh
+    most = _limits(prompts, limits or [config.max_new_tokens] * len(prompts), role.model.max_position_embeddings)
     need = [len(prompt) + limit for prompt, limit in zip(prompts, most, strict=True)]
     longest = max(need, default=1)
     if config.kv_tokens is not None and longest > config.kv_tokens:
@@ -64,19 +60,12 @@ def rollout(
         gpt = whole_model(role)
         kv_tokens = config.kv_tokens or max(longest, _free_tokens(role))
         if mine:
+            sampler = Sampler(config, role.model.vocab_size or 0, end_ids, mesh.tp_group)
+            text_ends = _text_ends(config.stop_texts, decode) if config.stop else None
             engine = Engine(
-                gpt,
-                mesh,
-                Sampler(config, role.model.vocab_size or 0, end_ids, mesh.tp_group),
-                [tuple(prompts[i]) for i in mine],
-                keys[mine],
-                [most[i] for i in mine],
-                mine,
-                config.slots,
-                kv_tokens,
-                _text_ends(config.stop_texts, decode) if config.stop else None,
-                report,
-            )
+                gpt, mesh, sampler, [tuple(prompts[i]) for i in mine], keys[mine], [most[i] for i in mine], mine,
+                config.slots, kv_tokens, text_ends, report,
+            )  # fmt: skip
             try:
                 responses = engine.run()
             except FloatingPointError as raised:
@@ -90,6 +79,14 @@ def rollout(
         report(Progress.over([part[2] for part in {part[0]: part for part in parts}.values()]))
     found = {i: response for part in parts for i, response in part[1].items()}
     return [found[i] for i in range(len(prompts))]
+
+
+def _limits(prompts: Sequence[Sequence[int]], limits: Sequence[int], context: int) -> list[int]:
+    """The most tokens of each response that the model's context leaves room for."""
+    for i, prompt in enumerate(prompts):
+        if not 0 < len(prompt) < context:
+            raise ValueError(f"prompt {i} has {len(prompt)} tokens; the model's context takes 1 to {context - 1}")
+    return [min(limit, context - len(prompt)) for prompt, limit in zip(prompts, limits, strict=True)]
 
 
 def split(prompts: Sequence[Sequence[int]], need: Sequence[int], num_replicas: int) -> list[list[int]]:

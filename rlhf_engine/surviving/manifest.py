@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
+
+from . import durable
 
 NAME = "manifest.json"
 Entry = tuple[int, str]  # bytes, SHA-256
@@ -23,10 +24,7 @@ def entry(path: Path) -> Entry:
 
 def write(folder: Path, entries: Mapping[str, Entry]) -> None:
     """Says what `folder` holds. It is on the disk when this returns."""
-    with (folder / NAME).open("w") as file:
-        json.dump(entries, file, indent=1, sort_keys=True)
-        file.flush()
-        os.fsync(file.fileno())
+    durable.write(folder / NAME, json.dumps(entries, indent=1, sort_keys=True))
 
 
 def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:

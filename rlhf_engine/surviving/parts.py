@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError
+from . import durable
 
 _CONTENTS = {"data.sources": "rows", "policy.path": "files", "tokenizer.path": "files"}  # known by what is in them
 _SAMPLE = 1 << 20  # bytes at either end of a file
@@ -73,8 +74,9 @@ class Parts:
         found = self._found()
         if found is None or _SIZE in found or differences(found, self.settings):
             self.partial.unlink(missing_ok=True)
-            _replace(self._settings_path, json.dumps(self.settings, indent=1) + "\n")
+            durable.write(self._settings_path, json.dumps(self.settings, indent=1) + "\n")
         self._file = self.partial.open("a+b")
+        durable.sync(self.partial.parent)
         self._file.seek(0)
         self._places = array("Q", [0])  # where each row begins, and the last one ends
         for line in self._file:
@@ -114,9 +116,9 @@ class Parts:
                 file.write(self._file.read(self._places[k + 1] - self._places[k]))
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, self.path)
+        durable.move(temporary, self.path)
         size = self.path.stat().st_size
-        _replace(self._settings_path, json.dumps(self.settings | {_SIZE: size}, indent=1) + "\n")
+        durable.write(self._settings_path, json.dumps(self.settings | {_SIZE: size}, indent=1) + "\n")
         self._file.close()
         self.partial.unlink()
 
@@ -176,12 +178,6 @@ def _is_whole(line: bytes) -> bool:
         return line.endswith(b"\n") and isinstance(json.loads(line), dict)
     except ValueError:
         return False
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _spelled(value: Any) -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from ..config import ConfigError
 from ..signals import RunError
+from . import durable
 
 LAUNCH, ATTEMPT = "RLHF_ENGINE_LAUNCH", "RLHF_ENGINE_ATTEMPT"  # set by our own launchers
 _SECONDS_BETWEEN_BEATS = 10.0
@@ -76,6 +77,7 @@ class Holder:
 
     @classmethod
     def this(cls) -> Holder:
+        """This process."""
         since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
         return cls(socket.gethostname(), os.getpid(), _machine(), _started(os.getpid()) or "", since, _attempts())
 
@@ -121,7 +123,7 @@ class Lock:
         Raises:
             ConfigError: another run holds the place.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        durable.make_folder(self.path.parent)
         first: int | None = None
         while not self._create():
             self.look()
@@ -142,6 +144,7 @@ class Lock:
         return self
 
     def release(self) -> None:
+        """Lets the next run in."""
         self._closed.set()
         if self._is_mine():
             self.path.unlink(missing_ok=True)

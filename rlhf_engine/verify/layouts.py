@@ -13,9 +13,9 @@ from torch import Tensor
 from ..algorithms import ALGORITHMS
 from ..config import ConfigError, MeshConfig, ModelConfig, check_model
 from ..context import Context, TrainState
-from ..launching.build import build_role
+from ..launching.build import begin
+from ..models import checkpoint
 from ..schedule import Schedule
-from ..surviving import checkpoint
 from .findings import Finding, worst
 from .measure import Iteration, first_iteration
 from .updates import NORM, distances
@@ -94,8 +94,7 @@ class _Run:
         self.ctx, self.algorithm = ctx, ALGORITHMS[phase](ctx.config)
         specs = self.algorithm.roles()
         self.schedule = Schedule(self.algorithm.stages, self.algorithm.provided, specs)
-        ctx.state = TrainState()
-        ctx.roles = {name: build_role(ctx, name, spec) for name, spec in specs.items()}
+        begin(ctx, phase, specs)
         self.checkpoints = checkpoint.Checkpoints(folder, ctx.mesh, ctx.config.checkpoint)
 
     def iterate(self) -> dict[str, float]:

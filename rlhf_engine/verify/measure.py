@@ -18,12 +18,12 @@ from torch import Tensor
 from ..algorithms import ALGORITHMS
 from ..algorithms.heads import policy_log_probs
 from ..config import OptimizerConfig, RunConfig
-from ..context import Context, TrainState
+from ..context import Context
 from ..data.dataset import Dataset, Example
 from ..experience import Experience
 from ..hf.files import SCORE_BIAS
 from ..hf.weights import Table, parameters, whole_tensors
-from ..launching.build import build_role
+from ..launching.build import begin
 from ..models.residency import Presence
 from ..models.role import RoleModel
 from ..models.stream import infer
@@ -81,6 +81,7 @@ class Gradient:
 
     @property
     def norm(self) -> float:
+        """Of all tensors together."""
         return math.hypot(*self.norms.values())
 
     def finding(self, other: Gradient, rounding: Rounding, what: str) -> Finding:
@@ -197,8 +198,7 @@ def first_iteration(ctx: Context, phase: str, rollout: Mapping[str, Any] | None 
     algorithm = ALGORITHMS[phase](ctx.config)
     specs = algorithm.roles()
     specs = {n: replace(s, optimizer=frozen(s.optimizer)) if s.optimizer else s for n, s in specs.items()}
-    ctx.state = TrainState()
-    ctx.roles = {name: build_role(ctx, name, spec) for name, spec in specs.items()}
+    begin(ctx, phase, specs)
     for role in ctx.roles.values():
         wake_head(role)
     found = Iteration(ctx, phase)

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..config import ConfigError
 from ..converting.export import export_role, head_config
 from ..hf.files import HFFolder
+from ..hf.index import is_checkpoint
 from ..hf.weights import RandomWeights, Source, Table, compare, parameters, whole_tensors
 from ..models.partition import num_parameters, padded_vocab_size
 from ..models.role import RoleModel, head_weight
@@ -29,7 +30,7 @@ def round_trip(subject: Subject) -> Finding:
     """Every tensor that an export would write, against where it came from: bit for bit, in the run's type."""
     ctx, role = subject.ctx, subject.policy
     path = ctx.bases["policy"].path
-    if path and (Path(path) / ".metadata").is_file():
+    if path and is_checkpoint(path):
         raise Skipped("policy.path is a megatron checkpoint: tools/convert_hf/convert.py verify compares it")
     source: Source = HFFolder(path) if path else RandomWeights(role.model, ctx.config.seed)
     with role.on_device():
@@ -49,7 +50,7 @@ def against_transformers(subject: Subject) -> Finding:
     needed = 8 * num_parameters(role.model, "lm")
     if ctx.mesh.from_main(needed > psutil.virtual_memory().available):
         raise Skipped("a copy for transformers might not fit the main rank's memory")
-    if folder is None or (Path(folder) / ".metadata").is_file():
+    if folder is None or is_checkpoint(folder):
         try:
             config = head_config(role.model, "lm", Path(folder) if folder else None)
         except ConfigError as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from ..launching.build import build_context
 from ..launching.preflight import Plan
 from ..mesh import ParallelMesh
 from ..plan.search import mesh_text
+from ..surviving import durable
 from ..surviving.guard import NotFinite
 from ..surviving.watchdog import Watchdog
 from ..trainer import settle_residency
@@ -91,9 +91,7 @@ class Report:
                 for line in self.lines
             ]
             found = {"passed": not counts["FAIL"], **about, "seconds": round(seconds, 1), "checks": rows}
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(found, indent=1) + "\n")
-            os.replace(temporary, path)
+            durable.write(path, json.dumps(found, indent=1) + "\n")
             print(
                 f"{counts['pass']} passed, {counts['FAIL']} failed, {counts['skipped']} skipped"
                 f" in {seconds:.0f} s: {path}",

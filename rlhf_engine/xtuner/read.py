@@ -29,6 +29,7 @@ class Mapped:
     rows: list[tuple[str, str, str]] = field(default_factory=list)
 
     def table(self) -> str:
+        """What became of each key, as text."""
         rows = [(self.file, "value", "here"), *self.rows]
         a, b = (max(len(row[i]) for row in rows) for i in (0, 1))
         return "\n".join(f"{theirs:<{a}}  {value:<{b}}  {ours}" for theirs, value, ours in rows)

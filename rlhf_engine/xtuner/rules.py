@@ -4,6 +4,7 @@ xtuner/rlhf/ uses it. No key is passed over in silence: it sets one of ours, is 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,7 @@ class Rule:
 
 
 def nothing(why: str) -> Rule:
+    """A key that needs no counterpart, and why."""
     return Rule(None, why=why)
 
 
@@ -203,11 +205,12 @@ def _model(role: str, weights: str, optimizer: str | None) -> Iterator[tuple[str
                 yield f"generator_config.{key}", nothing(generator)
 
 
-def _rules() -> Iterator[tuple[str, Rule]]:
-    end, data, roll, repeat, train = (
-        "tokenizer.end_id", "dataset_config", "rollout_config", "repeater_config", "train_config"
-    )  # fmt: skip
-    padding = "rows are padded on the right, and padding is neither seen nor counted"
+_END = "tokenizer.end_id"
+_PADDING = "rows are padded on the right, and padding is neither seen nor counted"
+
+
+def _data() -> Iterator[tuple[str, Rule]]:
+    data = "dataset_config"
     yield f"{data}.ppo_datas", Rule("data.sources", _sources(f"{data}.num_samples_each_epoch"))
     yield f"{data}.num_samples_each_epoch", Rule("ppo.prompts_per_iteration", _prompts, 64)
     yield f"{data}.max_seq_len", Rule("data.max_prompt_len", default=4096)
@@ -225,11 +228,14 @@ def _rules() -> Iterator[tuple[str, Rule]]:
     yield f"{later}.random_seed", Rule("seed")
     yield f"{later}.sample_strategy", Rule("data.strategy")
     yield f"{data}.message_type", only("prompt", why="this section is for prompts")
-    yield "tokenizer_config.eos_token_id", Rule(end)
-    yield "tokenizer_config.pad_token_id", nothing(padding)
-    yield "tokenizer_config.padding_side", nothing(padding)
+    yield "tokenizer_config.eos_token_id", Rule(_END)
+    yield "tokenizer_config.pad_token_id", nothing(_PADDING)
+    yield "tokenizer_config.padding_side", nothing(_PADDING)
     yield "tokenizer_config.chat_template", Rule("tokenizer.template")
 
+
+def _rollouts() -> Iterator[tuple[str, Rule]]:
+    roll = "rollout_config"
     generate = f"{roll}.generate_kwargs"
     yield f"{generate}.do_sample", only(True, why=_WHOLE)
     yield f"{generate}.temperature", Rule("rollout.temperature")
@@ -238,23 +244,26 @@ def _rules() -> Iterator[tuple[str, Rule]]:
     yield f"{generate}.top_p", only(1, None, why=_WHOLE, ours="rollout.top_p")
     yield f"{generate}.num_beams", only(1, why="PPO samples, and searches no beams")
     yield f"{generate}.early_stopping", nothing("it is about beams")
-    yield f"{generate}.eos_token_id", Rule(end)
-    yield f"{generate}.pad_token_id", nothing(padding)
+    yield f"{generate}.eos_token_id", Rule(_END)
+    yield f"{generate}.pad_token_id", nothing(_PADDING)
     yield f"{roll}.max_new_tokens", Rule("rollout.max_new_tokens", default=1024)
     yield f"{roll}.actor_micro_bs", Rule("rollout.slots")
     yield f"{roll}.reward_micro_bs", nothing(_SAME_BATCH)
     yield f"{roll}.async_reward", nothing("stages share a pipeline by themselves (schedule.infer_stream)")
     yield f"{roll}.write_to_file", Rule("ppo.write_rollouts", default=True)
-    for section in (roll, repeat):  # the later examples have the bounds in the other
+    for section in (roll, "repeater_config"):  # the later examples have the bounds in the other
         yield f"{section}.clip_reward_min", Rule("ppo.score_min", default=-5 if section == roll else ABSENT)
         yield f"{section}.clip_reward_max", Rule("ppo.score_max", default=5 if section == roll else ABSENT)
 
+
+def _updates_of_policy_and_critic() -> Iterator[tuple[str, Rule]]:
+    repeat, train = "repeater_config", "train_config"
     yield f"{repeat}.kl_coeff", Rule("ppo.kl_coef", lambda value, _: max(value, 0), 0.02)
     yield f"{repeat}.gamma", Rule("ppo.gamma", default=1.0)
     yield f"{repeat}.gae_lambda", Rule("ppo.gae_lambda", default=0.95)
     yield f"{repeat}.norm_adv", Rule("ppo.whiten_advantages", default=False)
     yield f"{repeat}.norm_rewards", Rule("ppo.score_scale", default=True)
-    yield f"{repeat}.answer_end_id", Rule(end)
+    yield f"{repeat}.answer_end_id", Rule(_END)
     for key in ("reward_scale", "fine_grained_rm", "value_ema"):
         yield f"{repeat}.{key}", only(False, why=_NO_EFFECT_THERE)
     for key in ("actor", "ref", "critic", "reward"):
@@ -274,9 +283,11 @@ def _rules() -> Iterator[tuple[str, Rule]]:
     yield f"{train}.save_interval", Rule("ppo.save_every")
     yield f"{train}.max_train_step", Rule("ppo.iterations")
     yield f"{train}.async_learn", nothing("updates share a pipeline by themselves (schedule.train_stream)")
-    for section in (roll, train):
+    for section in ("rollout_config", train):
         yield f"{section}.resume_step", only(-1, 0, None, why=_RESUMES)
 
+
+def _models() -> Iterator[tuple[str, Rule]]:
     for role, weights, optimizer in (
         ("actor", "policy.path", "ppo.optimizer"),
         ("reference", "policy.path", None),
@@ -290,7 +301,7 @@ def _value_updates(size: int, values: Values) -> int:
     return _updates({**values, "train_config.ppo_minibatch": size})
 
 
-RULES = dict(_rules())
+RULES = dict(itertools.chain(_data(), _rollouts(), _updates_of_policy_and_critic(), _models()))
 
 # What a run cannot do without, and XTuner has no default for that would be one here.
 REQUIRED = {

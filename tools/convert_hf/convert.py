@@ -23,7 +23,8 @@ from pathlib import Path
 
 from rlhf_engine.config import ConfigError
 from rlhf_engine.hf.config import family, parse, read_json
-from rlhf_engine.hf.index import index, unread_files
+from rlhf_engine.hf.index import index, is_checkpoint, unread_files
+from rlhf_engine.hf.pickles import read_index
 from rlhf_engine.signals import say_errors_once
 
 
@@ -44,9 +45,10 @@ def progress_bar(title: str) -> Iterator[Callable[[int], Callable[[int], None]]]
 
 
 def import_hf(args: argparse.Namespace) -> int:
+    """HF to Megatron."""
     import torch
 
-    from rlhf_engine.converting.convert import import_folder
+    from rlhf_engine.converting.importer import import_folder
 
     index(args.hf)
     _say_unread(args.hf)
@@ -59,6 +61,7 @@ def import_hf(args: argparse.Namespace) -> int:
 
 
 def export_hf(args: argparse.Namespace) -> int:
+    """Megatron to HF."""
     from rlhf_engine.converting.convert import Checkpoint, export_folder
 
     _refuse_existing(args.out)
@@ -72,6 +75,7 @@ def export_hf(args: argparse.Namespace) -> int:
 
 
 def verify_hf(args: argparse.Namespace) -> int:
+    """Compares both, tensor by tensor."""
     from rlhf_engine.converting.convert import Checkpoint, verify
 
     # a checkpoint that has its own config is described by it, and not by what it is compared with
@@ -87,6 +91,7 @@ def verify_hf(args: argparse.Namespace) -> int:
 
 
 def inspect_folder(args: argparse.Namespace) -> int:
+    """What a folder holds."""
     from rich.console import Console
     from rich.table import Table
 
@@ -96,7 +101,7 @@ def inspect_folder(args: argparse.Namespace) -> int:
         config = read_json(path)
         model = parse(config, str(path), args.ignore_keys, "--ignore-keys")
         head = family(config, str(path))[1]
-        from rlhf_engine.converting.convert import count_parameters, one_rank
+        from rlhf_engine.converting.layout import count_parameters, one_rank
 
         with one_rank() as mesh:
             table.add_row("parameters", f"{count_parameters(model, head, mesh):,}")
@@ -104,10 +109,8 @@ def inspect_folder(args: argparse.Namespace) -> int:
         for key, value in vars(model).items():
             if key != "init_std" and value is not None:
                 table.add_row(key, str(value))
-    if (args.folder / ".metadata").is_file():
-        from torch.distributed.checkpoint import FileSystemReader
-
-        held = FileSystemReader(args.folder).read_metadata().state_dict_metadata
+    if is_checkpoint(args.folder):
+        held = read_index(args.folder).state_dict_metadata
         table.add_row("format", f"megatron checkpoint, {len(list(args.folder.glob('*.distcp')))} files")
         table.add_row("holds", ", ".join(sorted({key.split(".")[0] for key in held})))
     else:
@@ -133,6 +136,7 @@ def _refuse_existing(out: Path) -> None:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The commands and their options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("import", help="HF folder to megatron checkpoint")
@@ -164,6 +168,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The exit code of what a command line asks for."""
     args = arguments(argv)
     say_errors_once()
     warnings.simplefilter("ignore")
@@ -172,8 +177,12 @@ def main(argv: list[str] | None = None) -> int:
         return args.run(args)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
-    except OSError as error:
-        print(f"error: {error.filename or 'writing'}: {error.strerror or error}", file=sys.stderr)
+    except (OSError, RuntimeError) as error:
+        # torch's archives fail once more when they are closed over what the system has refused
+        found = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(found, OSError):
+            raise
+        print(f"error: {found.filename or 'writing'}: {found.strerror or found}", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted: the same command goes on with an import, and starts an export anew", file=sys.stderr)
         return 130

@@ -1,8 +1,9 @@
 """Checkpoints through megatron's dist_checkpointing: written by any mesh, read by any other.
 
 A phase keeps folders `checkpoints/iteration_N` and a file `latest` that names the newest. A folder has that name only
-once everything in it is on the disk, with a manifest of sizes and checksums; `latest` is replaced behind it. So a run
-killed at any moment finds a whole checkpoint, and one that was damaged since is found out before it is used.
+once everything in it is on the disk, with a manifest of sizes and checksums; `latest` is replaced behind it, and older
+ones are removed behind that. So a run killed at any moment finds a whole checkpoint, and one that was damaged since is
+found out before it is used.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import contextlib
 import functools
 import inspect
 import logging
-import os
+import pickle
 import queue
 import re
+import secrets
 import shutil
 import threading
 import warnings
@@ -31,14 +33,15 @@ from megatron.core.dist_checkpointing.strategies import common, filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from ..config import CheckpointConfig, ConfigError
 from ..mesh import ParallelMesh
-from ..models import shards
-from ..models.optim import load_optimizer
-from ..models.residency import Presence, host_memory
-from ..models.role import RoleModel
-from . import manifest
+from ..surviving import durable, manifest
+from . import readers, shards
+from .optim import load_optimizer
+from .residency import Presence, host_memory
+from .role import RoleModel
 
 # Megatron passes the results of a write through a server process, for writers in other processes. Ours is in this one;
 # the server would cost seconds to start and outlive a rank that is killed.
@@ -46,6 +49,8 @@ filesystem_async._results_queue = queue.Queue()
 # "nvrx", the default where it exists, writes in a process of its own
 _HAS_STRATEGIES = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
 _STRATEGY = {"async_strategy": "mcore"} if _HAS_STRATEGIES else {}
+
+readers.install()
 
 IMPORTED = "model"  # prefix of the keys of a converted HF folder, where a trained checkpoint has its roles
 _ALIGNED = 64  # bytes that a tensor's copy begins at a multiple of
@@ -72,7 +77,7 @@ class Checkpoints:
             is_finished: nothing but the last one will do, because the phase is finished.
 
         Raises:
-            ConfigError: there are some and none is whole.
+            ConfigError: there are some and none is whole, or a finished phase's is not there.
         """
         names = self.mesh.from_main(_names(self.folder) if self.mesh.is_main else None)
         for i, name in enumerate(names[: 1 if is_finished else None]):
@@ -84,11 +89,22 @@ class Checkpoints:
                 return self.folder / name
             if self.mesh.is_main:
                 print(f"checkpoint {self.folder / name} is damaged: {damage}", flush=True)
-        if names and is_finished:
-            raise ConfigError(f"a finished phase has left {self.folder / names[0]}, which is damaged: run it again")
+        if is_finished:
+            what = f"{self.folder / names[0]}, which is damaged" if names else f"no checkpoint in {self.folder}"
+            raise ConfigError(f"a finished phase has left {what}: put it back, or run the phase again (rerun=true)")
         if names:
             raise ConfigError(f"no checkpoint in {self.folder} is whole: remove it to begin the phase again")
         return None
+
+    def clear(self) -> None:
+        """Removes all of them, wherever links lead. The main rank calls it, before there is any save.
+
+        Raises:
+            OSError: one cannot be removed.
+        """
+        (self.folder / "latest").unlink(missing_ok=True)
+        for path in (self.folder / name for name in _names(self.folder)):
+            path.unlink() if path.is_symlink() else shutil.rmtree(path)
 
     @property
     def is_writing(self) -> bool:
@@ -98,7 +114,7 @@ class Checkpoints:
     def save(self, iteration: int, roles: Mapping[str, RoleModel], state: Mapping[str, Any]) -> None:
         """Copies the trained roles and `state` and has them written, once an earlier save is finished."""
         self.finish()
-        self._writing = _Writing(self.folder / "saving", iteration, roles, state, self.mesh, self._memory_for)
+        self._writing = _Writing(self.folder, iteration, roles, state, self.mesh, self._memory_for)
         if not self.config.async_save:
             self.finish()
 
@@ -127,7 +143,7 @@ class Checkpoints:
             try:
                 name = self._complete(writing, reports) if error is None else None
             except (OSError, RuntimeError) as failure:
-                error = str(failure)
+                error = durable.reason(failure)
             if name is None:
                 shutil.rmtree(writing.target, ignore_errors=True)
                 kept = self._line[-1] if self._line else "nothing"
@@ -137,9 +153,8 @@ class Checkpoints:
         if name is not None:
             self._line = self._kept([*self._line, name])
             if self.mesh.is_main:
-                for path in self.folder.glob("iteration_*"):
-                    if path.name not in self._line:
-                        shutil.rmtree(path, ignore_errors=True)
+                for other in set(_saved(self.folder)) - set(self._line):
+                    shutil.rmtree(self.folder / other, ignore_errors=True)
         return self._is_saved
 
     def _complete(self, writing: _Writing, reports: Sequence[_Report]) -> str:
@@ -147,19 +162,23 @@ class Checkpoints:
         target = writing.target
         writing.plan.writer.finish(writing.plan.metadata, [results for _, results, _ in reports])
         save_config(CheckpointingConfig("torch_dist", 1), str(target))
-        entries = {path.name: manifest.entry(path) for path in target.iterdir() if path.suffix != ".distcp"}
-        for _, _, written in reports:
+        own = [path for path in target.iterdir() if path.suffix != ".distcp"]
+        for path in own:  # the ranks have synced theirs
+            durable.sync(path)
+        entries = {path.name: manifest.entry(path) for path in own}
+        for rank, (_, _, written) in enumerate(reports):
+            for file, (size, _) in written.items():
+                found = (target / file).stat().st_size if (target / file).is_file() else 0
+                if found != size:
+                    raise OSError(f"{found} of {size} bytes are there of {file}, which rank {rank} has written")
             entries |= written
         manifest.write(target, entries)
         name = f"iteration_{writing.iteration}"
         if (self.folder / name).exists():
             name += f".{1 + max(_number(path.name)[1] for path in self.folder.glob(name + '*'))}"
-        target.rename(self.folder / name)
-        _sync(self.folder)
-        temporary = self.folder / "latest.tmp"
-        temporary.write_text(name)
-        _sync(temporary)
-        os.replace(temporary, self.folder / "latest")
+        pointer = durable.aside(self.folder / "latest", name)
+        durable.move(target, self.folder / name)
+        durable.move(pointer, self.folder / "latest")
         return name
 
     def _kept(self, line: list[str]) -> list[str]:
@@ -175,13 +194,18 @@ class Checkpoints:
 
 def _number(name: str) -> tuple[int, int]:
     """Iteration, and which of its checkpoints: the later ones are `iteration_N.1` and so on. (-1, 0) of other names."""
-    found = re.fullmatch(r"iteration_(\d+)(?:\.(\d+))?", name)
+    found = re.fullmatch(r"iteration_(0|[1-9][0-9]*)(?:\.([1-9][0-9]*))?", name)
     return (int(found[1]), int(found[2] or 0)) if found else (-1, 0)
+
+
+def _saved(folder: Path) -> list[str]:
+    """Those that were saved, oldest first; a name of another form is somebody else's."""
+    return sorted((path.name for path in folder.glob("iteration_*") if _number(path.name)[0] >= 0), key=_number)
 
 
 def _names(folder: Path) -> list[str]:
     """What `latest` names and what comes before it, newest first; all of them where it names none."""
-    found = sorted((path.name for path in folder.glob("iteration_*") if _number(path.name)[0] >= 0), key=_number)
+    found = _saved(folder)
     pointer = folder / "latest"
     named = pointer.read_text().strip() if pointer.is_file() else ""
     if _number(named)[0] < 0:
@@ -189,11 +213,19 @@ def _names(folder: Path) -> list[str]:
     return [named, *(name for name in reversed(found) if _number(name) < _number(named))]
 
 
-def _sync(path: Path) -> None:
-    """Has what was written to a file, or the names in a folder, on the disk when it returns."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+def _new_folder(folder: Path) -> tuple[Path, str | None]:
+    """For a save, and what is in the way of it. No other save had its name: a client of a shared file system may know
+    what a name led to before, which is the last good checkpoint by now."""
+    target = folder / f"saving.{secrets.token_hex(8)}"
+    try:
+        durable.make_folder(folder)
+        for path in folder.iterdir():
+            if re.fullmatch(r"saving(\.[0-9a-f]{16})?", path.name):  # of a run that was killed while it saved
+                shutil.rmtree(path, ignore_errors=True)
+        durable.make_folder(target)
+    except OSError as error:
+        return target, durable.reason(error)
+    return target, None
 
 
 class _Plan(TorchDistSaveShardedStrategy):
@@ -211,16 +243,21 @@ class _Writing:
     """A save on this rank: planned and copied when it exists, and written by a thread."""
 
     def __init__(
-        self, target: Path, iteration: int, roles: Mapping[str, RoleModel], state: Mapping[str, Any],
+        self, folder: Path, iteration: int, roles: Mapping[str, RoleModel], state: Mapping[str, Any],
         mesh: ParallelMesh, memory: Callable[[str, int], Tensor],
     ):  # fmt: skip
-        self.target, self.iteration = target, iteration
+        self.iteration = iteration
         self._results: list = []
         self._written: dict[str, manifest.Entry] = {}
-        if mesh.is_main:
-            shutil.rmtree(target, ignore_errors=True)  # of a run that was killed while it saved
-            target.mkdir(parents=True)
-        mesh.barrier()
+        self.target, self._error = mesh.from_main(_new_folder(folder) if mesh.is_main else None)
+        buckets = self._planned(roles, state, memory) if self._error is None else []
+        self.thread = threading.Thread(target=self._write, args=(buckets,), daemon=True)
+        self.thread.start()
+
+    def _planned(
+        self, roles: Mapping[str, RoleModel], state: Mapping[str, Any], memory: Callable[[str, int], Tensor]
+    ) -> list:
+        """What this rank writes, copied."""
         self.plan = _Plan("torch_dist", 1, thread_count=1)
         tree: dict[str, Any] = {"state": dict(state)}
         with _quiet():
@@ -232,12 +269,11 @@ class _Writing:
                             torch.cuda.current_stream().synchronize()
                     tree[name]["scheduler"] = role.scheduler.state_dict()
             with _without_common_errors() as errors:
-                dist_checkpointing.save(tree, str(target), self.plan, async_sharded_save=True, **_STRATEGY)
+                dist_checkpointing.save(tree, str(self.target), self.plan, async_sharded_save=True, **_STRATEGY)
         buckets = self.plan.writer.write_buckets
         self.plan.writer.write_buckets = None
         self._error = next(iter(errors), None)
-        self.thread = threading.Thread(target=self._write, args=(buckets,), daemon=True)
-        self.thread.start()
+        return buckets
 
     def report(self) -> _Report:
         """Waits for the thread."""
@@ -245,10 +281,10 @@ class _Writing:
         return self._error, self._results, self._written
 
     def _write(self, buckets: list) -> None:
-        writer = self.plan.writer
-        transforms = [writer.transforms] if hasattr(writer, "transforms") else []
         try:
             for bucket in buckets:
+                writer = self.plan.writer
+                transforms = [writer.transforms] if hasattr(writer, "transforms") else []
                 results: queue.Queue = queue.Queue()
                 running: queue.Queue = queue.Queue()
                 running.put(None)
@@ -277,14 +313,30 @@ def _on_host(tree: dict[str, Any], memory: Callable[[int], Tensor]) -> dict[str,
     return tree
 
 
+def _read(checkpoint: Path, tree: dict[str, Any]) -> dict[str, Any]:
+    """`tree` filled.
+
+    Raises:
+        ConfigError: a part of it cannot be read without running code.
+    """
+    try:
+        with _quiet():
+            return dist_checkpointing.load(tree, str(checkpoint))
+    except (CheckpointException, pickle.UnpicklingError) as error:
+        (first, _), *_ = error.failures.values() if isinstance(error, CheckpointException) else [(error, None)]
+        if isinstance(first, ConfigError | pickle.UnpicklingError):
+            raise ConfigError(f"{checkpoint} cannot be read without running code from it") from None
+        raise
+
+
 def load(checkpoint: Path, roles: Mapping[str, RoleModel]) -> dict[str, Any]:
     """Fills the trained roles, their optimizers and schedules, one role after the other; returns the `state` that was
     saved with them."""
     loaded: dict[str, Any] = {}
     for name, role in roles.items():
         if role.is_trained:
-            with role.on_device(Presence.STATE, changes=True), _quiet():
-                loaded = dist_checkpointing.load({name: shards.to_load(role, name)}, str(checkpoint))
+            with role.on_device(Presence.STATE, changes=True):
+                loaded = _read(checkpoint, {name: shards.to_load(role, name)})
                 load_optimizer(role.optimizer, loaded[name]["optimizer"])
             role.scheduler.load_state_dict(loaded[name]["scheduler"])
     return loaded["state"]
@@ -321,8 +373,7 @@ def load_weights(checkpoint: Path, name: str, role: RoleModel) -> None:
     if f"{name}.output_layer.bias" in held or role.head == "scalar":
         same_head = (f"{name}.output_layer.bias" in held) == (role.head == "scalar")
         model = {key: part for key, part in model.items() if same_head or ".output_layer." not in key}
-    with _quiet():
-        dist_checkpointing.load({"model": model}, str(checkpoint))
+    _read(checkpoint, {"model": model})
 
 
 @contextlib.contextmanager

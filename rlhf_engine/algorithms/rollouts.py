@@ -1,0 +1,200 @@
+"""Stages of every algorithm that samples: rollouts, log-probs of them, scores, and the minibatches of their updates.
+
+Settings are those of the phase that runs (`ctx.settings`), under the names that PPO's have.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from ..config import RunConfig
+from ..context import Context
+from ..experience import Experience, pad_rows, spans
+from ..models.role import RoleModel
+from ..models.work import Batch, Work
+from ..rollout.engine import Progress
+from ..rollout.generate import rollout as generate
+from ..rollout.sampling import sample_keys
+from ..schedule import Stage, Works
+from . import reward_function
+from .heads import choose, last_scores, policy_log_probs, score_batch
+
+SEQUENCE = ("tokens", "lengths", "response_mask")
+PROVIDED = frozenset({"prompts", "reward_prompts", "sample_ids"})  # what `draw` fills
+
+# What sampler and trainer may differ by, nats, for one's log-probs to stand for the other's, where nothing is said: the
+# rounding of hidden states by kernels that add up in different orders.
+_MAX_LOG_PROB_GAP = {torch.float32: 1e-4, torch.bfloat16: 0.5}
+
+
+def stages(config: RunConfig) -> list[Stage]:
+    """Rows of a table: from prompts to responses, their log-probs and scores; a reward function takes the place of the
+    reward model's row."""
+    by_function = Stage("score", "local", score_by_function, None, ("prompts", "tokens", "lengths"), ("scores",))
+    by_model = Stage("score", "infer", score, "reward", ("prompts", "reward_prompts", "tokens", "lengths"), ("scores",))
+    made = (*SEQUENCE, "finished", "sampler_log_probs")
+    return [
+        Stage("rollout", "rollout", rollout, "policy", ("prompts", "sample_ids"), made),
+        Stage("log_probs", "infer", log_probs, "policy", (*SEQUENCE, "sampler_log_probs"), ("log_probs",)),
+        Stage("ref_log_probs", "infer", ref_log_probs, "reference", SEQUENCE, ("ref_log_probs",)),
+        by_function if config.reward.kind == "function" else by_model,
+    ]
+
+
+def draw(ctx: Context) -> Experience:
+    """The prompts of an iteration, each as often as it is sampled."""
+    drawn = ctx.draw(ctx.phase, ctx.settings.prompts_per_iteration)
+    examples = [example for example in drawn for _ in range(ctx.settings.samples_per_prompt)]
+    return Experience(
+        prompts=[example.prompt for example in examples],
+        reward_prompts=[example.reward_prompt for example in examples],
+        sample_ids=torch.arange(len(examples)),
+    )
+
+
+def rollout(ctx: Context, policy: RoleModel, x) -> dict[str, Tensor]:
+    """Samples a response to every prompt from the training weights."""
+    started = time.perf_counter()
+    keys = sample_keys(ctx.config.seed, ctx.state.iteration, x.sample_ids)
+    progress = Progress()
+
+    def report(now: Progress) -> None:
+        nonlocal progress
+        progress = now
+        if ctx.mesh.is_main and now.rows_done < now.num_rows:
+            place = f"{ctx.phase} {ctx.state.iteration + 1}/{ctx.settings.iterations}"
+            speed = f"{now.tokens / now.seconds:.4g} tokens/s  {now.slot_occupancy:.0%} of slots busy"
+            print(f"{place}  rollout {now.rows_done}/{now.num_rows}  {speed}", flush=True)
+
+    responses = generate(
+        policy,
+        x.prompts,
+        keys,
+        ctx.config.rollout,
+        ctx.tokenizer.end_ids,
+        decode=ctx.tokenizer.decode,
+        report=report,
+    )
+    seconds = time.perf_counter() - started
+    tokens, lengths = pad_rows([p + r.tokens for p, r in zip(x.prompts, responses, strict=True)], ctx.mesh.tp)
+    starts = torch.tensor([len(p) for p in x.prompts])
+    response_mask = spans(starts, lengths, tokens.shape[1])
+    flat = torch.tensor([log_prob for r in responses for log_prob in r.log_probs])
+    finished = torch.tensor([r.finished for r in responses])
+    num_tokens = response_mask.sum()
+    ctx.metrics.record("rollout/response_length", num_tokens / len(responses))
+    ctx.metrics.record("rollout/finished", finished.float().mean())
+    ctx.metrics.record("throughput/slot_occupancy", progress.slot_occupancy)
+    ctx.metrics.record("throughput/prefill_share", progress.prefill_share)
+    ctx.metrics.record("idle/rollout", progress.idle_share)
+    ctx.metrics.record("throughput/generated_tokens_per_second", num_tokens / seconds)
+    return {
+        "tokens": tokens,
+        "lengths": lengths,
+        "response_mask": response_mask,
+        "finished": finished,
+        "sampler_log_probs": torch.zeros(tokens.shape).masked_scatter(response_mask, flat),
+    }
+
+
+def log_probs(ctx: Context, policy: RoleModel, x) -> Works:
+    """The policy's own view of its rollout: by the forward that training uses, or as the sampler had it."""
+    config, state = ctx.settings, ctx.state
+    last, is_due = state.log_prob_gap, state.iteration % config.measure_gap_every == 0
+    most = config.max_log_prob_gap if config.max_log_prob_gap is not None else _MAX_LOG_PROB_GAP[policy.dtype]
+    if config.old_log_probs == "sampler" and not is_due and last is not None and last <= most:
+        return {"log_probs": x.sampler_log_probs}
+    both = yield log_probs_work(ctx, policy, x)
+    log_probs, entropy = both.unbind(1)
+    state.log_prob_gap = float((log_probs - x.sampler_log_probs).abs().max())
+    ctx.metrics.record("rollout/log_prob_gap", state.log_prob_gap)
+    if config.old_log_probs == "sampler" and ctx.mesh.is_main:
+        suffices = state.log_prob_gap <= most
+        print(
+            f"{ctx.phase} {state.iteration + 1}/{config.iterations}  log-probs of sampler and trainer differ by"
+            f" {state.log_prob_gap:.1e} at most: the {'sampler' if suffices else 'trainer'}'s are taken",
+            flush=True,
+        )
+    ctx.metrics.mean("policy/entropy", entropy, x.response_mask)
+    return {"log_probs": log_probs}
+
+
+def ref_log_probs(ctx: Context, reference: RoleModel, x) -> Works:
+    """The frozen reference's view of it."""
+    both = yield log_probs_work(ctx, reference, x)
+    return {"ref_log_probs": both[:, 0]}
+
+
+def score(ctx: Context, reward: RoleModel, x) -> Works:
+    """The reward model's score of each response."""
+    scores = yield scores_work(ctx, reward, x)
+    return {"scores": scores}
+
+
+def score_by_function(ctx: Context, _, x) -> dict[str, Tensor]:
+    """The same from a Python function, called on the main rank."""
+    return {"scores": ctx.mesh.from_main(_call_reward(ctx, x) if ctx.mesh.is_main else None)}
+
+
+def minibatches(ctx: Context, x, *fields: str) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Minibatches of all epochs, numbered: slices of a permutation that depends on seed, iteration and epoch."""
+    config = ctx.settings
+    num_rows = len(x.tokens)
+    size = num_rows // config.num_minibatches
+    for epoch in range(config.epochs):
+        seed = (ctx.config.seed * 1_000_003 + ctx.state.iteration) * 1_009 + epoch
+        order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed))
+        for i, rows in enumerate(order.split(size)):
+            batch = {name: getattr(x, name)[rows] for name in fields}
+            yield epoch * config.num_minibatches + i, {"samples": rows, **batch}
+
+
+def sampled(ctx: Context, role: RoleModel) -> Callable[[Batch], Batch]:
+    """What prepares a micro-batch for the log-probs of its response tokens under the sampler's distribution."""
+    ban = (ctx.tokenizer.end_ids, ctx.config.rollout.min_new_tokens)
+    return functools.partial(choose, role, mask="response_mask", ban=ban)
+
+
+def log_probs_work(ctx: Context, role: RoleModel, x) -> Work:
+    """Log-probs and entropy stacked, `(B, 2, T)`."""
+
+    def fn(hidden: Tensor, batch: Batch) -> Tensor:
+        return torch.stack(policy_log_probs(role, hidden, batch, ctx.config.rollout.temperature), 1)
+
+    batch = {"tokens": x.tokens, "lengths": x.lengths, "response_mask": x.response_mask}
+    return Work(role, batch, fn, ctx.settings.micro_batch_size, prepare=sampled(ctx, role))
+
+
+def scores_work(ctx: Context, reward: RoleModel, x) -> Work:
+    """One score a row, `(B,)`, of the responses behind the prompts that the reward model reads."""
+    rows = zip(x.reward_prompts, x.prompts, x.tokens.tolist(), x.lengths.tolist(), strict=True)
+    tokens, lengths = pad_rows([own + row[len(prompt) : n] for own, prompt, row, n in rows], ctx.mesh.tp)
+    return Work(reward, score_batch(reward, tokens, lengths), last_scores, ctx.settings.micro_batch_size)
+
+
+def _call_reward(ctx: Context, x) -> Tensor:
+    """Scores of the user's function."""
+    assert ctx.reward_fn is not None
+    rows = [row[:n] for row, n in zip(x.tokens.tolist(), x.lengths.tolist(), strict=True)]
+    prompts, responses = x.prompts, [row[len(p) :] for row, p in zip(rows, x.prompts, strict=True)]
+    asked, said = ([ctx.tokenizer.decode(ids) for ids in part] for part in (prompts, responses))
+    reward = ctx.config.reward
+    return reward_function.call(ctx.reward_fn, reward.fn or "", reward.timeout, asked, said, prompts, responses)
+
+
+def shape_scores(ctx: Context, scores: Tensor, finished: Tensor) -> Tensor:
+    """Scores as they enter the reward: clipped, standardised, and less for a response that was cut."""
+    config, seen = ctx.settings, ctx.state.scores
+    if config.score_min is not None or config.score_max is not None:
+        scores = scores.clamp(config.score_min, config.score_max)
+    seen.update(scores.tolist())
+    if config.score_center:
+        scores = scores - seen.mean
+    if config.score_scale:
+        scores = scores / (seen.std + 1e-8)
+    return scores - config.missing_eos_penalty * (~finished).float()

@@ -1,0 +1,128 @@
+"""Folders that a run begins with: models and tokenizers, and what in them is not used or does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..config import Base, ConfigError, RunConfig
+from ..data.tokenizer import Tokenizer
+from ..data.vocabulary import has_tokenizer, read_vocabulary
+from ..hf.config import ARCHITECTURES, family, read_json, read_model_config
+from ..hf.index import check_adapter, index, is_checkpoint, unread_files
+from ..hf.pickles import read_index
+from .earlier import SUMMARY, kept_date
+
+
+def read_base(path: str, section: str = "policy", ignore_keys: Sequence[str] = ()) -> Base:
+    """A folder that weights begin from, in HF format or converted.
+
+    Args:
+        section: of the configuration that names it.
+        ignore_keys: see `hf.config.parse`.
+    """
+    check_adapter(path)
+    model = read_model_config(path, ignore_keys, f"{section}.ignore_keys")
+    if section == "policy" and has_score(path):
+        raise ConfigError(f"policy.path={path} is a reward model: reward.path={path} scores with it, or trains it")
+    if is_checkpoint(path):
+        read_index(path, is_wanted=False)
+    else:
+        index(path)
+    return Base(path, model)
+
+
+def has_score(path: str) -> bool:
+    """Whether the folder's model is one that scores."""
+    where = Path(path) / "config.json"
+    return family(read_json(where), str(where))[1] == "scalar"
+
+
+def folder_notes(config: RunConfig, policy: Base, reward: Base, tokenizer: Tokenizer | None) -> list[str]:
+    """What the folders of weights hold that is not used, or is used in a way of its own."""
+    notes = []
+    for section, base in {"policy": policy, "reward": reward}.items():
+        if base.path is None or is_checkpoint(base.path) or (section == "reward" and base is policy):
+            continue
+        if unread := [path.name for path in unread_files(base.path)]:
+            notes.append(f"{section}.path={base.path}: not read: {', '.join(unread)}")
+        score = index(base.path).get(ARCHITECTURES[base.model.architecture].score)
+        if section == "policy" and score is not None:
+            notes.append(
+                f"policy.path={base.path}: {score.name} in {score.path.name} is a score's head, not the policy's"
+            )
+        if section == "reward" and score is None and "reward" in config.phases:
+            notes.append(f"reward.path={base.path} has no score's head: the reward phase starts with one of zeros")
+    if tokenizer is not None and reward.model.score_pad in tokenizer.end_ids:
+        notes.append(
+            f"reward.path={reward.path}: pad_token_id={reward.model.score_pad} of its config.json ends rows: its score"
+            " is read at the token before, as by transformers"
+        )
+    return notes
+
+
+def check_reward(config: RunConfig, reward: Base) -> None:
+    """What PPO builds on.
+
+    Raises:
+        ConfigError: there is no reward model, or it gives no scores.
+    """
+    trained = "reward" in config.phases or (Path(config.output_dir) / "reward" / SUMMARY).is_file()
+    if "ppo" not in config.phases or config.reward.kind != "model" or trained:
+        return
+    if config.reward.path is None:
+        raise ConfigError(
+            f"PPO needs a reward model, and no reward phase is finished in {config.output_dir}:"
+            " use phases=[reward,ppo], reward.path=DIR, or reward=function reward.fn=package.module:name"
+        )
+    head = ARCHITECTURES[reward.model.architecture].score
+    path = config.reward.path
+    if not (has_score(path) if is_checkpoint(path) else head in index(path)):
+        raise ConfigError(
+            f"reward.path={config.reward.path} has no tensor {head}, so all its scores would be 0: phases=[reward,ppo]"
+            " makes a reward model of it"
+        )
+
+
+def read_tokenizer(config: RunConfig, policy: Base) -> Tokenizer | None:
+    """The configured tokenizer or the policy's own; None where one is to be trained on the data.
+
+    Raises:
+        ConfigError: it cannot be read, lacks what the template needs, or has more ids than the model.
+    """
+    path, template = config.tokenizer.path or config.policy.path, config.tokenizer.template
+    if path is None and config.tokenizer.end_id is not None:
+        raise ConfigError(
+            f"tokenizer.end_id={config.tokenizer.end_id} needs a tokenizer that has it: set tokenizer.path"
+        )
+    if path is None and template not in (None, "hh"):
+        raise ConfigError(
+            f"tokenizer.template={template} needs control tokens, which a tokenizer trained on the data does not have:"
+            " set tokenizer.path"
+        )
+    most = policy.model.vocab_size
+    if path is None:
+        if most is not None and (size := config.tokenizer.vocab_size) > most:
+            raise ConfigError(f"the tokenizer (trained on the data) has {size} ids, and the model's vocabulary {most}")
+        return None
+    config.tokenizer.date = config.tokenizer.date or kept_date(config)
+    tokenizer = Tokenizer(path, template, config.tokenizer.end_id, config.tokenizer.date)
+    if most is not None:
+        tokenizer.fit(most, "the model's vocabulary")
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: Tokenizer | None, reward: Base) -> None:
+    """A reward model reads the token ids that the policy writes.
+
+    Raises:
+        ConfigError: it would take them for other words.
+    """
+    assert reward.path is not None and reward.model.vocab_size is not None
+    if tokenizer is None:
+        raise ConfigError("reward.path needs the tokenizer that it was trained with: set policy.path or tokenizer.path")
+    tokenizer.fit(reward.model.vocab_size, f"the vocabulary of reward.path={reward.path}")
+    if has_tokenizer(Path(reward.path)):
+        own, text = read_vocabulary(Path(reward.path)), "Which words are these? 1, 2, 3: naïve\n\nAssistant: tokens."
+        if [*own.begin, *own.encode(text)] != tokenizer.encode(text):
+            raise ConfigError(f"reward.path={reward.path} has another tokenizer than the policy")
