@@ -117,9 +117,10 @@ def test_its_stages_and_collectives_are_those_of_a_run(ranks, worlds, tmp_path, 
             f"{stage['phase']} {stage['name']}": stage["collectives"]
             for attempt in reversed(found.attempts)
             for stage in attempt[rank]["stages"]
-            if stage["phase"] and not stage["name"].startswith("the save within")
+            # one that is resumed has to look at once more what the phases before it have left
+            if stage["phase"] and not stage["name"].startswith(("the save within", "the check of"))
         }
-        assert rehearsed.keys() == on_cpu.keys() and len(rehearsed) > 20
+        assert rehearsed.keys() == {stage for stage in on_cpu if "the check of" not in stage} and len(rehearsed) > 20
         for stage, counts in rehearsed.items():
             assert counts == on_cpu[stage] or any(name in stage for name in steps), (rank, stage)
 

@@ -121,7 +121,8 @@ def _command(command: list[str], env: dict[str, str], cwd: str, stdout: str, std
     os.setsid()
     os.chdir(cwd)
     for number, path in ((1, stdout), (2, stderr)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+        # for reading too, or a terminal would not be this session's
+        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
     from rlhf_engine.launching import ranks
 
     # the ranks that a launcher starts are forks of it
