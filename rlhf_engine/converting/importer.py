@@ -186,15 +186,14 @@ def import_folder(
     where = str(hf / "config.json")
     model = parse(read_json(hf / "config.json"), where, ignore_keys, "--ignore-keys")
     source = HFFolder(hf)
-    architecture, usual = family(source.config, where)
-    if head is None and usual == "lm" and (score := source.tensors.get(architecture.score)) is not None:
-        raise ConfigError(
-            f"{score.path} has a score's head, {score.name}, beside a language model's: choose --head lm or scalar"
-        )
+    usual = _head(source, where, head)
     head = head or usual
     check_model(MeshConfig(tp, pp, 1), model)
     files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(hf.iterdir())]
-    manifest = {"source": str(hf.resolve()), "files": files, "tp": tp, "pp": pp, "dtype": str(dtype), "head": head}
+    manifest = {
+        "source": str(hf.resolve()), "files": files, "tp": tp, "pp": pp, "dtype": str(dtype), "head": head,
+        "ignore_keys": list(ignore_keys),
+    }  # fmt: skip
     with one_rank() as mesh, whole_folder(out, manifest) as folder:
         planner = _Importer(source, model, head, tp, pp, mesh)
         plans, metadata = create_default_global_save_plan(planner.plans(dtype))
@@ -223,6 +222,16 @@ def import_folder(
         copy_assets(hf, folder)
         for done in folder.glob("rank_*.json"):
             done.unlink()
+
+
+def _head(source: HFFolder, where: str, asked: Head | None) -> Head:
+    """What the folder's config.json says that its model has."""
+    architecture, head = family(source.config, where)
+    if asked is None and head == "lm" and (score := source.tensors.get(architecture.score)) is not None:
+        raise ConfigError(
+            f"{score.path} has a score's head, {score.name}, beside a language model's: choose --head lm or scalar"
+        )
+    return head
 
 
 def _num_bytes(item: WriteItem) -> int:
