@@ -387,6 +387,12 @@ def test_a_ray_node_that_is_lost_before_its_ranks_start(monkeypatch, capsys, res
         assert said.endswith("starting again on 1 replicas, 0 of max_restarts=1 left\ndone\n")
 
 
+def test_ray_that_is_not_installed():
+    code = "import runpy, sys; sys.modules['ray'] = None; runpy.run_path('launch/ray/run.py', run_name='__main__')"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (2, "error: Ray is not installed here: pip install -e '.[ray]'\n")
+
+
 def test_ray_without_a_cluster_is_refused(tmp_path):
     pytest.importorskip("ray")
     command = [sys.executable, "launch/ray/run.py", "--address=127.0.0.1:9", *PPO]

@@ -19,9 +19,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ray
-from ray.util.placement_group import placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+try:
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+except ModuleNotFoundError:
+    print("error: Ray is not installed here: pip install -e '.[ray]'", file=sys.stderr)
+    sys.exit(2)
 
 from rlhf_engine.config import ConfigError, MeshConfig, RunConfig, check, resolve_mesh
 from rlhf_engine.launching.compose import compose
