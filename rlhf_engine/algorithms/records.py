@@ -15,14 +15,14 @@ from ..config import PPOConfig
 from ..context import Context
 from ..schedule import Fields, Stage
 from ..surviving import durable
+from .rollouts import SEQUENCE
 
 
 def stages(settings: PPOConfig) -> list[Stage]:
     """Rows at the end of a table; what is written is read from stages before them."""
-    sequence = ("tokens", "lengths", "response_mask")
     recorded = ("prompts", "tokens", "lengths", "scores", "golds", "log_probs", "ref_log_probs")
     arrays = (
-        *sequence, "finished", "sampler_log_probs", "log_probs", "ref_log_probs", "values", "scores", "rewards",
+        *SEQUENCE, "finished", "sampler_log_probs", "log_probs", "ref_log_probs", "values", "scores", "rewards",
         "advantages", "returns",
     )  # fmt: skip
     table = [Stage("gold", "local", gold, None, ("prompts", "tokens", "lengths"), ("golds",))]

@@ -9,6 +9,7 @@ from ..config import JOBS, ConfigError, RunConfig
 from ..surviving import durable
 
 SUMMARY = "summary.json"  # of a finished phase
+_ORDER = ("sft", "reward", "ppo")  # each builds on those before it
 
 
 def check_output_dir(config: RunConfig) -> None:
@@ -19,7 +20,7 @@ def check_output_dir(config: RunConfig) -> None:
     """
     now = {name: asdict(getattr(config, name)) for name in ("model", "tokenizer", "policy")}
     with_reward = now | {"reward": {"path": config.reward.path}}  # of which the SFT phase knows nothing
-    for phase in ("sft", "reward", "ppo"):
+    for phase in _ORDER:
         path = Path(config.output_dir) / phase / "config.yaml"
         durable.read(path.with_name(SUMMARY))
         if (before := durable.read(path)) is None or config.rerun:
@@ -38,9 +39,8 @@ def check_finished(config: RunConfig) -> None:
     Raises:
         ConfigError: one of them was stopped before its end, and is not to go on.
     """
-    order = ("sft", "reward", "ppo")
-    for i, phase in enumerate(order):
-        folder, later = Path(config.output_dir) / phase, [name for name in config.phases if name in order[i + 1 :]]
+    for i, phase in enumerate(_ORDER):
+        folder, later = Path(config.output_dir) / phase, [name for name in config.phases if name in _ORDER[i + 1 :]]
         has_begun = (folder / "checkpoints" / "latest").is_file()
         if later and phase not in config.phases and has_begun and not (folder / SUMMARY).is_file():
             raise ConfigError(
@@ -51,7 +51,7 @@ def check_finished(config: RunConfig) -> None:
 
 def kept_date(config: RunConfig) -> str | None:
     """The date that the templates of a run wrote when it began, which a resumed one goes on with."""
-    for phase in ("sft", "reward", "ppo"):
+    for phase in _ORDER:
         before = durable.read(Path(config.output_dir) / phase / "config.yaml")
         if not set(config.phases) & JOBS and before is not None:
             return (before.get("tokenizer") or {}).get("date")
