@@ -178,9 +178,9 @@ def test_an_import_whose_source_has_changed_begins_again(convert, source, tmp_pa
     """Interrupted behind its first shard, which was on the disk before it was called done."""
     hf, out, seen = tmp_path / "hf", tmp_path / "out", []
     shutil.copytree(source, hf)
-    sync, replace = os.fsync, type(out).replace
+    sync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: [seen.append(os.readlink(f"/proc/self/fd/{fd}")), sync(fd)])
-    monkeypatch.setattr(type(out), "replace", lambda path, to: [seen.append(str(to)), replace(path, to)])
+    monkeypatch.setattr(os, "replace", lambda path, to: [seen.append(str(to)), replace(path, to)])
     with monkeypatch.context() as patch:
         patch.setattr(importer, "_write_results", stop_behind(importer._write_results))
         assert convert("import", "--hf", hf, "--out", out, "--tp", 2) == 130

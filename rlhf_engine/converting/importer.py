@@ -7,7 +7,6 @@ import functools
 import io
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -33,6 +32,7 @@ from ..hf.weights import Table, check_leftover
 from ..mesh import ParallelMesh
 from ..models.checkpoint import IMPORTED
 from ..models.partition import padded_vocab_size, stage_layers
+from ..surviving import durable
 from .export import head_config
 from .layout import Progress, layout, one_rank
 
@@ -245,12 +245,7 @@ def _write_results(path: Path, results: list[WriteResult]) -> None:
         where = r.storage_data
         place = (where.relative_path, where.offset, where.length)
         rows.append([r.index.fqn, list(r.index.offset or ()), r.index.index, r.size_in_bytes, *place])
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w") as file:
-        json.dump(rows, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    durable.write(path, json.dumps(rows))
 
 
 def _read_results(path: Path) -> list[WriteResult]:
