@@ -12,14 +12,14 @@ from .observing import LogConfig, WandBConfig
 from .planning import DeviceName, PlanConfig, RehearseConfig
 from .reading import NEEDED, ConfigError, from_dict, keys, nearest
 from .rollout import RolloutConfig
-from .run import JOBS, Phase, RunConfig, check
+from .run import JOBS, PAIRED, SAMPLING, Phase, RunConfig, check
 from .schedule import ROLES, Recompute, ScheduleConfig
 from .surviving import CheckpointConfig, GuardConfig, TimeoutConfig
 
 __all__ = [
-    "JOBS", "NEEDED", "ROLES", "Base", "CheckpointConfig", "ConfigError", "DataConfig", "DeviceName", "GuardConfig",
-    "LogConfig", "MeshConfig", "ModelConfig", "OptimizerConfig", "PPOConfig", "PTXConfig", "Phase", "PlanConfig",
-    "PolicyConfig", "Recompute", "RehearseConfig", "RewardConfig", "RolloutConfig", "RopeScaling", "RunConfig",
-    "SFTConfig", "ScheduleConfig", "TimeoutConfig", "TokenizerConfig", "WandBConfig", "check", "check_model",
-    "from_dict", "keys", "nearest", "resolve_mesh",
+    "JOBS", "NEEDED", "PAIRED", "ROLES", "SAMPLING", "Base", "CheckpointConfig", "ConfigError", "DataConfig",
+    "DeviceName", "GuardConfig", "LogConfig", "MeshConfig", "ModelConfig", "OptimizerConfig", "PPOConfig",
+    "PTXConfig", "Phase", "PlanConfig", "PolicyConfig", "Recompute", "RehearseConfig", "RewardConfig",
+    "RolloutConfig", "RopeScaling", "RunConfig", "SFTConfig", "ScheduleConfig", "TimeoutConfig", "TokenizerConfig",
+    "WandBConfig", "check", "check_model", "from_dict", "keys", "nearest", "resolve_mesh",
 ]  # fmt: skip

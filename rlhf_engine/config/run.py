@@ -19,6 +19,8 @@ from .surviving import CheckpointConfig, GuardConfig, TimeoutConfig
 
 Phase = Literal["sft", "reward", "ppo", "score", "generate"]
 JOBS = frozenset({"score", "generate"})  # phases that read a file and write a file
+SAMPLING = frozenset({"ppo"})  # phases that draw prompts and sample the answers
+PAIRED = frozenset({"reward"})  # phases that draw two answers to each prompt
 
 
 @dataclass

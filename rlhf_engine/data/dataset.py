@@ -13,10 +13,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
-from ..config import ConfigError, DataConfig, RunConfig
+from ..config import PAIRED, SAMPLING, ConfigError, DataConfig, RunConfig
 from .chat import Messages, text_of
 from .formats import Row
-from .sources import NEEDS, PRESETS, Source, serves
+from .sources import PRESETS, Source, needs, serves
 from .tokenizer import Tokenizer
 
 
@@ -117,7 +117,7 @@ def dialogues(dataset: Dataset, tokenizer: Tokenizer, count: int = 4) -> list[Me
 def build_datasets(
     phases: Sequence[str], sources: Sequence[Source], tokenizer: Tokenizer, config: RunConfig
 ) -> dict[str, Dataset]:
-    """What each phase (of `sources.NEEDS`) draws from: the rows that it can use, of the sources that have any.
+    """What each phase draws from: the rows that it can use, of the sources that have any.
 
     Raises:
         ConfigError: nothing of a source, or nothing held out, is of a length that the configuration allows; or the
@@ -146,7 +146,7 @@ def _dataset(
             raise ConfigError(
                 f"no row of {source.spec.name} fits data.max_seq_len={data.max_seq_len}, data.max_prompt_len="
                 f"{data.max_prompt_len} and data.min_prompt_len={data.min_prompt_len} in phase {phase}"
-                + (f" with rollout.max_new_tokens={config.rollout.max_new_tokens}" if phase == "ppo" else "")
+                + (f" with rollout.max_new_tokens={config.rollout.max_new_tokens}" if phase in SAMPLING else "")
             )
         parts.append(Part(source, source.share / total, kept, for_evaluation, left_out))
     if not any(part.held_out for part in parts) and any(source.held_out for source in sources):
@@ -169,14 +169,14 @@ def _sorted_out(rows: list[tuple[Row, Example]], phase: str, config: RunConfig) 
 def _obstacle(row: Row, example: Example, phase: str, config: RunConfig) -> str | None:
     """Why a phase cannot use an example of a row; None where it can."""
     if not serves(row, phase):
-        return f"without {NEEDS[phase]}"
+        return f"without {needs(phase)}"
     data, length = config.data, max(len(example.prompt), len(example.reward_prompt))
     if example.prompt and length < data.min_prompt_len:
         return "prompt too short"
     if length > data.max_prompt_len:
         return "prompt too long"
-    answers = [example.chosen, example.rejected] if phase == "reward" else [example.chosen]
-    room = config.rollout.max_new_tokens if phase == "ppo" else max(len(answer or ()) for answer in answers)
+    answers = [example.chosen, example.rejected] if phase in PAIRED else [example.chosen]
+    room = config.rollout.max_new_tokens if phase in SAMPLING else max(len(answer or ()) for answer in answers)
     return "too long" if length + room > data.max_seq_len else None
 
 
@@ -202,15 +202,15 @@ def _dialogue(row: Row, system: str | None, reward: str | None, tokenizer: Token
     messages, rewarded = _under(system, row.prompt), _under(reward, row.prompt)
     prompt = tokenizer.render_prompt(messages)
     reward_prompt = prompt if reward == system else tokenizer.render_prompt(rewarded)
-    texts, learning = [row.chosen, row.rejected], [phase for phase in phases if phase != "ppo"]
+    texts, learning = [row.chosen, row.rejected], [phase for phase in phases if phase not in SAMPLING]
     if not learning or row.chosen is None:  # a prompt alone, of which no more is asked
         return Example(
             prompt, prompt, [False] * len(prompt), None, None, reward_prompt, reward_prompt, text_of(messages)
         )
     try:
-        marks = learning != ["reward"]
+        marks = not PAIRED.issuperset(learning)
         before, spoken, (chosen, rejected) = _answered(messages, texts, tokenizer, marks)
-        same = reward == system or "reward" not in phases
+        same = reward == system or PAIRED.isdisjoint(phases)
         reward_before = before if same else _answered(rewarded, texts[:1], tokenizer, marks=False)[0]
     except ConfigError as error:
         raise ConfigError(f"phase {learning[0]} learns from answers, and {error}") from None

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..config import ConfigError, nearest
+from ..config import PAIRED, SAMPLING, ConfigError, nearest
 from . import hh_mini
 from .files import read_rows
 from .formats import Row, read_row
@@ -148,20 +148,19 @@ def _generate(name: str, split: str, num_rows: int, seed: int) -> list[Row]:
     return [read_row(row, f"{name}:{i}") for i, row in enumerate(rows, 1)]
 
 
-NEEDS = {
-    "sft": "an answer or text",
-    "reward": "two different answers to one prompt",
-    "ppo": "a prompt",
-    "ptx": "an answer or text",
-}
+def needs(phase: str) -> str:
+    """What a phase learns from."""
+    if phase in PAIRED:
+        return "two different answers to one prompt"
+    return "a prompt" if phase in SAMPLING else "an answer or text"
 
 
 def serves(row: Row, phase: str) -> bool:
-    """Whether a row has what a phase of `NEEDS` learns from."""
-    if phase == "reward":
+    """Whether a row has what a phase learns from."""
+    if phase in PAIRED:
         answers = {(answer or "").strip() for answer in (row.chosen, row.rejected)}
         return bool(row.prompt) and len(answers - {""}) == 2
-    if phase == "ppo":
+    if phase in SAMPLING:
         return bool(row.prompt and row.prompt[-1]["content"].strip())
     return bool(row.chosen and row.chosen.strip())
 
@@ -173,13 +172,13 @@ def check_sources(sources: Sequence[Source], phases: Sequence[str], key: str = "
         ConfigError: names the phase, or the file.
     """
     served = {phase: [any(serves(row, phase) for row in s.train) for s in sources] for phase in phases}
-    needs = {phase: f"{phase} needs {NEEDS[phase]} in each row" for phase in phases}
+    wanted = {phase: f"{phase} needs {needs(phase)} in each row" for phase in phases}
     for phase, found in served.items():
         if not any(found):
-            raise ConfigError(f"{key}: {needs[phase]}, and none in {', '.join(s.spec.name for s in sources)} has it")
+            raise ConfigError(f"{key}: {wanted[phase]}, and none in {', '.join(s.spec.name for s in sources)} has it")
     for i, source in enumerate(sources):
         if not any(found[i] for found in served.values()):
-            raise ConfigError(f"{key}: no row of {source.spec.name} is of use: {', '.join(needs.values())}")
+            raise ConfigError(f"{key}: no row of {source.spec.name} is of use: {', '.join(wanted.values())}")
 
 
 def gold_rule(sources: Sequence[Source]) -> GoldFn | None:

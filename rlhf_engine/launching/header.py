@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ..context import Context
 from ..data.folders import look_into
-from ..data.sources import HH_MINI, NEEDS, parse_spec
+from ..data.sources import HH_MINI, needs, parse_spec
 from .preflight import Plan
 
 
@@ -106,4 +106,4 @@ def _remarks(plan: Plan, ctx: Context) -> Iterator[str]:
         used = [part.source for part in dataset.parts]
         for source in plan.ptx_sources if phase == "ptx" else plan.sources:
             if not any(source is other for other in used):
-                yield f"{source.spec.name}: no row has {NEEDS[phase]}: {phase} draws from the other sources alone"
+                yield f"{source.spec.name}: no row has {needs(phase)}: {phase} draws from the other sources alone"
