@@ -10,9 +10,8 @@ import datetime
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import jinja2.meta
@@ -32,6 +31,7 @@ CONTROL_NAME = re.compile(r"<([|｜])[^<>|｜\s]+\1>")  # what is surely meant a
 _OPEN, _CLOSE, _ANSWER = "\ufdd0", "\ufdd1", "\ufdd2"
 _MARKS = str.maketrans(dict.fromkeys(_OPEN + _CLOSE, ""))
 _NONE_OF_OURS = str.maketrans(dict.fromkeys(_OPEN + _CLOSE + _ANSWER, "?"))
+_NOT_AHEAD = {"first", "index", "index0", "previtem"}  # of jinja's `loop`
 _QUESTION = {"role": "user", "content": "?"}
 _PROBE = {"role": "assistant", "content": _ANSWER}
 
@@ -44,6 +44,8 @@ def text_of(messages: Messages) -> str:
 
 def clean(text: str) -> str:
     """Text that has bytes: lone surrogates and the noncharacters that are used here become question marks."""
+    if text.isascii():
+        return text
     return text.encode("utf-8", "replace").decode("utf-8").translate(_NONE_OF_OURS)
 
 
@@ -52,8 +54,7 @@ def shared_start(a: Sequence[Any], b: Sequence[Any]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """A piece of a rendered dialogue.
 
     Args:
@@ -65,6 +66,20 @@ class Part:
     what: str | int
     said: bool
     joins: bool = False
+
+
+class _Turns(Messages):
+    """Messages that note how much a template has written whenever it asks for the next of them."""
+
+    def __init__(self, messages: Messages):
+        super().__init__(messages)
+        self.written: list[str] = []
+        self.edges: list[int] = []  # of the text, where each turn begins
+
+    def __iter__(self) -> Iterator[dict[str, str]]:
+        for message in super().__iter__():
+            self.edges.append(sum(map(len, self.written)))
+            yield message
 
 
 class Template:
@@ -110,6 +125,8 @@ class Template:
             )
         end = pattern.search(said)
         self.end = end[end.lastindex or 0] if end else None
+        # what every prompt ends with behind the text of its turns; None: that may differ
+        self._header = self._first_header() if _goes_turn_by_turn(program) else None
 
     @property
     def about(self) -> str:
@@ -133,37 +150,39 @@ class Template:
             ConfigError: the template refuses the dialogue, or does not show where the assistant speaks.
         """
         messages = [{**m, "content": self._hide(m["content"])} for m in messages]
-        text = self._text(messages, prompt)
+        turns = _Turns(messages)
+        text = self._text(turns, prompt)
         is_answered = not prompt and messages[-1]["role"] == "assistant"
-        spans = self._spoken(messages, text, marks) if is_answered or (marks and not prompt) else []
+        spans = self._spoken(turns, text, marks) if is_answered or (marks and not prompt) else []
         last = -1
         if is_answered:
             last, end = spans[-1]
             text = text[:end]
         parts: list[Part] = []
-        position, turns = 0, sorted({edge for span in spans for edge in span})
+        position, edges = 0, sorted({edge for span in spans for edge in span})
         for found in self._written(text):
             group = found.lastindex or 0
-            parts += self._runs(text, [position, *turns, found.start()], spans, last)
+            parts += self._runs(text, [position, *edges, found.start()], spans, last)
             parts.append(Part(self.controls[found[group]], _within(found.start(group), spans)))
             position = found.end()
-        return parts + self._runs(text, [position, *turns, len(text)], spans, last)
+        return parts + self._runs(text, [position, *edges, len(text)], spans, last)
 
     def _runs(self, text: str, edges: list[int], spans: list[tuple[int, int]], last: int) -> list[Part]:
         """A run of text, from the first edge to the last, cut at those between."""
         start, *_, stop = edges
         cuts = [start, *(edge for edge in edges[1:-1] if start < edge < stop), stop]
         return [
-            Part(text[a:b].translate(_MARKS), _within(a, spans), joins=a not in (start, last))
-            for a, b in pairwise(cuts)
-            if a < b
+            Part(_shown(text[a:b]), _within(a, spans), joins=a not in (start, last)) for a, b in pairwise(cuts) if a < b
         ]
 
     def _text(self, messages: Messages, prompt: bool) -> str:
+        written = messages.written if isinstance(messages, _Turns) else []
         try:
-            return self._program.render(
+            for piece in self._program.generate(
                 messages=messages, tools=None, documents=None, add_generation_prompt=prompt, **self.variables
-            )
+            ):
+                written.append(piece)
+            return "".join(written)
         except Exception as error:  # a template is a program from a file, and may fail in any way
             raise ConfigError(f"{self.source.name} refuses a dialogue: {error}") from None
 
@@ -180,7 +199,13 @@ class Template:
             raise ConfigError(f"{self.source.name} does not write what the assistant says")
         return text
 
-    def _spoken(self, messages: Messages, text: str, marks: bool) -> list[tuple[int, int]]:
+    def _first_header(self) -> str | None:
+        try:
+            return self._text([_QUESTION], True)[len(self._text([_QUESTION], False)) :]
+        except ConfigError:  # some want a system message before
+            return None
+
+    def _spoken(self, messages: _Turns, text: str, marks: bool) -> list[tuple[int, int]]:
         """Where in `text` the assistant speaks: from behind each of its prompts to behind the end token.
 
         A prompt may open what an answer is written without, such as a block of thought; then the answer begins where
@@ -189,7 +214,7 @@ class Template:
         spans: list[tuple[int, int]] = []
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         for i in turns if marks else turns[-1:]:
-            prompt = self._text(messages[:i], True)
+            prompt = self._prompt(messages, i, text)
             start = len(prompt)
             if not text.startswith(prompt):
                 blank = self._text([*messages[:i], _PROBE, *messages[i + 1 :]], False)
@@ -207,6 +232,12 @@ class Template:
                 raise ConfigError(f"{self.source.name} does not end turn {i + 1} with {self.end or 'a control token'}")
             spans.append((start, end))
         return spans
+
+    def _prompt(self, messages: _Turns, i: int, text: str) -> str:
+        """What turn `i` answers, of a dialogue whose text is known."""
+        if i == 0 or self._header is None:
+            return self._text(messages[:i], True)
+        return text[: messages.edges[i]] + self._header
 
     def _written(self, text: str, start: int = 0) -> Iterator[re.Match]:
         """The control tokens that the template wrote, from `start` on: names without a mark on either side."""
@@ -237,6 +268,41 @@ class _Generation(Extension):
 
     def _content(self, caller):
         return caller()
+
+
+def _goes_turn_by_turn(program: nodes.Template) -> bool:
+    """Whether a template is one loop over the messages that never looks ahead, and what it writes for a prompt behind
+    the loop is always the same: then a dialogue begins with the text of its first turns."""
+    loops = [node for node in program.body if isinstance(node, nodes.For)]
+    if len(loops) != 1 or next(program.find_all(nodes.Break), None) is not None:
+        return False
+    (loop,) = loops
+    behind = program.body[program.body.index(loop) + 1 :]
+    ends = [node for node in behind if isinstance(node, nodes.If) and _is_name(node.test, "add_generation_prompt")]
+    firsts = [n for n in program.find_all(nodes.Getitem) if _is_name(n.node, "messages") and n.arg == nodes.Const(0)]
+    places = [n for n in program.find_all(nodes.Getattr) if _is_name(n.node, "loop") and n.attr in _NOT_AHEAD]
+    known = {"add_generation_prompt", "bos_token", "eos_token"}
+    return (
+        _is_name(loop.iter, "messages")
+        and not (loop.test or loop.recursive or loop.else_)
+        and _count(program, "messages") == 1 + len(firsts)
+        and _count(program, "loop") == len(places)
+        and _count(program, "add_generation_prompt") == len(ends) == len(behind)
+        and all(name.name in known for node in ends for name in node.find_all(nodes.Name))
+        and not any(node.elif_ or node.else_ for node in ends)
+    )
+
+
+def _is_name(node: nodes.Node, name: str) -> bool:
+    return isinstance(node, nodes.Name) and node.name == name
+
+
+def _count(program: nodes.Template, name: str) -> int:
+    return sum(found.name == name for found in program.find_all(nodes.Name))
+
+
+def _shown(text: str) -> str:
+    return text.translate(_MARKS) if _OPEN in text or _CLOSE in text else text
 
 
 def _raise(message: str):
