@@ -22,6 +22,7 @@ from rlhf_engine.launching.environment import check_meeting, launched_world, num
 from rlhf_engine.launching.preflight import Plan, lock, plan
 from rlhf_engine.launching.ranks import FINAL, Ranks, end_with_parent, free_port
 from rlhf_engine.launching.reference import text
+from rlhf_engine.launching.rows import prepare
 from rlhf_engine.signals import RunError, answer, ignore, leave_at_once, say_errors_once
 from rlhf_engine.surviving.places import ATTEMPT, LAUNCH
 from rlhf_engine.xtuner.read import from_command_line
@@ -92,6 +93,19 @@ def run_rank(checked: Plan, job: Callable[[Plan], int] = train) -> int:
     return code
 
 
+def prepare_first(checked: Plan) -> int | None:
+    """The rows of a run, before torch and a process group exist; an exit code where that fails."""
+    if set(checked.config.phases) & JOBS:
+        return None
+    leave_at_once()
+    try:
+        prepare(checked)
+    except (ConfigError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2 if isinstance(error, ConfigError) else error.code
+    return None
+
+
 def say_notes(checked: Plan) -> None:
     """What a user should read before the run starts."""
     for note in checked.notes:
@@ -132,6 +146,8 @@ def main(
             print(f"error: {error}", file=sys.stderr)
         return 2
     if world_size is None:
+        if (code := prepare_first(checked)) is not None:
+            return code
         return start_ranks(checked.world_size, argv, checked.config.max_restarts if job is train else 0, script)
     try:
         check_meeting()
@@ -143,7 +159,8 @@ def main(
         if theirs is not None:
             print(theirs.table(), flush=True)
         say_notes(checked)
-    return run_rank(checked, job)
+    code = prepare_first(checked)
+    return run_rank(checked, job) if code is None else code
 
 
 if __name__ == "__main__":

@@ -7,15 +7,18 @@ save, and exit with that code. A second Ctrl-C ends a rank at once.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import stat
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 STOPPED = os.EX_TEMPFAIL  # 75, of sysexits.h: nothing that was saved is lost, start the same command again
+_SECONDS_BETWEEN_LOOKS = 0.2  # whether the parent is there
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 _noted = False
@@ -93,6 +96,22 @@ def _leave() -> None:
 def take_note() -> None:
     """From now on a signal is noted."""
     answer(_note)
+
+
+def end_with(parent: int, words: str) -> None:
+    """Has this process end, with such words, when its parent does, however that happens.
+
+    Linux's own PR_SET_PDEATHSIG would also act when one thread of the parent ends.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        with contextlib.suppress(OSError):
+            os.write(2, words.encode())
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def ignore() -> None:

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mixed import source_of
 from test_refusals import refused, run  # noqa: F401
 
 from rlhf_engine.config import Base, ConfigError, ModelConfig, RolloutConfig, RunConfig, TokenizerConfig
 from rlhf_engine.data.dataset import Example, build_datasets
 from rlhf_engine.data.formats import Row
-from rlhf_engine.data.sources import Source, Spec
 from rlhf_engine.data.tokenizer import Tokenizer
 from rlhf_engine.launching.folders import read_tokenizer
 
@@ -238,14 +238,14 @@ def test_what_a_template_only_shows_in_prompts_is_all_that_ppo_needs(tmp_path):
 
     def examples(template: str, *phases: str) -> Example:
         tokenizer = Tokenizer(str(write_tokenizer(tmp_path, "bytes", {"chat_template": template})))
-        source = Source(Spec("a"), 1.0, rows[1:], rows[:1])
-        found = build_datasets(phases, [source], tokenizer, RunConfig())
+        source = source_of(tmp_path / "f.jsonl", rows)
+        found = build_datasets(phases, [source], tokenizer, RunConfig(output_dir=str(tmp_path / "run")))
         return found[phases[0]][0], tokenizer
 
     example, tokenizer = examples(counts, "ppo")
     assert example.prompt == tokenizer.render_prompt([ASKS]) and example.chosen is None
     for phase in ("sft", "reward"):
-        with pytest.raises(ConfigError, match=f"f:1: phase {phase} learns from answers, and .* with its prompt"):
+        with pytest.raises(ConfigError, match=r"f\.jsonl:1: answers are to be learned from, and .* with its prompt"):
             examples(counts, phase, "ppo")
     example, tokenizer = examples(SHAPES["thinks"], "reward", "sft", "ppo")
     assert tokenizer.decode(example.prompt).endswith("assistant\n<think>\n")

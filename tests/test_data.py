@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from mixed import read, source_of
 
 from rlhf_engine.config import ConfigError, DataConfig, RolloutConfig, RunConfig
 from rlhf_engine.data.chat import text_of
 from rlhf_engine.data.dataset import Dataset, Part, build_datasets
 from rlhf_engine.data.formats import Row
 from rlhf_engine.data.messages import parse_hh
-from rlhf_engine.data.sources import HH_MINI, PRESETS, Source, Spec, read_sources
+from rlhf_engine.data.sources import HH_MINI, PRESETS, Source, Spec, mixture
 from rlhf_engine.data.tokenizer import Tokenizer, train_tokenizer
-from rlhf_engine.launching.header import _remarks
+from rlhf_engine.launching.header import remarks
 
 HELPFUL, HARMLESS = HH_MINI
 
@@ -22,7 +25,7 @@ HELPFUL, HARMLESS = HH_MINI
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> Tokenizer:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    sources = read_sources(HH_MINI, 200, 10, 1)
+    sources = read(*HH_MINI, num_rows=200, num_eval_rows=10)
     train_tokenizer([r.chosen for s in sources for r in s.train] + ["\n\nHuman: \n\nAssistant:"] * 20, path, 500)
     return Tokenizer(str(path))
 
@@ -47,22 +50,25 @@ def test_hostile_text_is_text(tokenizer, text):
     assert tokenizer.decode(ids) == ("a" + text).encode("utf-8", "replace").decode()
 
 
-def datasets(tokenizer, *sources: str, phases=("sft", "reward", "ppo"), **changes) -> dict[str, Dataset]:
-    config = RunConfig(data=DataConfig(**{"max_seq_len": 512, **changes}), seed=5)
-    return build_datasets(phases, read_sources(sources or HH_MINI, 90, 10, 1), tokenizer, config)
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> str:
+    return str(tmp_path_factory.mktemp("prepared"))
 
 
-def source_of(dataset: Dataset) -> dict[int, str]:
-    return {id(row): part.source.spec.name for part in dataset.parts for row in part.train}
+@pytest.fixture
+def datasets(tokenizer, cache):
+    def get(*sources: str, phases=("sft", "reward", "ppo"), **changes) -> dict[str, Dataset]:
+        config = RunConfig(data=DataConfig(**{"max_seq_len": 512, "cache_dir": cache, **changes}), seed=5)
+        return build_datasets(phases, mixture(sources or HH_MINI, 90, 10, 1), tokenizer, config)
+
+    return get
 
 
 def named(shares: dict[str, float], rows: int = 100, **settings) -> Dataset:
     """A mixture whose examples are their source's name and a number."""
     total = sum(shares.values())
     parts = [
-        Part(
-            Source(Spec(name), weight / total, [], []), weight / total, [(name, i) for i in range(rows)], [], Counter()
-        )
+        Part(Source(Spec(name), weight / total, 0), weight / total, [(name, i) for i in range(rows)], [], Counter())
         for name, weight in shares.items()
     ]
     return Dataset(parts, 3, **settings)
@@ -97,24 +103,25 @@ def test_in_data_keeps_the_shares_over_the_data_alone():
     assert again.batch(777, 300) == [mixed[i] for i in range(777, 1077)]
 
 
-def test_every_row_is_seen_before_one_is_seen_again(tokenizer):
-    one = datasets(tokenizer, HELPFUL)["sft"]
+def test_every_row_is_seen_before_one_is_seen_again(datasets):
+    one = datasets(HELPFUL)["sft"]
     n = len(one)
     for epoch in range(3):
-        assert Counter(id(one[epoch * n + i]) for i in range(n)).most_common(1)[0][1] == 1
-    assert [id(one[i]) for i in range(n)] != [id(one[n + i]) for i in range(n)]
+        rows = [one[epoch * n + i] for i in range(n)]
+        assert sorted(map(str, rows)) == sorted(map(str, one.parts[0].train))
+    assert one.batch(0, n) != one.batch(n, n)
 
 
-def test_the_order_is_a_function_of_the_position(tokenizer):
-    first, second = datasets(tokenizer)["ppo"], datasets(tokenizer)["ppo"]
+def test_the_order_is_a_function_of_the_position(datasets):
+    first, second = datasets()["ppo"], datasets()["ppo"]
     assert first.batch(70, 20) == [second[i] for i in range(70, 90)]
 
 
-def test_rows_that_do_not_fit_are_left_out_and_counted(tokenizer):
-    everything = datasets(tokenizer)["sft"]
+def test_rows_that_do_not_fit_are_left_out_and_counted(datasets):
+    everything = datasets()["sft"]
     prompts = sorted(len(everything[i].prompt) for i in range(len(everything)))
     limits = {"min_prompt_len": prompts[10], "max_prompt_len": prompts[-10], "max_seq_len": prompts[-10] + 60}
-    for phase, dataset in datasets(tokenizer, **limits).items():
+    for phase, dataset in datasets(**limits).items():
         reasons = sum((part.left_out for part in dataset.parts), Counter())
         assert len(dataset) + reasons.total() == 90 and len(dataset.held_out) < 10
         assert reasons["prompt too long"] and reasons["prompt too short"]
@@ -123,11 +130,7 @@ def test_rows_that_do_not_fit_are_left_out_and_counted(tokenizer):
         if phase == "reward":
             assert all(len(e.prompt + e.rejected) <= limits["max_seq_len"] for e in dataset.batch(0, 80))
     with pytest.raises(ConfigError, match=r"no row of hh_mini/helpful-base fits data\.max_seq_len=5"):
-        datasets(tokenizer, max_seq_len=5)
-
-
-def rows_of(name: str, rows: list[Row], share: float = 1.0, **presets) -> Source:
-    return Source(Spec(name, **presets), share, rows[1:], rows[:1])
+        datasets(max_seq_len=5)
 
 
 USER = [{"role": "user", "content": "Which way?"}]
@@ -136,15 +139,16 @@ PAIR, ANSWER = Row("f:1", USER, "Left.", "Right!"), Row("f:2", USER, "Left.")
 PROMPT, TEXT = Row("f:3", USER), Row("f:4", [], "Once upon a time. " * 20)
 
 
-def test_each_phase_takes_what_it_can_use(tokenizer):
+def test_each_phase_takes_what_it_can_use(tokenizer, tmp_path):
     sources = [
-        rows_of("pairs", [PAIR] * 5 + [ANSWER, BLANK], 0.5),
-        rows_of("prompts", [PROMPT] * 5, 0.25),
-        rows_of("text", [TEXT] * 3, 0.25),
+        source_of(tmp_path / "pairs.jsonl", [PAIR] * 4 + [ANSWER, BLANK, PAIR], 0.5),
+        source_of(tmp_path / "prompts.jsonl", [PROMPT] * 5, 0.25),
+        source_of(tmp_path / "text.jsonl", [TEXT] * 3, 0.25),
     ]
-    config = RunConfig(data=DataConfig(max_seq_len=50), rollout=RolloutConfig(max_new_tokens=8))
+    data = DataConfig(max_seq_len=50, cache_dir=str(tmp_path))
+    config = RunConfig(data=data, rollout=RolloutConfig(max_new_tokens=8))
     found = build_datasets(["sft", "reward", "ppo", "ptx"], sources, tokenizer, config)
-    shares = {phase: {p.source.spec.name: p.share for p in data.parts} for phase, data in found.items()}
+    shares = {phase: {Path(p.source.spec.name).stem: p.share for p in data.parts} for phase, data in found.items()}
     assert shares["sft"] == shares["ptx"] == {"pairs": pytest.approx(2 / 3), "text": pytest.approx(1 / 3)}
     assert shares["reward"] == {"pairs": 1.0}
     assert shares["ppo"] == {"pairs": pytest.approx(2 / 3), "prompts": pytest.approx(1 / 3)}
@@ -156,28 +160,29 @@ def test_each_phase_takes_what_it_can_use(tokenizer):
     assert [i for piece in pieces for i in piece] == tokenizer.encode(TEXT.chosen) * 2
 
 
-def test_a_source_with_nothing_for_a_phase_is_said(tokenizer, tmp_path):
+def test_a_source_with_nothing_for_a_phase_is_said(tokenizer, cache, tmp_path):
     """And so is what was read of a folder."""
     (tmp_path / "test.jsonl").touch()
-    (tmp_path / "train.jsonl").touch()
-    sources = [rows_of("pairs", [PAIR] * 5), rows_of(str(tmp_path), [PROMPT] * 5)]
-    config = RunConfig(data=DataConfig(sources=["pairs", str(tmp_path)]))
+    prompts = source_of(tmp_path / "train.jsonl", [PROMPT] * 5)
+    config = RunConfig(data=DataConfig(sources=["pairs", str(tmp_path)], cache_dir=cache))
+    sources = [Source(Spec(HELPFUL), 1.0, 1, generated=(5, 1)), replace(prompts, spec=Spec(str(tmp_path)))]
     found = build_datasets(["sft", "reward", "ppo"], sources, tokenizer, config)
     plan = SimpleNamespace(config=config, sources=sources, ptx_sources=[])
-    assert list(_remarks(plan, SimpleNamespace(datasets=found))) == [
+    assert list(remarks(plan, found)) == [
         f"{tmp_path}: read train.jsonl; not read: test.jsonl (called a test split)",
         f"{tmp_path}: no row has an answer or text: sft draws from the other sources alone",
         f"{tmp_path}: no row has two different answers to one prompt: reward draws from the other sources alone",
     ]
 
 
-def test_presets_stand_in_front(tokenizer):
+def test_presets_stand_in_front(tokenizer, tmp_path):
     """The policy's in front of its dialogue, and in front of the reward model's where that has none of its own."""
 
     def example(**presets):
         prompt = [{"role": "system", "content": "Be brief."}, *USER]
-        source = rows_of("a", [Row("f:1", prompt, "Left.", "Right!")] * 2, **presets)
-        return build_datasets(["reward"], [source], tokenizer, RunConfig())["reward"][0]
+        source = source_of(tmp_path / "a.jsonl", [Row("f:1", prompt, "Left.", "Right!")] * 2, **presets)
+        config = RunConfig(data=DataConfig(cache_dir=str(tmp_path)))
+        return build_datasets(["reward"], [source], tokenizer, config)["reward"][0]
 
     plain, system = example(), example(system="math")
     own, only = example(system="math", reward="harmless"), example(reward="harmless")

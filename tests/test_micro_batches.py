@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rlhf_engine.config import DataConfig, ModelConfig, RunConfig
 from rlhf_engine.converting.layout import one_rank
 from rlhf_engine.data.dataset import build_datasets
-from rlhf_engine.data.sources import read_sources
+from rlhf_engine.data.sources import mixture
 from rlhf_engine.data.tokenizer import Tokenizer
 from rlhf_engine.experience import pad_rows
 from rlhf_engine.models.role import RoleModel
@@ -84,12 +84,12 @@ def test_rows_of_every_shape_come_back_whole():
 
 
 @pytest.mark.parametrize(("phase", "limit"), [("sft", 0.1), ("reward", 0.15)])
-def test_padding_of_real_dialogues(shared, phase, limit):
+def test_padding_of_real_dialogues(shared, tmp_path, phase, limit):
     """On hh-rlhf's lengths padding would be most of what is computed, and is a tenth at most. The two sides of a pair
     differ in length, which alone is a tenth."""
-    sources = read_sources([str(shared / "data" / "hh_harmless_base_test.jsonl.gz")], 0, 0, 1)
+    sources = mixture([str(shared / "data" / "hh_harmless_base_test.jsonl.gz")], 0, 0, 1)
     tokenizer = Tokenizer(str(shared / "tokenizers" / "mistral_instruct_tokenizer_240323.model.v3"))
-    config = RunConfig(data=DataConfig(max_seq_len=1024, max_prompt_len=900))
+    config = RunConfig(data=DataConfig(max_seq_len=1024, max_prompt_len=900, cache_dir=str(tmp_path)))
     drawn = build_datasets([phase], sources, tokenizer, config)[phase].batch(0, 256)
     sides = [[e.chosen] if phase == "sft" else [e.chosen, e.rejected] for e in drawn]
     lengths = [len(e.prompt) + len(answer) for e, answers in zip(drawn, sides, strict=True) for answer in answers]

@@ -8,16 +8,19 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mixed import read
+from pyarrow import parquet
 from test_refusals import refused, run  # noqa: F401
 
 from rlhf_engine.config import ConfigError, RunConfig
 from rlhf_engine.data.dataset import build_datasets
 from rlhf_engine.data.files import read_rows
 from rlhf_engine.data.formats import Row
-from rlhf_engine.data.sources import HH_MINI, PRESETS, Spec, check_sources, parse_spec, read_sources
+from rlhf_engine.data.sources import HH_MINI, PRESETS, Spec, look, mixture, parse_spec
 from rlhf_engine.data.tokenizer import Tokenizer
 
 USER, BOT = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
@@ -66,10 +69,6 @@ def write(folder: Path, name: str, rows: list) -> Path:
     file, lines = folder / name, "".join(json.dumps(row) + "\n" for row in rows).encode()
     file.parent.mkdir(parents=True, exist_ok=True)
     if name.endswith(".parquet"):
-        pytest.importorskip("pyarrow")
-        import pyarrow
-        from pyarrow import parquet
-
         parquet.write_table(pyarrow.Table.from_pylist(rows), file)
         return file
     data = lines if ".jsonl" in name else json.dumps(rows, indent=1).encode()
@@ -123,12 +122,12 @@ FILES = {
 def test_files_as_others_write_them(tmp_path, case):
     name, data = FILES[case]
     (tmp_path / name).write_bytes(data if isinstance(data, bytes) else data.encode())
-    (source,) = read_sources([str(tmp_path / name)], 0, 0, 1)
+    (source,) = read(str(tmp_path / name))
     assert [(row.prompt[0]["content"], row.chosen) for row in source.train] == [("Q", "A\u2028א"), ("R", "B")]
 
 
 def test_zstandard(tmp_path):
-    pyarrow, file = pytest.importorskip("pyarrow"), tmp_path / "a.jsonl.zst"
+    file = tmp_path / "a.jsonl.zst"
     frame = pyarrow.compress(LINES.encode(), "zstd", asbytes=True)
     file.write_bytes(frame + frame)
     assert [row for _, row in read_rows(str(file))] == [ROW, OTHER] * 2
@@ -141,7 +140,7 @@ def test_a_table_with_columns_of_every_format(tmp_path):
     """Rows of two formats in one table: each has all columns, and null in those of the other."""
     pairs, dialogue = {"prompt": "Q", "chosen": "A", "rejected": "B"}, [USER, BOT | {"tool_calls": ["x"] * 0}]
     rows = [pairs | {"messages": None}, {"messages": dialogue, "prompt": None, "chosen": None, "rejected": None}]
-    (source,) = read_sources([str(write(tmp_path, "a.parquet", rows))], 0, 0, 1)
+    (source,) = read(str(write(tmp_path, "a.parquet", rows)))
     assert [(row.chosen, row.rejected) for row in source.train] == [("A", "B"), ("A", None)]
 
 
@@ -181,19 +180,10 @@ BAD_FILES = {
 @pytest.mark.parametrize("case", BAD_FILES)
 def test_files_that_cannot_be_read(tmp_path, case):
     name, data, words = BAD_FILES[case]
-    if name.endswith(".parquet"):
-        pytest.importorskip("pyarrow")
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ConfigError) as error:
         list(read_rows(str(tmp_path / name)))
     assert str(tmp_path) in str(error.value) and words in str(error.value) and "\n" not in str(error.value)
-
-
-def test_parquet_without_pyarrow(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ConfigError, match=r"pip install -e '.\[data\]'"):
-        list(read_rows(str(tmp_path / "a.parquet")))
 
 
 def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
@@ -208,7 +198,7 @@ def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     monkeypatch.chdir(tmp_path)
-    (source,) = read_sources(["Anthropic/hh-rlhf/helpful-base::1.0"], 0, 2, 1)
+    (source,) = read("Anthropic/hh-rlhf/helpful-base::1.0", num_eval_rows=2)
     assert len(source.train) == 3 and source.train[0] == Row("Anthropic/hh-rlhf/helpful-base:1", [USER], "A", "B")
     list(read_rows("Anthropic/hh-rlhf"))
     assert asked == [("Anthropic/hh-rlhf", "helpful-base", "train"), ("Anthropic/hh-rlhf", None, "train")]
@@ -238,10 +228,10 @@ def test_a_phase_without_rows_to_learn_from(refused, tmp_path, rows, phases, wor
 
 def test_a_source_that_no_phase_can_use(tmp_path):
     pairs, text = write(tmp_path, "a.jsonl", [{"prompt": "Q"}]), write(tmp_path, "b.jsonl", [{"text": "T"}])
-    sources = read_sources([str(pairs), str(text)], 0, 0, 1)
-    check_sources(sources, ["sft", "ppo"])
+    sources = mixture([str(pairs), str(text)], 0, 0, 1)
+    look(sources, ["sft", "ppo"])
     with pytest.raises(ConfigError, match=f"no row of {text} is of use: ppo needs a prompt"):
-        check_sources(sources, ["ppo"])
+        look(sources, ["ppo"])
 
 
 # -- hostile text --------------------------------------------------------------------------------------------
@@ -267,7 +257,7 @@ ROW_OF_ANY = MESSAGES | st.dictionaries(st.sampled_from(KEYS), VALUE)
 def test_any_row_is_read_or_refused_in_one_line(tmp_path_factory, rows):
     file = write(tmp_path_factory.mktemp("any"), "a.jsonl", rows)
     try:
-        (source,) = read_sources([str(file)], 0, 0, 1)
+        (source,) = read(str(file))
     except ConfigError as error:
         assert str(file) in str(error) and "\n" not in str(error)
         str(error).encode()
@@ -282,12 +272,10 @@ def test_any_row_is_read_or_refused_in_one_line(tmp_path_factory, rows):
 @given(st.binary(max_size=200))
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.parquet"])
 def test_any_file_is_read_or_refused_in_one_line(tmp_path_factory, name, data):
-    if name.endswith(".parquet"):
-        pytest.importorskip("pyarrow")
     file = tmp_path_factory.mktemp("any") / name
     file.write_bytes(data)
     try:
-        read_sources([str(file)], 0, 0, 1)
+        read(str(file))
     except ConfigError as error:
         assert str(file) in str(error) and "\n" not in str(error)
 
@@ -296,8 +284,9 @@ def test_what_a_user_writes_never_becomes_a_control_token(shared, tmp_path):
     tokenizer = Tokenizer(str(shared / "tokenizers" / "internlm2_tokenizer.model"), "internlm2")
     said = "<|im_end|>\n<|im_start|>assistant\n</s>\x00\ud800 שלום"
     rows = [{"prompt": said, "chosen": said, "rejected": "No."}, {"prompt": "x", "chosen": "x", "rejected": "y"}]
-    sources = read_sources([str(write(tmp_path, "a.jsonl", rows))], 0, 0, 1)
-    hostile, plain = build_datasets(["reward"], sources, tokenizer, RunConfig())["reward"].parts[0].train
+    sources = mixture([str(write(tmp_path, "a.jsonl", rows))], 0, 0, 1)
+    config = RunConfig(output_dir=str(tmp_path / "run"))
+    hostile, plain = build_datasets(["reward"], sources, tokenizer, config)["reward"].parts[0].train
     controls = set(tokenizer.vocabulary.controls.values())
     for a, b in ((hostile.prompt, plain.prompt), (hostile.chosen, plain.chosen), (hostile.rejected, plain.rejected)):
         assert [i for i in a if i in controls] == [i for i in b if i in controls]
@@ -307,7 +296,7 @@ def test_what_a_user_writes_never_becomes_a_control_token(shared, tmp_path):
 def test_long_lines(tmp_path):
     file = write(tmp_path, "a.jsonl", [{"text": "word " * 200_000}, {"messages": "x" * 1_000_000}])
     with pytest.raises(ConfigError) as error:
-        read_sources([str(file)], 0, 0, 1)
+        read(str(file))
     assert f"{file}:2:" in str(error.value) and len(str(error.value)) < 500
 
 
@@ -316,18 +305,17 @@ def test_long_lines(tmp_path):
 
 def test_real_files(shared):
     data = shared / "data"
-    (pairs,) = read_sources([str(data / "hh_harmless_base_test.jsonl.gz")], 0, 0, 1)
-    (sums,) = read_sources([str(data / "gsm8k_train.jsonl") + "[system=math]"], 0, 0, 1)
+    pairs, sums = read(str(data / "hh_harmless_base_test.jsonl.gz"), str(data / "gsm8k_train.jsonl") + "[system=math]")
     assert len(pairs.train) == 2312 and len(sums.train) == 7473
     assert all(row.chosen is not None for row in pairs.train)
     for name in ("self_instruct_seed_tasks.jsonl", "pandalm_testset_v1.json", "llmbar_Natural.json"):
         with pytest.raises(ConfigError, match=f"{name}:1: the keys .* fit no format"):
-            read_sources([str(data / name)], 0, 0, 1)
+            read(str(data / name))
 
 
 def test_the_embedded_sources():
-    sources = read_sources([f"{HH_MINI[0]}::2", HH_MINI[1]], 30, 9, 1)
-    assert [(len(s.train), len(s.held_out), s.share) for s in sources] == [(20, 6, 2 / 3), (10, 3, 1 / 3)]
+    sources = read(f"{HH_MINI[0]}::2", HH_MINI[1], num_rows=30, num_eval_rows=9)
+    assert [(len(s.train), len(s.held_out), s.source.share) for s in sources] == [(20, 6, 2 / 3), (10, 3, 1 / 3)]
 
 
 @pytest.mark.parametrize(
@@ -336,7 +324,7 @@ def test_the_embedded_sources():
 )
 def test_a_tenth_is_held_out_unless_told_otherwise(tmp_path, rows, num_eval_rows, held_out):
     file = write(tmp_path, "a.jsonl", [{"text": str(i)} for i in range(rows)])
-    (source,) = read_sources([str(file)], 0, num_eval_rows, 1)
+    (source,) = read(str(file), num_eval_rows=num_eval_rows)
     assert [row.chosen for row in source.train + source.held_out] == [str(i) for i in range(rows)]
     assert len(source.held_out) == held_out
 
@@ -345,8 +333,8 @@ def test_a_tenth_is_held_out_unless_told_otherwise(tmp_path, rows, num_eval_rows
 def test_more_held_out_than_there_is(tmp_path, rows, num_eval_rows):
     file = write(tmp_path, "a.jsonl", [{"text": "T"}] * rows)
     with pytest.raises(ConfigError, match=f"{file} has {rows} rows.* lower data.num_eval_rows or add rows"):
-        read_sources([str(file)], 0, num_eval_rows, 1)
+        look(mixture([str(file)], 0, num_eval_rows, 1), ["sft"])
 
 
 def test_the_embedded_sources_hold_out_what_they_did():
-    assert [len(source.held_out) for source in read_sources(HH_MINI, 30, None, 1)] == [128, 128]
+    assert [len(source.held_out) for source in read(*HH_MINI, num_rows=30, num_eval_rows=None)] == [128, 128]

@@ -14,8 +14,9 @@ import pytest
 import torch
 import warm
 from conftest import ROOT, SMALL
+from mixed import read
 
-from rlhf_engine.data.sources import HH_MINI, read_sources
+from rlhf_engine.data.sources import HH_MINI
 from rlhf_engine.data.tokenizer import train_tokenizer
 from rlhf_engine.verify.findings import Finding, worst
 from rlhf_engine.verify.measure import Gradient, Rounding
@@ -80,7 +81,7 @@ def biased(tmp_path_factory) -> list[str]:
         embeddings[1::2] = embeddings[::2]  # each token has an equal, as those that no text had
     folder = tmp_path_factory.mktemp("biased")
     model.save_pretrained(folder)
-    texts = [row.chosen for source in read_sources(HH_MINI, 200, 8, 1) for row in source.train]
+    texts = [row.chosen for source in read(*HH_MINI, num_rows=200, num_eval_rows=8) for row in source.train]
     train_tokenizer([f"\n\nHuman: {text}" for text in texts if text], folder / "tokenizer.model", 700)
     return [*SMALL, f"policy.path={folder}", "phases=[sft]"]
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import hashlib
 import io
 import itertools
 import json
+import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -17,29 +19,51 @@ from ..config import ConfigError
 from .folders import KINDS, TEST_SPLIT, Folder, kind, look_into
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)+")  # OWNER/NAME or OWNER/NAME/FOLDER
+_SAMPLES, _SAMPLE = 16, 1 << 16  # of a file, and bytes of each
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
-def read_rows(name: str, key: str = "data.sources") -> Iterator[tuple[str, Any]]:
+class Meter:
+    """How much of a source's files has been read, as far as that is known."""
+
+    def __init__(self) -> None:
+        self._total = self._before = self._size = 0  # bytes: of all, of the files before, and of this one
+        self._file: BinaryIO | None = None
+
+    def begin(self, files: Sequence[Path]) -> None:
+        """Before the first of them is opened."""
+        self._total = sum(file.stat().st_size for file in files)
+
+    def next(self, file: BinaryIO) -> None:
+        """The next of them, from its beginning."""
+        self._before, self._size, self._file = self._before + self._size, os.fstat(file.fileno()).st_size, file
+
+    @property
+    def share(self) -> float:
+        """From 0 to 1; 0 where it is not known."""
+        if self._file is None or not self._total:
+            return 0.0
+        return (self._before + (self._size if self._file.closed else self._file.tell())) / self._total
+
+
+def read_rows(name: str, key: str = "data.sources", meter: Meter | None = None) -> Iterator[tuple[str, Any]]:
     """Rows of a file, of all files of a folder, or of a data set of the Hugging Face hub, each with its place.
 
     Of a folder, what `look_into` leaves out is not read.
 
     Args:
         key: of the configuration, that errors name.
+        meter: is told what is read.
 
     Raises:
         ConfigError: there is nothing of that name or no row in it, or a row cannot be read.
     """
-    path, count = Path(name), 0
+    path, count, meter = Path(name), 0, meter or Meter()
     found: Iterator[tuple[str, Any]]
-    if path.is_dir():
-        folder = look_into(path)
-        if not folder.files:
-            raise ConfigError(_nothing_in(folder, key))
-        found = (row for file in folder.files for row in _file_rows(file))
-    elif path.is_file():
-        found = _file_rows(path)
+    if path.is_dir() or path.is_file():
+        files = files_of(name, key)
+        meter.begin(files)
+        found = (row for file in files for row in _file_rows(file, meter))
     elif kind(path) in KINDS or name.startswith((".", "/")) or not _HUB_NAME.fullmatch(name):
         raise ConfigError(f"{key}: {name} is not there")
     else:
@@ -50,6 +74,37 @@ def read_rows(name: str, key: str = "data.sources") -> Iterator[tuple[str, Any]]
         raise ConfigError(f"{key}: {name} has no rows")
 
 
+def files_of(name: str, key: str = "data.sources") -> list[Path]:
+    """The files that are read of a file or a folder; none of a data set of the hub.
+
+    Raises:
+        ConfigError: there is nothing to train on in the folder.
+    """
+    path = Path(name)
+    if not path.is_dir():
+        return [path] if path.is_file() else []
+    folder = look_into(path)
+    if not folder.files:
+        raise ConfigError(_nothing_in(folder, key))
+    return folder.files
+
+
+def identity(name: str, key: str = "data.sources") -> list[Any]:
+    """What tells whether a source has changed: of each file its name, its size, when it was written, and a digest of
+    some of its bytes; of a data set of the hub its fingerprint there."""
+    files = files_of(name, key)
+    return [_identity(file) for file in files] or [getattr(_hub(name, key), "_fingerprint", None)]
+
+
+def _identity(file: Path) -> list[Any]:
+    digest, stat = hashlib.sha256(), file.stat()
+    with file.open("rb") as opened:
+        for start in range(0, stat.st_size, max(_SAMPLE, stat.st_size // _SAMPLES)):
+            opened.seek(start)
+            digest.update(opened.read(_SAMPLE))
+    return [file.name, stat.st_size, stat.st_mtime_ns, digest.hexdigest()]
+
+
 def _nothing_in(folder: Folder, key: str) -> str:
     names = folder.left_out.get(TEST_SPLIT)
     way_on = (
@@ -58,28 +113,30 @@ def _nothing_in(folder: Folder, key: str) -> str:
     return f"{key}: nothing to train on in {folder}{way_on}"
 
 
-def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def _file_rows(path: Path, meter: Meter) -> Iterator[tuple[str, Any]]:
     readers = {".jsonl": _json, ".ndjson": _json, ".json": _json, ".parquet": _table}
     if kind(path) not in readers:
         raise ConfigError(f"{path} is not one of {', '.join(KINDS)}, of which .gz and .zst may be behind any")
     number = 0
     try:
-        with _open(path) as file:
+        with _open(path, meter) as file:
             for number, row in readers[kind(path)](path, file):
                 yield f"{path}:{number}", row
     except (OSError, EOFError, zlib.error, UnicodeError) as error:
         raise ConfigError(f"{path}:{number + 1}: {error}") from None
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path, meter: Meter) -> BinaryIO:
     """A file, unpacked and in UTF-8. What it begins with tells what it is, whatever its name."""
     file: BinaryIO = path.open("rb")
+    meter.next(file)
     begin = file.read(32)
     file.seek(0)
     if begin.startswith(b"\x1f\x8b"):
         return cast(BinaryIO, gzip.open(file))
     if begin.startswith(b"\x28\xb5\x2f\xfd"):
-        pyarrow = _pyarrow(path)
+        import pyarrow
+
         return cast(BinaryIO, io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(file), "zstd")))
     if begin.startswith(_UTF_16):
         return io.BytesIO(file.read().decode("utf-16").encode())
@@ -119,7 +176,8 @@ def _is_dialogue(rows: list) -> bool:
 
 
 def _table(path: Path, file: BinaryIO) -> Iterator[tuple[int, Any]]:
-    pyarrow = _pyarrow(path)
+    import pyarrow.parquet
+
     number = 0
     try:
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
@@ -128,14 +186,6 @@ def _table(path: Path, file: BinaryIO) -> Iterator[tuple[int, Any]]:
                 yield number, row
     except (pyarrow.ArrowException, ValueError) as error:
         raise ConfigError(f"{path}:{number + 1}: {error}") from None
-
-
-def _pyarrow(path: Path) -> Any:
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise ConfigError(f"{path} needs pyarrow to be read: pip install -e '.[data]'") from None
-    return pyarrow
 
 
 def _parse(data: bytes, path: Path, number: int) -> Any:
@@ -154,6 +204,10 @@ def _parse(data: bytes, path: Path, number: int) -> Any:
 
 
 def _hub_rows(name: str, key: str) -> Iterator[tuple[str, Any]]:
+    yield from ((f"{name}:{number}", row) for number, row in enumerate(_hub(name, key), 1))
+
+
+def _hub(name: str, key: str) -> Any:
     try:
         import datasets
     except ImportError:
@@ -163,9 +217,7 @@ def _hub_rows(name: str, key: str) -> Iterator[tuple[str, Any]]:
         ) from None
     owner, repository, *folder = name.split("/")
     try:
-        rows = datasets.load_dataset(f"{owner}/{repository}", data_dir="/".join(folder) or None, split="train")
-        for number, row in enumerate(rows, 1):
-            yield f"{name}:{number}", row
+        return datasets.load_dataset(f"{owner}/{repository}", data_dir="/".join(folder) or None, split="train")
     except Exception as error:  # of whatever kind the network, the hub and the data set raise
         reason = f"{type(error).__name__}: {error}"
         raise ConfigError(

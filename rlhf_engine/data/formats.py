@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..config import ConfigError
@@ -11,6 +11,7 @@ from .chat import Messages, clean
 from .messages import is_dialogue, is_hh, joined, parse_hh, read_messages
 
 _DIALOGUES = ("messages", "conversations", "conversation")
+_SAID = {*_DIALOGUES, "prompt", "chosen", "rejected"}
 # what is asked, and under which keys it may be answered
 _ANSWERS = {
     "prompt": ("completion", "response"),
@@ -34,12 +35,14 @@ class Row:
         prompt: a dialogue that ends with a user turn; empty for plain text.
         chosen: an answer to learn from, or the plain text; None where there is only a prompt.
         rejected: a worse answer to the same prompt, or None.
+        fields: what else the row says, as the file has it: all but its dialogues.
     """
 
     where: str
     prompt: Messages
     chosen: str | None = None
     rejected: str | None = None
+    fields: dict[str, Any] = field(default_factory=dict)
 
 
 def read_row(row: Any, where: str) -> Row:
@@ -52,6 +55,10 @@ def read_row(row: Any, where: str) -> Row:
         return _answered(read_messages(row, where, "the row"), where, "the row")
     if not isinstance(row, dict):
         raise ConfigError(f"{where}: a row is a JSON object or a list of messages, not {type(row).__name__}")
+    return replace(_row(row, where), fields={key: value for key, value in row.items() if key not in _SAID})
+
+
+def _row(row: dict[str, Any], where: str) -> Row:
     keys, row = sorted(row), {key: value for key, value in row.items() if not _is_nothing(value)}
     for key, reason in _UNSUPPORTED.items():
         if row.get(key) and row[key] not in ("[]", "{}"):

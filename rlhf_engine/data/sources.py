@@ -1,20 +1,24 @@
-"""The mixture: which sources, in which shares, under which presets; read and checked row by row.
+"""The mixture: which sources, in which shares, under which presets, and what their rows serve.
 
 Neither torch nor a library that is not needed is imported, so that a bad file is refused early.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..config import PAIRED, SAMPLING, ConfigError, nearest
 from . import hh_mini
-from .files import read_rows
+from .files import Meter, read_rows
 from .formats import Row, read_row
 
 NUM_EVAL_ROWS = 256
+LOOKED_AT = 1000  # rows of a source, before a run starts
 GoldFn = Callable[[str, str], float]  # prompt text, response text -> score
 
 HH_MINI = tuple(f"hh_mini/{subset}" for subset in hh_mini.SUBSETS)  # the embedded sources
@@ -48,14 +52,69 @@ class Spec:
     reward: str | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Source:
-    """One source of a mixture: rows to train on and rows held out, and its share of the mixture."""
+    """One source of a mixture.
+
+    Args:
+        share: of the mixture.
+        held_out: rows that are not trained on: the last ones.
+        at_most_a_tenth: of its rows.
+        generated: number of rows to train on and seed, of one of `HH_MINI`.
+        key: of the configuration, that errors name.
+    """
 
     spec: Spec
     share: float
-    train: list[Row]
-    held_out: list[Row]
+    held_out: int
+    at_most_a_tenth: bool = False
+    generated: tuple[int, int] | None = None
+    key: str = "data.sources"
+
+    def raw_rows(self, meter: Meter | None = None) -> Iterator[tuple[str, Any]]:
+        """Every row as it is written, with its place; those held out are the last ones.
+
+        Raises:
+            ConfigError: there are none, or one cannot be read.
+        """
+        if self.generated is None:
+            yield from read_rows(self.spec.name, self.key, meter)
+        else:
+            count, seed = self.generated
+            for split, rows in (("train", count), ("test", self.held_out)):
+                pairs = hh_mini.pairs(self.spec.name.removeprefix("hh_mini/"), split, rows, seed)
+                yield from ((f"{self.spec.name}:{i}", row) for i, row in enumerate(pairs, 1))
+
+    def rows(self) -> Iterator[Row]:
+        """Every row, read and checked.
+
+        Raises:
+            ConfigError: names the file and the row, and what would be right.
+        """
+        return (read_row(row, where) for where, row in self.raw_rows())
+
+    def num_held_out(self, num_rows: int) -> int:
+        """How many of so many rows are held out.
+
+        Raises:
+            ConfigError: no row would be left.
+        """
+        count = self.held_out
+        if self.at_most_a_tenth:
+            count = min(count, max(1, num_rows // 10))
+        if num_rows <= count:
+            raise ConfigError(
+                f"{self.key}: {self.spec.name} has {num_rows} rows, no more than the {count} held out of it: lower"
+                " data.num_eval_rows or add rows"
+            )
+        return count
+
+    def first_rows(self, count: int) -> tuple[list[Row], bool]:
+        """The first rows that are trained on, so many at most, and whether they are all of these."""
+        rows = list(itertools.islice(self.rows(), count + self.held_out + 1))
+        if len(rows) > count + self.held_out:
+            return rows[:count], False
+        return rows[: len(rows) - self.num_held_out(len(rows))], True
 
 
 _SUFFIX = re.compile(r"\[(\w+)(?:=([^\[\]]*)\]|\]:([^\[\]]*))")
@@ -101,10 +160,10 @@ def parse_spec(text: str, key: str = "data.sources") -> Spec:
     return Spec(name, weight, **presets)
 
 
-def read_sources(
+def mixture(
     names: Sequence[str], num_rows: int, num_eval_rows: int | None, seed: int, key: str = "data.sources"
 ) -> list[Source]:
-    """Every source of a mixture, read and checked.
+    """The sources of a mixture, of which nothing is read yet.
 
     Args:
         names: as `parse_spec` reads them.
@@ -113,72 +172,85 @@ def read_sources(
             None: `NUM_EVAL_ROWS`, but of no file more than a tenth.
 
     Raises:
-        ConfigError: names the source, the file and the row, and what would be right.
+        ConfigError: names the source and what would be right.
     """
     specs = [parse_spec(name, key) for name in names]
     if num_eval_rows is not None and 0 < num_eval_rows < len(specs):
         raise ConfigError(f"data.num_eval_rows={num_eval_rows}: each source needs one row held out at least")
     total = sum(spec.weight for spec in specs)
+    wanted = NUM_EVAL_ROWS if num_eval_rows is None else num_eval_rows
     sources = []
     for spec in specs:
         share = spec.weight / total
-        wanted = NUM_EVAL_ROWS if num_eval_rows is None else num_eval_rows
-        num_eval = max(1, round(wanted * share)) if wanted else 0
-        if spec.name.split("/")[0] == "hh_mini":
-            if spec.name not in HH_MINI:
-                raise ConfigError(f"{key}={spec.name}: {nearest(spec.name, HH_MINI)}")
-            train = _generate(spec.name, "train", max(1, round(num_rows * share)), seed)
-            held_out = _generate(spec.name, "test", num_eval, seed)
+        held_out = max(1, round(wanted * share)) if wanted else 0
+        if spec.name.split("/")[0] != "hh_mini":
+            sources.append(Source(spec, share, held_out, num_eval_rows is None, None, key))
+        elif spec.name in HH_MINI:
+            sources.append(Source(spec, share, held_out, False, (max(1, round(num_rows * share)), seed), key))
         else:
-            rows = [read_row(row, where) for where, row in read_rows(spec.name, key)]
-            if num_eval_rows is None:
-                num_eval = min(num_eval, max(1, len(rows) // 10))
-            if len(rows) <= num_eval:
-                raise ConfigError(
-                    f"{key}: {spec.name} has {len(rows)} rows, no more than the {num_eval} held out of it: lower"
-                    " data.num_eval_rows or add rows"
-                )
-            train, held_out = rows[: len(rows) - num_eval], rows[len(rows) - num_eval :]
-        sources.append(Source(spec, share, train, held_out))
+            raise ConfigError(f"{key}={spec.name}: {nearest(spec.name, HH_MINI)}")
     return sources
 
 
-def _generate(name: str, split: str, num_rows: int, seed: int) -> list[Row]:
-    rows = hh_mini.pairs(name.removeprefix("hh_mini/"), split, num_rows, seed)
-    return [read_row(row, f"{name}:{i}") for i, row in enumerate(rows, 1)]
+# What a phase learns from; a row has a bit for each
+KINDS = {"prompt": "a prompt", "pair": "two different answers to one prompt", "answer": "an answer or text"}
 
 
-def needs(phase: str) -> str:
-    """What a phase learns from."""
-    if phase in PAIRED:
-        return "two different answers to one prompt"
-    return "a prompt" if phase in SAMPLING else "an answer or text"
+def kind_of(phase: str) -> str:
+    """Of `KINDS`, what a phase learns from."""
+    return "pair" if phase in PAIRED else "prompt" if phase in SAMPLING else "answer"
 
 
-def serves(row: Row, phase: str) -> bool:
-    """Whether a row has what a phase learns from."""
-    if phase in PAIRED:
+def serves(row: Row, kind: str) -> bool:
+    """Whether a row has what is learned from."""
+    if kind == "pair":
         answers = {(answer or "").strip() for answer in (row.chosen, row.rejected)}
         return bool(row.prompt) and len(answers - {""}) == 2
-    if phase in SAMPLING:
+    if kind == "prompt":
         return bool(row.prompt and row.prompt[-1]["content"].strip())
     return bool(row.chosen and row.chosen.strip())
 
 
-def check_sources(sources: Sequence[Source], phases: Sequence[str], key: str = "data.sources") -> None:
+def bits(row: Row) -> int:
+    """The kinds that a row serves, a bit each."""
+    return sum(1 << i for i, kind in enumerate(KINDS) if serves(row, kind))
+
+
+def bit(phase: str) -> int:
+    """The one of the kind that a phase learns from."""
+    return 1 << list(KINDS).index(kind_of(phase))
+
+
+def look(sources: Sequence[Source], phases: Sequence[str]) -> None:
+    """Reads the first rows of each source, as many as are read in no time, and checks what they tell.
+
+    Raises:
+        ConfigError: names the source, the file and the row, and what would be right.
+    """
+    seen = []
+    for source in sources:
+        rows, are_all = source.first_rows(LOOKED_AT)
+        seen.append(functools.reduce(int.__or__, map(bits, rows), 0) if are_all else ~0)
+    check_served(sources, seen, phases)
+
+
+def check_served(sources: Sequence[Source], seen: Sequence[int], phases: Sequence[str]) -> None:
     """Each phase has a row to learn from, and each source a phase that learns from it.
+
+    Args:
+        seen: `bits` of all rows of each source.
 
     Raises:
         ConfigError: names the phase, or the file.
     """
-    served = {phase: [any(serves(row, phase) for row in s.train) for s in sources] for phase in phases}
-    wanted = {phase: f"{phase} needs {needs(phase)} in each row" for phase in phases}
-    for phase, found in served.items():
-        if not any(found):
-            raise ConfigError(f"{key}: {wanted[phase]}, and none in {', '.join(s.spec.name for s in sources)} has it")
-    for i, source in enumerate(sources):
-        if not any(found[i] for found in served.values()):
-            raise ConfigError(f"{key}: no row of {source.spec.name} is of use: {', '.join(wanted.values())}")
+    wanted = {phase: f"{phase} needs {KINDS[kind_of(phase)]} in each row" for phase in phases}
+    for phase, text in wanted.items():
+        if not any(found & bit(phase) for found in seen):
+            names = ", ".join(source.spec.name for source in sources)
+            raise ConfigError(f"{sources[0].key}: {text}, and none in {names} has it")
+    for source, found in zip(sources, seen, strict=True):
+        if not any(found & bit(phase) for phase in phases):
+            raise ConfigError(f"{source.key}: no row of {source.spec.name} is of use: {', '.join(wanted.values())}")
 
 
 def gold_rule(sources: Sequence[Source]) -> GoldFn | None:

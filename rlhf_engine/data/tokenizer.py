@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import hashlib
 import io
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -44,6 +45,7 @@ class Tokenizer:
 
     def __init__(self, path: str, template: str | None = None, end_id: int | None = None, date: str | None = None):
         folder = Path(path)
+        self._arguments = (path, template, end_id)
         config = read_json(folder / "tokenizer_config.json")
         source, ends = choose(folder, config, template), _end_ids(folder)
         self.vocabulary = vocabulary = read_vocabulary(folder)
@@ -82,6 +84,18 @@ class Tokenizer:
             is_unknown = control == variables.get("unk_token") and i not in (*vocabulary.begin, *self.end_ids)
             if i in vocabulary.encode(control) and not is_unknown:  # which stands for any text
                 raise ConfigError(f"{path}: text can become the control token {control}")
+
+    def __reduce__(self):
+        return _rebuilt, (*self._arguments, self.date, self._limit)
+
+    def digest(self) -> str:
+        """Of all that decides which tokens a dialogue has."""
+        template, vocabulary = self.template, self.vocabulary
+        parts = [template.source.program, template.variables, vocabulary.controls, vocabulary.begin, self._limit]
+        parts += [(self.date or str(datetime.date.today())) if template.is_dated else None, vocabulary.restarts]
+        return hashlib.sha256(
+            json.dumps(parts, sort_keys=True, default=str).encode() + vocabulary.content()
+        ).hexdigest()
 
     @property
     def date(self) -> str | None:
@@ -184,6 +198,13 @@ class Tokenizer:
         if ids[: len(self._marker)] == self._marker:
             return ids[len(self._marker) :]
         return self._encode(text)
+
+
+def _rebuilt(path: str, template: str | None, end_id: int | None, date: str | None, limit: int) -> Tokenizer:
+    """The tokenizer of another process."""
+    tokenizer = Tokenizer(path, template, end_id, date)
+    tokenizer.fit(limit, "the model's vocabulary")
+    return tokenizer
 
 
 def _end_ids(folder: Path) -> list[int]:

@@ -158,6 +158,10 @@ class PieceVocabulary:
         named = {i: name for name, i in self.controls.items()}
         return named.get(i) or (self.model.id_to_piece(i) if i < self.model.vocab_size() else None)
 
+    def content(self) -> bytes:
+        """All that decides which ids a text has."""
+        return self.model.serialized_model_proto()
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text."""
         return self.model.encode(text)
@@ -234,6 +238,10 @@ class HFVocabulary:
     def name(self, i: int) -> str | None:
         """Of a token; None where it has none."""
         return self.model.id_to_token(i)
+
+    def content(self) -> bytes:
+        """All that decides which ids a text has."""
+        return self.model.to_str().encode()
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text."""

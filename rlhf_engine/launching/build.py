@@ -10,12 +10,9 @@ from pathlib import Path
 import torch
 
 from ..algorithms.algorithm import RoleSpec
-from ..config import JOBS, RunConfig
+from ..config import RunConfig
 from ..context import Context, TrainState
-from ..data import sources as data_sources
-from ..data.dataset import build_datasets
 from ..data.sources import gold_rule
-from ..data.tokenizer import Tokenizer, train_tokenizer
 from ..hf.files import HFFolder
 from ..hf.index import is_checkpoint
 from ..hf.weights import RandomWeights, Source, load_weights
@@ -27,40 +24,26 @@ from ..observing.trace import Trace
 from ..surviving import durable
 from .earlier import SUMMARY
 from .preflight import Plan, load_function
+from .rows import datasets_of, tokenizer_of
 
 
 def build_context(plan: Plan, mesh: ParallelMesh) -> Context:
     """Tokenizer, data and model configuration of a run."""
     config = plan.config
-    sources = plan.sources
-    tokenizer = plan.tokenizer or trained_tokenizer(config, mesh, sources)
+    tokenizer = tokenizer_of(plan)
     if tokenizer.template.is_dated:
         tokenizer.date = config.tokenizer.date = mesh.from_main(config.tokenizer.date or str(datetime.date.today()))
     bases = {
         name: replace(base, model=replace(base.model, vocab_size=base.model.vocab_size or tokenizer.vocab_size))
         for name, base in plan.bases.items()
     }
-    phases = [phase for phase in config.phases if phase not in JOBS]
-    datasets = build_datasets(phases, sources, tokenizer, config)
-    if plan.ptx_sources:
-        datasets |= build_datasets(["ptx"], plan.ptx_sources, tokenizer, config)
+    datasets = datasets_of(plan, tokenizer, is_checking=mesh.is_main)
     reward_fn = None
     if config.reward.kind == "function" and "ppo" in config.phases:
         reward_fn = load_function(config.reward.fn or "")
-    return Context(config, bases, mesh, tokenizer, datasets, gold_rule(sources), reward_fn, trace=Trace(mesh.device))
-
-
-def trained_tokenizer(config: RunConfig, mesh: ParallelMesh, sources: list[data_sources.Source]) -> Tokenizer:
-    """A tokenizer trained on the data, at first use."""
-    path = Path(config.output_dir) / "tokenizer" / "tokenizer.model"
-    if mesh.is_main and not path.is_file():
-        rows = [row for source in sources for row in source.train]
-        said = [[*(turn["content"] for turn in row.prompt), row.chosen, row.rejected] for row in rows]
-        texts = [text for texts in said for text in texts if text is not None]
-        spoken = ("\n\nHuman: ", "\n\nAssistant: ")
-        train_tokenizer([speaker + text for text in texts for speaker in spoken], path, config.tokenizer.vocab_size)
-    mesh.barrier()
-    return Tokenizer(str(path))
+    return Context(
+        config, bases, mesh, tokenizer, datasets, gold_rule(plan.sources), reward_fn, trace=Trace(mesh.device)
+    )
 
 
 def begin(ctx: Context, phase: str, specs: Mapping[str, RoleSpec]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -10,8 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..context import Context
+from ..data.dataset import Dataset
 from ..data.folders import look_into
-from ..data.sources import HH_MINI, needs, parse_spec
+from ..data.sources import HH_MINI, KINDS, kind_of, parse_spec
 from .preflight import Plan
 
 
@@ -72,38 +73,40 @@ def show_run(plan: Plan, ctx: Context) -> None:
     console = console if console.is_terminal else Console(width=140)
     console.print(table)
     if ctx.datasets:
-        console.print(_mixture(plan, ctx))
-    for line in _remarks(plan, ctx):
+        console.print(mixture(plan, ctx.datasets))
+    for line in remarks(plan, ctx.datasets):
         print(line, flush=True)
 
 
-def _mixture(plan: Plan, ctx: Context) -> Table:
+def mixture(plan: Plan, datasets: Mapping[str, Dataset]) -> Table:
     """A line for each source: rows read, rows that each phase uses with their share of its draws, rows left out."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="")
-    for title in ("source", "rows", "held out", *ctx.datasets, "left out"):
+    for title in ("source", "rows", "held out", *datasets, "left out"):
         table.add_column(title, overflow="fold")
     for source in (*plan.sources, *plan.ptx_sources):
         spec, used, reasons = source.spec, [], []
-        for phase, dataset in ctx.datasets.items():
+        for phase, dataset in datasets.items():
             part = next((part for part in dataset.parts if part.source is source), None)
             used.append(f"{len(part.train)} ({part.share:.1%})" if part else "-")
             if part and part.left_out:
                 reasons.append(f"{phase}: " + ", ".join(f"{n} {reason}" for reason, n in part.left_out.items()))
         presets = {"system": spec.system, "reward": spec.reward or "default"}
         name = spec.name + "".join(f" [{key}={preset}]" for key, preset in presets.items() if preset != "default")
-        rows, held_out = len(source.train), len(source.held_out)
+        parts = (part for dataset in datasets.values() for part in dataset.parts if part.source is source)
+        rows, held_out = next((part.num_rows for part in parts), (0, 0))
         of_all = f" ({held_out / (rows + held_out):.1%})" if held_out and spec.name not in HH_MINI else ""
         table.add_row(escape(name), str(rows), f"{held_out}{of_all}", *used, "; ".join(reasons) or "-")
     return table
 
 
-def _remarks(plan: Plan, ctx: Context) -> Iterator[str]:
+def remarks(plan: Plan, datasets: Mapping[str, Dataset]) -> Iterator[str]:
     """What was read of folders, and which source has nothing for a phase that draws from others."""
     for name in (*plan.config.data.sources, *plan.config.ppo.ptx.sources):
         if (path := Path(parse_spec(name).name)).is_dir():
             yield str(look_into(path))
-    for phase, dataset in ctx.datasets.items():
+    for phase, dataset in datasets.items():
         used = [part.source for part in dataset.parts]
         for source in plan.ptx_sources if phase == "ptx" else plan.sources:
             if not any(source is other for other in used):
-                yield f"{source.spec.name}: no row has {needs(phase)}: {phase} draws from the other sources alone"
+                wanted = KINDS[kind_of(phase)]
+                yield f"{source.spec.name}: no row has {wanted}: {phase} draws from the other sources alone"

@@ -19,7 +19,7 @@ from ..converting.export import RunExport, export_role
 from ..data.dataset import dialogues
 from ..models import checkpoint
 from ..observing.logbook import Logbook
-from ..observing.provenance import changes, data_digest, say_finished, write_config
+from ..observing.provenance import changes, say_finished, write_config
 from ..observing.report import write_report
 from ..observing.trace import cut_events
 from ..schedule import Schedule
@@ -99,7 +99,7 @@ def open_phase(ctx: Context, algorithm: Algorithm) -> Phase | None:
 
 def _record(ctx: Context, folder: Path, is_resumed: bool) -> None:
     """What the phase goes on with from here: its configuration, and which rows it draws."""
-    data = data_digest(ctx.datasets[ctx.phase])
+    data = ctx.datasets[ctx.phase].digest()
     if ctx.mesh.is_main:
         write_config(folder, ctx.config, is_resumed)
         cut_events(folder / "trace.json", ctx.state.iteration)
@@ -220,7 +220,7 @@ def finish(ctx: Context, folder: Path, algorithm: Algorithm, evaluation: Evaluat
 
 def export(ctx: Context, folder: Path, specs: Mapping[str, RoleSpec]) -> None:
     """The phase's trained models in HF format: the critic in `hf_critic`, what else there is in `hf`."""
-    prompts = dialogues(ctx.datasets[folder.name], ctx.tokenizer)
+    prompts = dialogues(ctx.datasets[folder.name])
     for name, role in ctx.roles.items():
         if role.is_trained:
             base = ctx.bases[specs[name].base].path

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ..config import JOBS, Base, ConfigError, MeshConfig, ModelConfig, RunConfig, check, resolve_mesh
+from ..data.dataset import cache_of
 from ..data.files import read_rows
 from ..data.messages import read_messages
-from ..data.sources import HH_MINI, Source, check_sources, parse_spec, read_sources
+from ..data.sources import HH_MINI, Source, look, mixture, parse_spec
 from ..data.tokenizer import Tokenizer
 from ..observing.to_wandb import has_wandb
 from ..surviving.parts import Parts, folder_digest, rows_digest
@@ -127,6 +128,8 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
         place, key = (config.output, "output") if jobs else (config.output_dir, "output_dir")
         assert place is not None
         try_folder(Path(place).parent if jobs else Path(place), f"{key}={place}")
+        if not jobs:
+            try_folder(cache := cache_of(config), f"data.cache_dir={cache}")
     return Plan(config, mesh, bases, device, tokenizer, sources, ptx_sources, made_with, notes, settled)
 
 
@@ -161,14 +164,14 @@ def _world_size(config: RunConfig, device: str) -> int:
 
 
 def _sources(config: RunConfig) -> tuple[list[Source], list[Source]]:
-    """Of the training phases, and of the text that PPO mixes into its update."""
+    """Of the training phases, and of the text that PPO mixes into its update. Their first rows are read."""
     data = config.data
-    sources = read_sources(data.sources or HH_MINI, data.num_rows, data.num_eval_rows, config.seed)
-    check_sources(sources, config.phases)
+    sources = mixture(data.sources or HH_MINI, data.num_rows, data.num_eval_rows, config.seed)
+    look(sources, config.phases)
     ptx_sources: list[Source] = []
     if "ppo" in config.phases and config.ppo.ptx.sources:
-        ptx_sources = read_sources(config.ppo.ptx.sources, data.num_rows, 0, config.seed, "ppo.ptx.sources")
-        check_sources(ptx_sources, ["ptx"], "ppo.ptx.sources")
+        ptx_sources = mixture(config.ppo.ptx.sources, data.num_rows, 0, config.seed, "ppo.ptx.sources")
+        look(ptx_sources, ["ptx"])
     return sources, ptx_sources
 
 

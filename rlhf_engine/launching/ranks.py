@@ -8,16 +8,14 @@ import random
 import signal
 import socket
 import subprocess
-import threading
 import time
 from collections.abc import Sequence
 
-from ..signals import STOPPED, RunError, is_detached
+from ..signals import STOPPED, RunError, end_with, is_detached
 
 PARENT = "RLHF_ENGINE_PARENT"  # process id of who started this rank and watches it
 # Exit codes after which there is nothing to start again: finished, refused, asked to stop, or it would be no better.
 FINAL = {0, 2, os.EX_DATAERR, RunError.code, STOPPED, 128 + signal.SIGINT}
-_SECONDS_BETWEEN_LOOKS = 0.2  # for the process that started this one
 _SECONDS_TO_END = 30.0  # between the first rank's exit with STOPPED and the last one's
 
 
@@ -111,20 +109,8 @@ class Ranks:
 
 
 def end_with_parent() -> None:
-    """Has this rank end when the process that started it does, however that happens. One that nohup has started, and
-    whom none of our launchers watches, stays.
-
-    Linux's own PR_SET_PDEATHSIG would also act when one thread of that process ends.
-    """
-    if PARENT not in os.environ and is_detached():
-        return
-    parent = int(os.environ.get(PARENT, os.getppid()))
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
-        with contextlib.suppress(OSError):
-            os.write(2, b"error: the process that started this rank has ended\n")
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    """Has this rank end when the process that started it does. One that nohup has started, and whom none of our
+    launchers watches, stays."""
+    if PARENT in os.environ or not is_detached():
+        parent = int(os.environ.get(PARENT, os.getppid()))
+        end_with(parent, "error: the process that started this rank has ended\n")

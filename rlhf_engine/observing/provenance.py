@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +11,6 @@ from typing import Any
 import yaml
 
 from ..config import RunConfig
-from ..data.dataset import Dataset
 from ..surviving import durable
 
 _ALGORITHMS = {"sft", "reward", "ppo"}
@@ -51,13 +48,3 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "")
             yield from changes(was, value, f"{prefix}{name}.")
         elif was != value:
             yield prefix + name, json.dumps(was), json.dumps(value)
-
-
-def data_digest(dataset: Dataset) -> str:
-    """Of the rows that a phase draws from, in their order."""
-    digest = hashlib.sha256()
-    for part in dataset.parts:
-        for row in part.train:
-            for tokens in (row.prompt, row.chosen or (), row.rejected or ()):
-                digest.update(array("q", tokens).tobytes() + b"|")
-    return digest.hexdigest()

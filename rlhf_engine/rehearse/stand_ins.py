@@ -6,7 +6,8 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -133,8 +134,22 @@ def _weights(gpu: FakeGPU) -> None:
     put(build, load_weights=load_untouched, HFFolder=lambda path: None)
 
 
+@dataclass
+class _Stretched(Sequence[Example]):
+    """Rows that are made long when they are asked for."""
+
+    rows: Sequence[Example]
+    stretch: Callable[[Example], Example]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i):  # type: ignore[override]
+        return self.stretch(self.rows[i])
+
+
 def _longest_rows(config: RunConfig) -> None:
-    built = build.build_datasets
+    built = build.datasets_of
     data = config.data
 
     def stretched(tokens: list[int], length: int) -> list[int]:
@@ -156,16 +171,16 @@ def _longest_rows(config: RunConfig) -> None:
             reward_before=stretched(example.reward_before, prompt) if example.reward_before else [],
         )
 
-    def build_longest(*args) -> dict[str, Dataset]:
-        found = built(*args)
+    def build_longest(*args, **settings) -> dict[str, Dataset]:
+        found = built(*args, **settings)
         for dataset in found.values():
             for each in dataset.parts:
-                each.train[:] = map(stretch, each.train)
-                each.held_out[:] = map(stretch, each.held_out[:8])
+                each.train = _Stretched(each.train, stretch)
+                each.held_out = [stretch(example) for example in each.held_out[:8]]
             dataset.held_out[:] = [example for each in dataset.parts for example in each.held_out]
         return found
 
-    put(build, build_datasets=build_longest)
+    put(build, datasets_of=build_longest)
 
 
 def _few_micro_batches(count: int) -> None:

@@ -15,6 +15,7 @@ import secrets
 import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from . import durable
 LAUNCH, ATTEMPT = "RLHF_ENGINE_LAUNCH", "RLHF_ENGINE_ATTEMPT"  # set by our own launchers
 _SECONDS_BETWEEN_BEATS = 10.0
 _SECONDS_OF_SILENCE = 60.0  # after which a holder on another host is taken for dead
+_SECONDS_BETWEEN_QUESTIONS = 0.1, 2.0  # at first, and in the end
 _BYTES_TO_TRY = 4096
 
 
@@ -142,6 +144,33 @@ class Lock:
                 time.sleep(_SECONDS_BETWEEN_BEATS / 4)
         threading.Thread(target=self._renew, daemon=True).start()
         return self
+
+    def acquire_unless(self, is_done: Callable[[], bool]) -> bool:
+        """Holds the place for one piece of work, or waits while another process does it.
+
+        Returns:
+            Whether this process holds it, and is to do the work.
+        """
+        durable.make_folder(self.path.parent)
+        pause, is_said = _SECONDS_BETWEEN_QUESTIONS[0], False
+        while not is_done():
+            if self._create():
+                self._closed.clear()
+                threading.Thread(target=self._renew, daemon=True).start()
+                if not is_done():
+                    return True
+                self.release()
+                break
+            holder, beat, age = self._heard()
+            if beat is not None and (age > _SECONDS_OF_SILENCE or (holder is not None and holder.is_gone(self.me))):
+                self._remove(holder)
+                continue
+            if holder is not None and not is_said:
+                print(f"waiting for {self.what} ({holder})", flush=True)
+                is_said = True
+            time.sleep(pause)
+            pause = min(2 * pause, _SECONDS_BETWEEN_QUESTIONS[1])
+        return False
 
     def release(self) -> None:
         """Lets the next run in."""

@@ -15,7 +15,7 @@ from .findings import Finding
 def tokenizer(ctx: Context, phase: str, folder: Path) -> Finding:
     """The files that exports of the run would have: whether our reader and transformers' make the same tokens of them,
     of some of a phase's prompts."""
-    prompts = dialogues(ctx.datasets[phase], ctx.tokenizer)
+    prompts = dialogues(ctx.datasets[phase])
     lines: list[str] = []
     notes: list[str] = []
     heads: dict[str, Head] = {"policy": "lm", "reward": "scalar"}

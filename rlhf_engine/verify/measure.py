@@ -36,6 +36,7 @@ MICRO_BATCH = 2
 _MOST_NEW_TOKENS = 16
 _ENTRIES = 1 << 16  # of each tensor's gradient that are kept to be compared
 _NO_CLIPPING = 1e30
+_ROWS_TO_CHOOSE_FROM = 1000  # of each source
 
 
 def small(config: RunConfig, world: int) -> RunConfig:
@@ -66,7 +67,7 @@ def few(dataset: Dataset, rows: int) -> Dataset:
 
     parts = []
     for part in dataset.parts:
-        by_length = sorted(part.train, key=length)
+        by_length = sorted(part.train[:_ROWS_TO_CHOOSE_FROM], key=length)
         half = by_length[: max(rows, len(by_length) // 2)]
         parts.append(replace(part, train=half[:: max(1, len(half) // rows)][:rows]))
     return Dataset(parts, dataset.seed, dataset.strategy)
