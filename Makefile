@@ -8,6 +8,7 @@
 # make bench-plan     plans beside measured seconds and memory: benchmarks/results/plan.csv
 # make bench-ppo      a whole PPO step against TRL's PPOTrainer: benchmarks/results/ppo.csv
 # make bench-checkpoint  what a save costs the loop, waited for or not: benchmarks/results/checkpoint.csv
+# make bench-data     preparing a data set against datasets.map; BENCH='--tokenizer DIR --file ROWS.jsonl.gz'
 # make bench-rollout  generation against transformers' generate; BENCH='--stories DIR --layout 1x2t dp2 tp2'
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -18,7 +19,7 @@ VENV := .venv$(shell $(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: install run test check docs chaos bench-kernels bench-schedule bench-checkpoint bench-rollout bench-ppo bench-plan format clean
+.PHONY: install run test check docs chaos bench-kernels bench-schedule bench-checkpoint bench-rollout bench-data bench-ppo bench-plan format clean
 
 install: $(STAMP)
 
@@ -67,6 +68,10 @@ format: install
 
 bench-rollout: install
 	$(BIN)/python -W ignore benchmarks/rollout.py $(BENCH)
+
+bench-data: install
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[bench]"
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/data.py $(BENCH)
 
 bench-ppo: install
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[bench]"

@@ -7,14 +7,13 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
-from types import SimpleNamespace
 
 import pytest
 from worlds import launcher
 
 from rlhf_engine.config import ConfigError, RunConfig
 from rlhf_engine.launching.preflight import lock
-from rlhf_engine.observing.provenance import data_digest, say_finished, write_config
+from rlhf_engine.observing.provenance import say_finished, write_config
 from rlhf_engine.surviving import places
 from rlhf_engine.surviving.places import Holder, Lock, try_folder
 
@@ -222,14 +221,3 @@ def test_what_changed_on_a_resume_is_said_and_kept(tmp_path, capsys):
         f"sft: finished before, in {folder} (rerun=true runs it again)",
         "sft: was made with sft.optimizer.lr=0.0001, not 1.0",
     ]
-
-
-def test_other_rows_under_the_same_name():
-    def digest(*chosen: list[int]) -> str:
-        rows = [SimpleNamespace(prompt=[1], chosen=tokens, rejected=None) for tokens in chosen]
-        return data_digest(SimpleNamespace(parts=[SimpleNamespace(train=rows)]))
-
-    assert digest([1, 2], [3]) == digest([1, 2], [3])
-    assert (
-        len({digest([1, 2], [3]), digest([1, 2]), digest([1, 2], [4]), digest([1], [2, 3]), digest([3], [1, 2])}) == 5
-    )

@@ -6,6 +6,7 @@ becomes one: a name in a message is marked before the template sees it, and is t
 
 from __future__ import annotations
 
+import bisect
 import datetime
 import json
 import re
@@ -30,6 +31,7 @@ CONTROL_NAME = re.compile(r"<([|｜])[^<>|｜\s]+\1>")  # what is surely meant a
 # control tokens in what is said, the third for an answer of which nothing is known.
 _OPEN, _CLOSE, _ANSWER = "\ufdd0", "\ufdd1", "\ufdd2"
 _MARKS = str.maketrans(dict.fromkeys(_OPEN + _CLOSE, ""))
+_UNCLEAN = re.compile(f"[\ud800-\udfff{_OPEN}{_CLOSE}{_ANSWER}]")
 _NONE_OF_OURS = str.maketrans(dict.fromkeys(_OPEN + _CLOSE + _ANSWER, "?"))
 _NOT_AHEAD = {"first", "index", "index0", "previtem"}  # of jinja's `loop`
 _QUESTION = {"role": "user", "content": "?"}
@@ -44,7 +46,7 @@ def text_of(messages: Messages) -> str:
 
 def clean(text: str) -> str:
     """Text that has bytes: lone surrogates and the noncharacters that are used here become question marks."""
-    if text.isascii():
+    if _UNCLEAN.search(text) is None:
         return text
     return text.encode("utf-8", "replace").decode("utf-8").translate(_NONE_OF_OURS)
 
@@ -125,8 +127,13 @@ class Template:
             )
         end = pattern.search(said)
         self.end = end[end.lastindex or 0] if end else None
-        # what every prompt ends with behind the text of its turns; None: that may differ
+        # what every prompt ends with behind the text of its turns, and every answer begins with; None: that may differ
         self._header = self._first_header() if _goes_turn_by_turn(program) else None
+
+    @property
+    def goes_turn_by_turn(self) -> bool:
+        """Whether every dialogue so far has begun with its prompt, and the next will as far as the program tells."""
+        return self._header is not None
 
     @property
     def about(self) -> str:
@@ -136,7 +143,7 @@ class Template:
             [self.source.about + dated, *(f"writes {name} as text" for name in dict.fromkeys(self.as_text))]
         )
 
-    def parts(self, messages: Messages, prompt: bool, marks: bool = True) -> list[Part]:
+    def parts(self, messages: Messages, prompt: bool, marks: bool = True, answer: bool = False) -> list[Part]:
         """A dialogue as runs of text and ids of control tokens.
 
         Nothing follows the end of the assistant's last turn, and no run goes over its beginning, so that a dialogue
@@ -145,6 +152,7 @@ class Template:
         Args:
             prompt: ends where the assistant is to speak, and nothing is said of who says what.
             marks: of each turn of the assistant; False: of the last one alone.
+            answer: that one alone is wanted.
 
         Raises:
             ConfigError: the template refuses the dialogue, or does not show where the assistant speaks.
@@ -159,21 +167,14 @@ class Template:
             last, end = spans[-1]
             text = text[:end]
         parts: list[Part] = []
-        position, edges = 0, sorted({edge for span in spans for edge in span})
-        for found in self._written(text):
+        edges, position = [edge for span in spans for edge in span], last if answer else 0
+        for found in self._written(text, position):
             group = found.lastindex or 0
-            parts += self._runs(text, [position, *edges, found.start()], spans, last)
-            parts.append(Part(self.controls[found[group]], _within(found.start(group), spans)))
+            if position < found.start():
+                parts += _runs(text, position, found.start(), edges, last)
+            parts.append(Part(self.controls[found[group]], _is_said(found.start(group), edges)))
             position = found.end()
-        return parts + self._runs(text, [position, *edges, len(text)], spans, last)
-
-    def _runs(self, text: str, edges: list[int], spans: list[tuple[int, int]], last: int) -> list[Part]:
-        """A run of text, from the first edge to the last, cut at those between."""
-        start, *_, stop = edges
-        cuts = [start, *(edge for edge in edges[1:-1] if start < edge < stop), stop]
-        return [
-            Part(_shown(text[a:b]), _within(a, spans), joins=a not in (start, last)) for a, b in pairwise(cuts) if a < b
-        ]
+        return [*parts, *_runs(text, position, len(text), edges, last)]
 
     def _text(self, messages: Messages, prompt: bool) -> str:
         written = messages.written if isinstance(messages, _Turns) else []
@@ -201,7 +202,8 @@ class Template:
 
     def _first_header(self) -> str | None:
         try:
-            return self._text([_QUESTION], True)[len(self._text([_QUESTION], False)) :]
+            prompt, answered = self._text([_QUESTION], True), self._text([_QUESTION, _PROBE], False)
+            return prompt[len(self._text([_QUESTION], False)) :] if answered.startswith(prompt) else None
         except ConfigError:  # some want a system message before
             return None
 
@@ -217,6 +219,7 @@ class Template:
             prompt = self._prompt(messages, i, text)
             start = len(prompt)
             if not text.startswith(prompt):
+                self._header = None
                 blank = self._text([*messages[:i], _PROBE, *messages[i + 1 :]], False)
                 start = shared_start(prompt, blank)
                 least = shared_start(prompt, self._text(messages[:i], False))  # where the assistant's header begins
@@ -327,5 +330,16 @@ def _environment() -> ImmutableSandboxedEnvironment:
 _ENVIRONMENT = _environment()
 
 
-def _within(position: int, spans: list[tuple[int, int]]) -> bool:
-    return any(start <= position < end for start, end in spans)
+def _runs(text: str, start: int, stop: int, edges: list[int], last: int) -> list[Part]:
+    """A run of text, cut where the assistant begins and ends to speak.
+
+    Args:
+        edges: where it does, in turn.
+        last: where it does for the last time; there a run ends.
+    """
+    cuts = [start, *edges[bisect.bisect_right(edges, start) : bisect.bisect_left(edges, stop)], stop]
+    return [Part(_shown(text[a:b]), _is_said(a, edges), a not in (start, last)) for a, b in pairwise(cuts) if a < b]
+
+
+def _is_said(position: int, edges: list[int]) -> bool:
+    return bisect.bisect_right(edges, position) % 2 == 1

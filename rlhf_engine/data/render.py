@@ -33,32 +33,40 @@ def example(row: Row, presets: tuple[str | None, str | None], kinds: frozenset[s
 def _dialogue(row: Row, presets: tuple[str | None, str | None], kinds: frozenset[str], tokenizer: Tokenizer) -> Example:
     (system, reward), learned = presets, kinds - {"prompt"}
     messages, rewarded = _under(system, row.prompt), _under(reward, row.prompt)
-    prompt = tokenizer.render_prompt(messages)
-    reward_prompt = prompt if reward == system else tokenizer.render_prompt(rewarded)
     if not learned or row.chosen is None:  # a prompt alone, of which no more is asked
+        prompt = tokenizer.render_prompt(messages)
+        reward_prompt = prompt if reward == system else tokenizer.render_prompt(rewarded)
         nothing = [False] * len(prompt)
         return Example(prompt, prompt, nothing, None, None, reward_prompt, reward_prompt, messages, row.fields)
     try:
-        marks, texts = "answer" in learned, [row.chosen, row.rejected]
-        before, spoken, (chosen, rejected) = _answered(messages, texts, tokenizer, marks)
-        same = reward == system or "pair" not in kinds
-        reward_before = before if same else _answered(rewarded, texts[:1], tokenizer, marks=False)[0]
+        texts = [row.chosen] if row.rejected is None else [row.chosen, row.rejected]
+        before, spoken, chosen, *rejected = _answered(messages, texts, tokenizer, "answer" in learned)
+        reward_before = before
+        if reward != system and "pair" in kinds:
+            reward_before, *_ = _answered(rewarded, texts[:1], tokenizer, marks=False)
     except ConfigError as error:
         raise ConfigError(f"answers are to be learned from, and {error}") from None
-    return Example(prompt, before, spoken, chosen, rejected, reward_prompt, reward_before, messages, row.fields)
+    prompt = before if tokenizer.template.goes_turn_by_turn else tokenizer.render_prompt(messages)
+    reward_prompt = prompt if reward == system else tokenizer.render_prompt(rewarded)
+    said = rejected[0] if rejected else None
+    return Example(prompt, before, spoken, chosen, said, reward_prompt, reward_before, messages, row.fields)
 
 
-def _answered(
-    messages: Messages, texts: Sequence[str | None], tokenizer: Tokenizer, marks: bool
-) -> tuple[list[int], list[bool], list[list[int] | None]]:
+def _answered(messages: Messages, texts: Sequence[str], tokenizer: Tokenizer, marks: bool) -> tuple:
     """What stands before the answers of a prompt, what the assistant said of it, and each answer."""
-    whole = [
-        None if text is None else tokenizer.render([*messages, {"role": "assistant", "content": text}], marks)
-        for text in texts
-    ]
-    start = min(len(said) - len(list(takewhile(bool, reversed(said)))) for _, said in filter(None, whole))
-    ids, said = next(filter(None, whole))
-    return ids[:start], said[:start], [None if row is None else row[0][start:] for row in whole]
+    template = tokenizer.template
+    is_regular = template.goes_turn_by_turn
+    first, *others = ([*messages, {"role": "assistant", "content": text}] for text in texts)
+    whole = [tokenizer.render(first, marks)]
+    if not is_regular:  # what stands before may differ, and is what both have
+        whole += [tokenizer.render(other, marks=False) for other in others]
+    start = min(len(said) - len(list(takewhile(bool, reversed(said)))) for _, said in whole)
+    before, spoken = (row[:start] for row in whole[0])
+    answers = [row[start:] for row, _ in whole]
+    answers += [tokenizer.render_answer(other, before) for other in others[len(whole) - 1 :]]
+    if is_regular and not template.goes_turn_by_turn:  # as this row has shown
+        return _answered(messages, texts, tokenizer, marks)
+    return before, spoken, *answers
 
 
 def _under(preset: str | None, prompt: Messages) -> Messages:
