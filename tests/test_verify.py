@@ -171,16 +171,18 @@ def test_the_worst_finding_is_the_one_furthest_beyond_its_limit():
 
 
 def test_a_small_gradient_is_measured_by_its_own_rounding():
-    """Tensors of 1 and of 1e-6, each with rounding of its own: 1e-6 apart is nothing in the first, and too much in the
-    second."""
+    """Tensors of 1 and of 1e-2, each with rounding of its own, and some of the other's: what is nothing in the first is
+    too much in the second."""
     ones = torch.ones(10)
     own = Gradient({}, {"large": ones, "small": 1e-2 * ones})
     rounded = Gradient({}, {"large": ones + 1e-6, "small": 1e-2 * ones + 1e-9})
-    rounding = Rounding(0.0, 1.0, 0.0, rounded)
+    rounding = Rounding(0.0, 1.0, 0.0, [rounded])
     sound = Gradient({}, {"large": ones + 3e-6, "small": 1e-2 * ones + 3e-9})
     assert own.finding(sound, rounding, "").excess < 1
     wrong = Gradient({}, {"large": ones, "small": 1e-2 * ones + 3e-6})
     assert own.finding(wrong, rounding, "sft").detail == "sft, small" and own.finding(wrong, rounding, "").excess > 1
+    lucky = Rounding(0.0, 1.0, 0.0, [rounded, Gradient({}, {"large": ones + 1e-6, "small": 1e-2 * ones})])
+    assert own.finding(sound, lucky, "").excess < 1 < own.finding(wrong, lucky, "").excess
 
 
 def apart(miss: float, other: list[int]) -> Finding:

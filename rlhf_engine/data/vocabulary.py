@@ -245,7 +245,7 @@ class HFVocabulary:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text."""
-        return self.model.encode(text, add_special_tokens=False).ids
+        return self.model.encode_batch_fast([text], add_special_tokens=False)[0].ids  # which looks for no offsets
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids."""

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -89,15 +89,31 @@ class Gradient:
         """How far another one of the same step is, in the tensor where it is furthest for what rounding does there.
 
         Distances are shares of a tensor's norm, or of a thousandth of the whole gradient's where it is next to nothing:
-        what there is of it then is rounding.
+        what there is of it then is rounding. One token may bring most of the rounding of a tensor, which is by chance
+        small in a sample; so what all tensors have had on average is allowed to each besides its own.
         """
         whole = math.hypot(*(float(entries.norm()) for entries in self.entries.values()))
-        found = [Finding(0.0, 0.0)]  # of ranks that have no entries
-        for name, entries in self.entries.items():
-            size = float(entries.norm()) + 1e-3 * whole + 1e-30
-            gap, measured = (float((x.entries[name] - entries).norm()) / size for x in (other, rounding.gradient))
-            found.append(Finding(gap, bound(measured, whole / size), f"{what}, {name}"))
-        return worst(found)
+        sizes = {name: float(entries.norm()) + 1e-3 * whole + 1e-30 for name, entries in self.entries.items()}
+        samples = [self._gaps(sample, sizes) for sample in rounding.gradients]
+        own = {name: _mean_square(sample[name] for sample in samples) for name in sizes}
+        of_all = _mean_square(own.values())
+        return worst(
+            [Finding(0.0, 0.0)]  # of ranks that have no entries
+            + [
+                Finding(gap, bound(math.hypot(own[name], of_all), whole / sizes[name]), f"{what}, {name}")
+                for name, gap in self._gaps(other, sizes).items()
+            ]
+        )
+
+    def _gaps(self, other: Gradient, sizes: Mapping[str, float]) -> dict[str, float]:
+        return {
+            name: float((other.entries[name] - entries).norm()) / sizes[name] for name, entries in self.entries.items()
+        }
+
+
+def _mean_square(values: Iterable[float]) -> float:
+    found = [value * value for value in values]
+    return math.sqrt(sum(found) / max(1, len(found)))
 
 
 @dataclass(frozen=True)
@@ -108,13 +124,13 @@ class Rounding:
         without_step: the loss of the rows.
         size: mean size of what rows add to it.
         loss: mean size of what these change by.
-        gradient: of the weights that are off.
+        gradients: of weights that are off in several ways.
     """
 
     without_step: float
     size: float
     loss: float
-    gradient: Gradient
+    gradients: Sequence[Gradient]
 
 
 def gather_gradient(role: RoleModel) -> None:

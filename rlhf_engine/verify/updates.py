@@ -16,7 +16,7 @@ from ..models.stream import infer, train_step
 from ..models.work import Work
 from .findings import EPS, Finding, bound, worst
 from .measure import Gradient, Iteration, Rounding, gather_gradient, gradient
-from .rounding import moved
+from .rounding import SAMPLES, moved
 
 _PACKED = 3  # rows of the longest length that a packed micro-batch holds
 NORM = 1e-3  # of a gradient: sums of up to 1e9 squares in float32
@@ -59,10 +59,17 @@ def measure_rounding(it: Iteration) -> None:
             losses = row_losses(works)
             with moved(role):
                 change = row_losses(works) - losses
-                train_step(works, it.ctx.metrics, it.ctx.trace)
-            it.ctx.metrics.reduce(it.ctx.mesh)
+            gradients = [_moved_gradient(works, sample, it) for sample in SAMPLES]
             loss, size, off = (float(x.sum()) for x in (losses, losses.abs(), change.abs()))
-            it.rounding[name] = Rounding(loss, size, off, gradient(role, it.phase))
+            it.rounding[name] = Rounding(loss, size, off, gradients)
+
+
+def _moved_gradient(works: Sequence[Work], sample: int, it: Iteration) -> Gradient:
+    role = works[0].role
+    with moved(role, sample):
+        train_step(works, it.ctx.metrics, it.ctx.trace)
+    it.ctx.metrics.reduce(it.ctx.mesh)
+    return gradient(role, it.phase)
 
 
 def loss_finding(
