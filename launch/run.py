@@ -93,13 +93,13 @@ def run_rank(checked: Plan, job: Callable[[Plan], int] = train) -> int:
     return code
 
 
-def prepare_first(checked: Plan) -> int | None:
+def prepare_first(checked: Plan, is_main: bool = True) -> int | None:
     """The rows of a run, before torch and a process group exist; an exit code where that fails."""
     if set(checked.config.phases) & JOBS:
         return None
     leave_at_once()
     try:
-        prepare(checked)
+        prepare(checked, is_main)
     except (ConfigError, RunError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, ConfigError) else error.code
@@ -159,7 +159,7 @@ def main(
         if theirs is not None:
             print(theirs.table(), flush=True)
         say_notes(checked)
-    code = prepare_first(checked)
+    code = prepare_first(checked, is_main)
     return run_rank(checked, job) if code is None else code
 
 

@@ -217,3 +217,16 @@ def test_a_run(disk):
     code, said, error = start(-1)
     assert code == 0 and (folder / "summary.json").is_file() and (folder / "hf" / "model.safetensors").is_file()
     assert [json.loads(line)["iteration"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [0, 1]
+
+
+def test_prepared_rows_wait_for_room(disk, tmp_path):
+    """What is whole stays, and the next start goes on."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"text": f"{i} is said"}) + "\n" for i in range(5000)))
+    settings = [f"data.sources=[{file}]", f"data.cache_dir={disk}", f"output_dir={tmp_path}", "phases=[sft]"]
+    command = [sys.executable, str(ROOT / "launch" / "prepare.py"), *SMALL, *settings]
+    fill(disk)
+    full = warm.run([*command, "data.num_eval_rows=1"])
+    assert full.returncode in (2, RunError.code) and full.stderr.count("\n") == 1 and "No space left" in full.stderr
+    empty(disk)
+    assert "5000 rows in" in warm.run(command, check=True).stdout

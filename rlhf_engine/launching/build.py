@@ -37,7 +37,7 @@ def build_context(plan: Plan, mesh: ParallelMesh) -> Context:
         name: replace(base, model=replace(base.model, vocab_size=base.model.vocab_size or tokenizer.vocab_size))
         for name, base in plan.bases.items()
     }
-    datasets = datasets_of(plan, tokenizer, is_checking=mesh.is_main)
+    datasets = datasets_of(plan, tokenizer, is_checking=False)
     reward_fn = None
     if config.reward.kind == "function" and "ppo" in config.phases:
         reward_fn = load_function(config.reward.fn or "")

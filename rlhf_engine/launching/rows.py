@@ -18,15 +18,19 @@ from .preflight import Plan
 _ROWS_TO_LEARN = 100_000  # of each source, for a tokenizer that is trained on them: it holds them in memory
 
 
-def prepare(plan: Plan) -> dict[str, Dataset]:
-    """The rows of a run, so that its ranks find them made."""
+def prepare(plan: Plan, is_checking: bool = True) -> dict[str, Dataset]:
+    """The rows of a run, so that its ranks find them made.
+
+    Raises:
+        ConfigError, RunError: of `datasets_of`.
+    """
     tokenizer = tokenizer_of(plan)
     if tokenizer.template.is_dated:
         tokenizer.date = plan.config.tokenizer.date or str(datetime.date.today())
-    return datasets_of(plan, tokenizer)
+    return datasets_of(plan, tokenizer, is_checking)
 
 
-def datasets_of(plan: Plan, tokenizer: Tokenizer, is_checking: bool = True) -> dict[str, Dataset]:
+def datasets_of(plan: Plan, tokenizer: Tokenizer, is_checking: bool) -> dict[str, Dataset]:
     """What each phase draws from, and "ptx".
 
     Args:

@@ -118,6 +118,7 @@ def _small(plan: Plan, folder: str) -> Plan:
         },
     )  # fmt: skip
     config.output_dir, config.mesh = folder, mesh
+    config.data.cache_dir = config.data.cache_dir or folder
     bases = {
         name: Base(None, replace(base.model, num_layers=min(_LAYERS, base.model.num_layers)))
         for name, base in plan.bases.items()

@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 from ..config import ConfigError, LogConfig, RunConfig
+from ..data.dataset import cache_of
 from ..hf.config import family, read_json
 from ..hf.index import index
 from ..launching import folders, preflight
@@ -89,6 +90,7 @@ def named_tensors(path: str) -> dict[str, Any]:
 def settle(overrides: Sequence[str], world_size: int, output_dir: str) -> preflight.Plan:
     """The run as it is rehearsed: each phase as many iterations, saved after each."""
     config = compose(overrides)
+    config.data.cache_dir = str(cache_of(config))
     config.output_dir, config.rerun, config.device = output_dir, False, "cuda"
     for phase in (config.sft, config.reward, config.ppo):
         phase.iterations = min(phase.iterations, config.rehearse.iterations)

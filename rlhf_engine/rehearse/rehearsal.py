@@ -20,6 +20,7 @@ from ..config import JOBS, ConfigError
 from ..launching import preflight
 from ..launching.compose import compose
 from ..launching.ranks import PARENT
+from ..launching.rows import prepare
 from ..signals import STOPPED, RunError
 from . import shim
 from .exchange import Exchange
@@ -91,6 +92,8 @@ def rehearse(overrides: Sequence[str], before: str | None = None, ranks: Ranks |
         overrides = [*overrides, "plan.device=h100"]
     world = world_of(config)
     plan = settle(overrides, world, config.output_dir)
+    if plan.tokenizer is not None:  # else ranks train one, in a place of their own
+        prepare(plan)
     present = chosen(plan)
     shim.built()
     is_whole = present == list(range(world)) and is_small(plan)

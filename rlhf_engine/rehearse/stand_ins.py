@@ -145,7 +145,8 @@ class _Stretched(Sequence[Example]):
         return len(self.rows)
 
     def __getitem__(self, i):  # type: ignore[override]
-        return self.stretch(self.rows[i])
+        found = self.rows[i]
+        return [*map(self.stretch, found)] if isinstance(i, slice) else self.stretch(found)
 
 
 def _longest_rows(config: RunConfig) -> None:
