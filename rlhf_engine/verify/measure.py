@@ -155,7 +155,8 @@ def gradient(role: RoleModel, phase: str) -> Gradient:
             continue
         flat = tensor.float().flatten()
         found.norms[name] = float(torch.linalg.vector_norm(flat, dtype=torch.float64))
-        found.entries[name] = flat[:: math.ceil(len(flat) / _ENTRIES)].cpu()
+        # a copy, or all of the tensor would stay in memory with them
+        found.entries[name] = flat[:: math.ceil(len(flat) / _ENTRIES)].clone().cpu()
     return found
 
 
