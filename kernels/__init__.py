@@ -6,6 +6,7 @@ forces one.
 
 from .advantage import kl_advantages
 from .attention import cached_attention
+from .groups import group_advantages, importance_weights
 from .linear_log_prob import linear_log_probs, wide_mm
 from .log_prob import check_tokens, token_log_probs
 from .losses import clipped_policy_loss, clipped_value_loss
@@ -19,6 +20,8 @@ __all__ = [
     "check_tokens",
     "clipped_policy_loss",
     "clipped_value_loss",
+    "group_advantages",
+    "importance_weights",
     "kl_advantages",
     "kl_estimate",
     "linear_log_probs",

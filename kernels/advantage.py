@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ def kl_advantages(
     *,
     kl_coef: float,
     gamma: float = 1.0,
-    gae_lambda: float = 0.95,
+    gae_lambda: float | Tensor = 0.95,
 ) -> Advantages:
     """KL-shaped rewards, generalised advantages and returns of a batch of responses, detached.
 
@@ -34,7 +36,7 @@ def kl_advantages(
         scores: `(B,)`, one a row, or `(B, S)` for rows of up to S responses, in their order.
         response_mask: `(B, T)`, 1 on response tokens.
         kl_coef: reward per nat.
-        gamma, gae_lambda: discount and the GAE mixture.
+        gamma, gae_lambda: discount and the GAE mixture; the second may be one for each row, `(B,)`.
 
     Returns:
         `advantages` and `returns` `(B, T)`, 0 outside the mask; `rewards` `(B,)`, each row's sum; `moments` `(3,)`:
@@ -49,7 +51,7 @@ def kl_advantages(
         most = int((mask[:, 1:] > mask[:, :-1]).sum(1).add_(mask[:, 0]).amax()) if mask.numel() else 0
         if most > table.shape[1]:
             raise ValueError(f"a row has {most} responses for {table.shape[1]} scores")
-    settings = {"kl_coef": kl_coef, "gamma": gamma, "gae_lambda": gae_lambda}
+    settings: Any = {"kl_coef": kl_coef, "gamma": gamma, "gae_lambda": gae_lambda}
     with torch.no_grad():
         if not use_triton(values):
             return reference.kl_advantages(log_probs, ref_log_probs, values, table, mask, **settings)

@@ -21,10 +21,11 @@ def _after(later_factor, later, factor, value):
 @triton.jit
 def rows_kernel(
     log_probs, ref_log_probs, values, scores, mask, advantages, returns, rewards, moments, num_rows, num_tokens,
-    num_scores, kl_coef, gamma, decay, LIMIT: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
+    num_scores, kl_coef, gamma, decays, LIMIT: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`decay` is gamma lambda. `moments` `(3, B)`: count, mean and sum of squared deviations of each row."""
+    """`decays` `(B,)` is gamma lambda. `moments` `(3, B)`: count, mean and sum of squared deviations of each row."""
     row = tl.program_id(0)
+    decay = tl.load(decays + row)
     offset = row.to(tl.int64) * num_tokens
     num_blocks = tl.cdiv(num_tokens, BLOCK)
     t0 = tl.arange(0, BLOCK)
@@ -106,18 +107,19 @@ def moments_kernel(rows, out, num_rows, BLOCK: tl.constexpr):
 
 def kl_advantages(
     log_probs: Tensor, ref_log_probs: Tensor, values: Tensor, scores: Tensor, mask: Tensor, *, kl_coef: float,
-    gamma: float, gae_lambda: float,
+    gamma: float, gae_lambda: float | Tensor,
 ) -> Advantages:  # fmt: skip
     """See reference.py."""
     num_rows, num_tokens = mask.shape
     inputs = [x.float().contiguous() for x in (log_probs, ref_log_probs, values, scores)]
     advantages, returns = torch.empty(2, num_rows, num_tokens, device=values.device).unbind()
     rewards = torch.empty(num_rows, device=values.device)
+    decays = torch.empty_like(rewards).copy_(torch.as_tensor(gamma * gae_lambda))
     rows, moments = torch.empty(3, num_rows, device=values.device), torch.zeros(3, device=values.device)
     if num_rows:
         rows_kernel[(num_rows,)](
             *inputs, mask.contiguous().view(torch.uint8), advantages, returns, rewards, rows, num_rows, num_tokens,
-            scores.shape[1], kl_coef, gamma, gamma * gae_lambda, LIMIT=LOG_RATIO_LIMIT, PACKED=scores.shape[1] > 1,
+            scores.shape[1], kl_coef, gamma, decays, LIMIT=LOG_RATIO_LIMIT, PACKED=scores.shape[1] > 1,
             **LAUNCH["rows"],
         )  # fmt: skip
         moments_kernel[(1,)](rows, moments, num_rows, **LAUNCH["moments"])

@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reference import LOG_RATIO_LIMIT, PolicyLoss, ValueLoss
+from .reference import LOG_RATIO_LIMIT, PolicyChoices, PolicyLoss, ValueLoss
 
-LAUNCH = {"policy": {"BLOCK": 1024, "num_warps": 4}, "value": {"BLOCK": 1024, "num_warps": 4}}
+LAUNCH = {name: {"BLOCK": 1024, "num_warps": 4} for name in ("policy", "value", "means")}
 
 
 @triton.jit
@@ -25,31 +25,93 @@ def _k3(x):
 
 
 @triton.jit
+def _minus_expm1(x):
+    """1 - e^x, near 0 without losing digits."""
+    return -(_k3(x) + x)
+
+
+@triton.jit
+def means_kernel(log_probs, old_log_probs, mask, means, num_columns, BLOCK: tl.constexpr):
+    """Of each row, the mean over its tokens of the log-ratio; a program a row."""
+    row = tl.program_id(0).to(tl.int64)
+    total, count = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, num_columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        i, inside = row * num_columns + column, column < num_columns
+        here = tl.load(mask + i, mask=inside, other=0) != 0
+        change = tl.load(log_probs + i, mask=inside, other=0.0) - tl.load(old_log_probs + i, mask=inside, other=0.0)
+        total += tl.where(here, change, 0.0)
+        count += here.to(tl.float32)
+    tl.store(means + row, tl.sum(total, 0) / tl.maximum(tl.sum(count, 0), 1.0))
+
+
+@triton.jit
+def _clamp(x, LIMIT: tl.constexpr):
+    """Between -LIMIT and LIMIT; a NaN stays."""
+    return tl.where(x > LIMIT, LIMIT, tl.where(x < -LIMIT, -LIMIT, x))
+
+
+@triton.jit
 def policy_kernel(
-    log_probs, old_log_probs, advantages, mask, moments, grad, sums, num_tokens, clip_ratio, eps,
-    LIMIT: tl.constexpr, WHITEN: tl.constexpr, BLOCK: tl.constexpr,
+    log_probs, old_log_probs, advantages, mask, moments, weights, ref_log_probs, means, grad, sums,
+    num_tokens, num_columns, low, high, dual, kl_coef, eps,
+    KIND: tl.constexpr, KL: tl.constexpr, LIMIT: tl.constexpr, WHITEN: tl.constexpr, WEIGHTED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`sums` `(programs, 4)`: loss, ratio, clipped tokens, k3."""
     pid = tl.program_id(0)
     i = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < num_tokens
+    row = i // num_columns
     here = tl.load(mask + i, mask=inside, other=0) != 0
-    change = tl.load(log_probs + i, mask=inside, other=0.0) - tl.load(old_log_probs + i, mask=inside, other=0.0)
-    change = tl.where(here, change, 0.0)
-    log_ratio = tl.where(change > LIMIT, LIMIT, tl.where(change < -LIMIT, -LIMIT, change))  # a NaN stays
-    ratio = tl.exp(log_ratio)
+    log_prob = tl.where(here, tl.load(log_probs + i, mask=inside, other=0.0), 0.0)
+    change = tl.where(here, log_prob - tl.load(old_log_probs + i, mask=inside, other=0.0), 0.0)
+    tl.store(sums + pid * 4 + 3, tl.sum(_k3(_clamp(change, LIMIT)), 0))
+    if KIND == "gspo":
+        change = tl.where(here, tl.load(means + row, mask=inside, other=0.0), 0.0)
+    ratio = tl.exp(_clamp(change, LIMIT))
     advantage = tl.load(advantages + i, mask=inside, other=0.0)
     if WHITEN:
         advantage = (advantage - tl.load(moments + 1)) / tl.sqrt(tl.load(moments + 2) + eps)
     advantage = tl.where(here, advantage, 0.0)
-    plain = ratio * advantage
-    clipped = tl.minimum(tl.maximum(ratio, 1 - clip_ratio), 1 + clip_ratio) * advantage
-    is_clipped = clipped < plain
-    tl.store(grad + i, tl.where(is_clipped | (tl.abs(change) > LIMIT), 0.0, -plain), mask=inside)
-    tl.store(sums + pid * 4, -tl.sum(tl.where(is_clipped, clipped, plain), 0))
+    bounded = tl.where(ratio < 1 - low, 1 - low, tl.where(ratio > 1 + high, 1 + high, ratio))
+    is_clipped = bounded != ratio
+    if KIND == "reinforce":
+        slope = advantage
+        value = advantage * log_prob
+        is_clipped = is_clipped & False
+    elif KIND == "cispo":
+        slope = bounded * advantage
+        value = slope * log_prob
+    else:
+        plain = ratio * advantage
+        clipped = bounded * advantage
+        value = tl.where(clipped < plain, clipped, plain)
+        floor = tl.where(advantage < 0, dual * advantage, float("-inf"))
+        is_clipped = (clipped < plain) | (value < floor)
+        value = tl.where(value < floor, floor, value)
+        slope = tl.where(is_clipped | (tl.abs(change) > LIMIT), 0.0, plain)
+    loss = -value
+    gradient = -slope
+    if KL != "none":
+        reference = tl.load(ref_log_probs + i, mask=inside, other=0.0)
+        distance = tl.where(here, _clamp(log_prob - reference, LIMIT), 0.0)
+        if KL == "k1":
+            kl = distance
+        elif KL == "k2":
+            kl = distance * distance / 2
+        else:
+            kl = _k3(-distance)
+        loss += kl_coef * kl
+        gradient += kl_coef * (_minus_expm1(-distance) if KL == "k3" else distance)
+    if WEIGHTED:
+        weight = tl.load(weights + row, mask=inside, other=0.0)
+        loss *= weight
+        gradient *= weight
+    tl.store(grad + i, gradient, mask=inside)
+    tl.store(sums + pid * 4, tl.sum(loss, 0))
     tl.store(sums + pid * 4 + 1, tl.sum(tl.where(here, ratio, 0.0), 0))
     tl.store(sums + pid * 4 + 2, tl.sum(is_clipped.to(tl.float32), 0))
-    tl.store(sums + pid * 4 + 3, tl.sum(_k3(log_ratio), 0))
 
 
 @triton.jit
@@ -85,15 +147,23 @@ def policy_sums(
     advantages: Tensor,
     mask: Tensor,
     moments: Tensor | None,
-    clip_ratio: float,
-    eps: float,
+    weights: Tensor | None,
+    ref_log_probs: Tensor | None,
+    choices: PolicyChoices,
 ) -> tuple[PolicyLoss, Tensor]:
     """See reference.py."""
     x, old, advantages = (t.float().contiguous() for t in (log_probs, old_log_probs, advantages))
-    grad, sums = torch.empty_like(x), _sums("policy", x, 4)
+    grad, sums, means = torch.empty_like(x), _sums("policy", x, 4), x.new_empty(len(x))
+    columns, mask = max(1, x.numel() // max(1, len(x))), mask.contiguous().view(torch.uint8)
+    if choices.kind == "gspo" and len(x):
+        means_kernel[(len(x),)](x, old, mask, means, columns, **LAUNCH["means"])
+    # what is not there is not read
+    others = [x if t is None else t.float().contiguous() for t in (moments, weights, ref_log_probs)]
     policy_kernel[(len(sums),)](
-        x, old, advantages, mask.contiguous().view(torch.uint8), x if moments is None else moments, grad, sums,
-        x.numel(), clip_ratio, eps, LIMIT=LOG_RATIO_LIMIT, WHITEN=moments is not None, **LAUNCH["policy"],
+        x, old, advantages, mask, *others, means, grad, sums, x.numel(), columns,
+        choices.low, choices.high, choices.dual, choices.kl_coef, choices.eps,
+        KIND=choices.kind, KL="none" if ref_log_probs is None else choices.kl, LIMIT=LOG_RATIO_LIMIT,
+        WHITEN=moments is not None, WEIGHTED=weights is not None, **LAUNCH["policy"],
     )  # fmt: skip
     return PolicyLoss(*sums.sum(0).unbind()), grad
 

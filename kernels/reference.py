@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 KLEstimator = Literal["k1", "k2", "k3"]
+KLTerm = Literal["k1", "k2", "k3", "k3+"]
+PolicyKind = Literal["ppo", "gspo", "cispo", "reinforce"]
 Banned = tuple[Tensor, Tensor]
 
 # A log-ratio beyond this says that two policies share no support; its exponential would only overflow.
@@ -230,7 +232,7 @@ def kl_advantages(
     *,
     kl_coef: float,
     gamma: float,
-    gae_lambda: float,
+    gae_lambda: float | Tensor,
 ) -> Advantages:
     """See advantage.py; here `scores` is `(B, S)` and `mask` bool.
 
@@ -278,12 +280,24 @@ def whiten(x: Tensor, mask: Tensor, *, eps: float = 1e-8, moments: Tensor | None
 
 
 class PolicyLoss(NamedTuple):
-    """Sums over the masked tokens, scalars: divide by the count of tokens."""
+    """Sums over the masked tokens, scalars: divide by the count of tokens; `loss` alone is weighted."""
 
     loss: Tensor
     ratio: Tensor
     clip_fraction: Tensor
     approx_kl: Tensor
+
+
+class PolicyChoices(NamedTuple):
+    """Which policy loss it is; see `clipped_policy_loss` of losses.py."""
+
+    kind: PolicyKind
+    low: float
+    high: float
+    dual: float  # infinite for none
+    kl: KLTerm | None
+    kl_coef: float
+    eps: float
 
 
 def policy_sums(
@@ -292,23 +306,43 @@ def policy_sums(
     advantages: Tensor,
     mask: Tensor,
     moments: Tensor | None,
-    clip_ratio: float,
-    eps: float,
+    weights: Tensor | None,
+    ref_log_probs: Tensor | None,
+    choices: PolicyChoices,
 ) -> tuple[PolicyLoss, Tensor]:
     """`clipped_policy_loss` of losses.py, and the gradient of its sum for each token."""
-    change = _masked(_wide(log_probs) - old_log_probs, mask)
+    log_probs = _masked(_wide(log_probs), mask)
+    change = _masked(log_probs - old_log_probs, mask)
     log_ratio = change.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    if moments is not None:
-        advantages = whiten(advantages, mask, eps=eps, moments=moments)
-    advantages = _masked(advantages, mask)
-    ratio = log_ratio.exp()
-    plain, clipped = ratio * advantages, ratio.clamp(1 - clip_ratio, 1 + clip_ratio).mul_(advantages)
-    is_clipped = clipped < plain
-    ratio_sum = _masked(ratio, mask).sum()
     approx_kl = torch.expm1(log_ratio).sub_(log_ratio).sum()
-    loss = -torch.minimum(plain, clipped).sum()
-    grad = plain.neg_().masked_fill_(is_clipped | (change.abs_() > LOG_RATIO_LIMIT), 0)
-    return PolicyLoss(loss, ratio_sum, is_clipped.sum().to(loss.dtype), approx_kl), grad
+    if choices.kind == "gspo":
+        change = change.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1)
+        log_ratio = _masked(change.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT), mask)
+    if moments is not None:
+        advantages = whiten(advantages, mask, eps=choices.eps, moments=moments)
+    ratio, advantages = log_ratio.exp(), _masked(advantages, mask)
+    bounded = ratio.clamp(1 - choices.low, 1 + choices.high)
+    if choices.kind in ("ppo", "gspo"):
+        plain, clipped = ratio * advantages, bounded.mul_(advantages)
+        floor = torch.where(advantages < 0, choices.dual * advantages, -torch.inf)
+        value = torch.minimum(plain, clipped)
+        is_clipped = (clipped < plain) | (value < floor)
+        value = torch.maximum(value, floor)
+        slope = plain.masked_fill_(is_clipped | (change.abs() > LOG_RATIO_LIMIT), 0)
+    else:
+        is_clipped = (bounded != ratio) if choices.kind == "cispo" else torch.zeros_like(mask)
+        slope = bounded.mul_(advantages) if choices.kind == "cispo" else advantages
+        value = slope * log_probs
+    loss, grad = -value, -slope
+    if ref_log_probs is not None:
+        ref_log_probs = _masked(ref_log_probs, mask)
+        kl = kl_estimate(log_probs, ref_log_probs, choices.kl.rstrip("+"))  # type: ignore[union-attr,arg-type]
+        distance = kl_estimate(log_probs, ref_log_probs)
+        loss = loss + choices.kl_coef * kl
+        grad = grad + choices.kl_coef * (-torch.expm1(-distance) if choices.kl == "k3" else distance)
+    if weights is not None:
+        loss, grad = loss * weights.unsqueeze(1), grad * weights.unsqueeze(1)
+    return PolicyLoss(loss.sum(), _masked(ratio, mask).sum(), is_clipped.sum().to(loss.dtype), approx_kl), grad
 
 
 class ValueLoss(NamedTuple):

@@ -23,22 +23,30 @@ class Experience:
     prompts: list[list[int]] | None = None  # B lists of token ids
     reward_prompts: list[list[int]] | None = None  # the same as the reward model reads them
     sample_ids: Tensor | None = None  # (B,) int64, the key of each sample's noise
+    redrawn: Tensor | None = None  # (B,) bool, rows that further prompts have taken the place of
     # sequences
     tokens: Tensor | None = None  # (B, T) int64
     lengths: Tensor | None = None  # (B,) int64, real tokens in a row
     loss_mask: Tensor | None = None  # (B, T) bool, tokens that supervised training learns
     response_mask: Tensor | None = None  # (B, T) bool, generated tokens, the end token included
     finished: Tensor | None = None  # (B,) bool, the response has its end token
+    # the likeliest response to each of the P different prompts
+    greedy_tokens: Tensor | None = None  # (P, T) int64; T of their own
+    greedy_lengths: Tensor | None = None  # (P,) int64
+    greedy_response_mask: Tensor | None = None  # (P, T) bool
+    greedy_finished: Tensor | None = None  # (P,) bool
     # measurements of them
     sampler_log_probs: Tensor | None = None  # (B, T) float32, as the sampler computed them
     log_probs: Tensor | None = None  # (B, T) float32, the policy before this iteration's updates
     ref_log_probs: Tensor | None = None  # (B, T) float32
     values: Tensor | None = None  # (B, T) float32, the critic before this iteration's updates
     scores: Tensor | None = None  # (B,) float32, one per response
+    baselines: Tensor | None = None  # (P,) float32, the scores of the likeliest responses
     golds: Tensor | None = None  # (B,) float32, the true preference; None where it is not known
     # what the updates aim at
     rewards: Tensor | None = None  # (B, T) float32, of each token: the KL's share, and the score at the last
     advantages: Tensor | None = None  # (B, T) float32, not whitened yet
+    importance: Tensor | None = None  # (B, T) float32, how much each token counts that the sampler has drawn
     advantage_moments: Tensor | None = None  # (3,) float32, count, mean and variance of the whole batch's
     returns: Tensor | None = None  # (B, T) float32
     # how far the iteration has come with it
@@ -47,10 +55,9 @@ class Experience:
 
     def widen(self, multiple: int) -> None:
         """Pads the rows to a multiple of tokens, as `pad_rows` does, for a mesh that they were not made on."""
-        missing = -self.tokens.shape[1] % multiple if self.tokens is not None else 0
         for name, value in vars(self).items():
             if isinstance(value, Tensor) and value.dim() == 2 and name != "advantage_moments":
-                setattr(self, name, F.pad(value, (0, missing)))
+                setattr(self, name, F.pad(value, (0, -value.shape[1] % multiple)))
 
 
 FIELDS = frozenset(field.name for field in fields(Experience)) - {"stages", "steps"}  # that stages read and write

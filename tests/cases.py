@@ -56,11 +56,22 @@ def disk_calls(patch: pytest.MonkeyPatch, folder: Path) -> list[str]:
     return calls
 
 
-def first_iteration(overrides: list[str], layout: tuple, phase: str) -> dict:
-    """The first iteration of a phase: its tokens, its figures, and a digest of this rank's weights after it."""
+def later(ctx, _, x) -> dict[str, torch.Tensor]:
+    """Body of a stage: log-probs as if updates lay behind the policy, so that ratios and the KL matter."""
+    noise = 0.3 * torch.randn(2, len(x.log_probs), 512, generator=torch.Generator().manual_seed(2))
+    both = torch.stack([x.log_probs, x.ref_log_probs]) + noise[:, :, : x.log_probs.shape[1]]
+    return {"log_probs": both[0] * x.response_mask, "ref_log_probs": both[1] * x.response_mask}
+
+
+def first_iteration(overrides: list[str], layout: tuple, phase: str, is_later: bool = False) -> dict:
+    """The first iteration of a phase: its tokens, its figures, and a digest of this rank's weights after it.
+
+    Args:
+        is_later: see `later`.
+    """
     from rlhf_engine.algorithms import ALGORITHMS
     from rlhf_engine.launching.build import begin
-    from rlhf_engine.schedule import Schedule
+    from rlhf_engine.schedule import Schedule, Stage
 
     ctx = context(overrides, layout)
     algorithm = ALGORITHMS[phase](ctx.config)
@@ -72,7 +83,11 @@ def first_iteration(overrides: list[str], layout: tuple, phase: str) -> dict:
             with role.on_device(changes=True):
                 weight = role.chunks[-1].output_layer.weight
                 weight.data.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
-    experience = Schedule(algorithm.stages, algorithm.provided, specs).run(ctx, algorithm.batch(ctx))
+    stages, both = list(algorithm.stages), ("log_probs", "ref_log_probs")
+    if is_later:
+        place = next(i for i, stage in enumerate(stages) if stage.name == "advantage")
+        stages.insert(place, Stage("later", "local", later, None, (*both, "response_mask"), both))
+    experience = Schedule(stages, algorithm.provided, specs).run(ctx, algorithm.batch(ctx))
     figures, _ = ctx.metrics.reduce(ctx.mesh)
     rows = [row[:n] for row, n in zip(experience.tokens.tolist(), experience.lengths.tolist(), strict=True)]
     digest = hashlib.sha256()

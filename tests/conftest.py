@@ -20,7 +20,8 @@ SMALL = [
     "data.num_rows=64", "data.num_eval_rows=8", "rollout.max_new_tokens=12", "sft.iterations=3", "sft.batch_size=16",
     "sft.micro_batch_size=4", "reward.iterations=3", "reward.batch_size=8", "reward.micro_batch_size=2",
     "ppo.iterations=2", "ppo.prompts_per_iteration=16", "ppo.micro_batch_size=4", "ppo.eval_prompts=8",
-    "ppo.save_every=2",
+    "ppo.save_every=2", "grpo.iterations=2", "grpo.prompts_per_iteration=4", "grpo.samples_per_prompt=4",
+    "grpo.micro_batch_size=4", "grpo.eval_prompts=8", "grpo.save_every=2",
 ]  # fmt: skip
 
 

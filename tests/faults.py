@@ -46,6 +46,16 @@ def wrong_clipping(patch) -> None:
     wrap(patch, reference, "policy_sums", change)
 
 
+def groups_mixed(patch) -> None:
+    """Each response is compared with another prompt's."""
+    from rlhf_engine.algorithms import grpo
+
+    def change(original, scores, groups, *args, **options):
+        return original(scores, groups.roll(1), *args, **options)
+
+    wrap(patch, grpo, "group_advantages", change)
+
+
 def bias_lost_while_loading(patch) -> None:
     """Biases of queries, keys and values stay 0."""
     from rlhf_engine.hf.weights import Table

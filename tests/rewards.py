@@ -20,6 +20,17 @@ def short_and_polite(prompts, responses, prompt_tokens, response_tokens):
     return [float("please" in text) - 0.01 * len(ids) for text, ids in zip(responses, response_tokens, strict=True)]
 
 
+def all_alike(prompts, *others):
+    """A verifier's, of answers that are all wrong."""
+    return [0.0] * len(prompts)
+
+
+def some_alike(prompts, responses, prompt_tokens, response_tokens):
+    """A verifier's, of which half of the prompts are too hard."""
+    rows = zip(prompt_tokens, response_tokens, strict=True)
+    return [0.0 if len(prompt) % 2 else float(sum(ids) % 97) for prompt, ids in rows]
+
+
 def too_few(prompts, responses, prompt_tokens, response_tokens):
     return [0.0]
 

@@ -175,3 +175,11 @@ def test_topics_are_told_apart_by_their_word():
             asked = form.format(action=topic.action, topic=topic.word)
             for lead in ("", *hh_mini._LEADS):
                 assert hh_mini._topic_of(f"\n\nHuman: {lead} {asked}{TURN}") == topic
+
+
+def test_the_rule_as_a_reward_function():
+    """As `+exp=hh_grpo` calls it: texts, then token ids."""
+    rows = [cut(row["chosen"]) for row in pairs("helpful-base", "test", 3, 1)]
+    prompts, answers = (list(column) for column in zip(*rows, strict=True))
+    found = hh_mini.gold_scores(prompts, answers, [[1]] * 3, [[2]] * 3)
+    assert found == [gold_score(*row) for row in rows] and len(set(found)) > 1

@@ -546,6 +546,32 @@ def test_policy_loss_and_gradient(num_tokens, whitened, device):
     assert close(x.grad, exact.grad.nan_to_num(), 2e-6) and not x.grad[~m].any()
 
 
+@pytest.mark.parametrize("kl", (None, "k1", "k2", "k3", "k3+"))
+@pytest.mark.parametrize("kind", ("ppo", "gspo", "cispo", "reinforce"))
+@pytest.mark.parametrize("num_tokens", (37, 1500))
+def test_kinds_of_policy_loss(num_tokens, kind, kl, device):
+    """On a device as by the reference in float64, which test_ppo_arithmetic.py holds to the papers."""
+    b = token_batch(5, num_tokens, device)
+    options = dict(kind=kind, clip_ratio=0.1, clip_ratio_high=0.3, dual_clip=1.5, kl_coef=0.2) | (
+        {"kl": kl} if kl else {}
+    )
+
+    def run(dtype):
+        x, ref, change, advantages = (b[n].to(dtype, copy=True) for n in ("log_probs", "ref", "returns", "values"))
+        old = (x + 0.4 * change).float().to(dtype)
+        x.requires_grad_()
+        weights = torch.linspace(0, 2, 5, device=device, dtype=dtype)
+        ref = ref if kl else None
+        found = kernels.clipped_policy_loss(
+            x, old, advantages, b["mask"], ref_log_probs=ref, weights=weights, **options
+        )
+        (found.loss * 1.7).backward()
+        return *found, x.grad
+
+    for got, want in zip(run(torch.float32), run(torch.float64), strict=True):
+        assert close(got, want, 2e-5), (got, want)  # sums that cancel
+
+
 @pytest.mark.parametrize("num_tokens", (1, 50, 1500))
 def test_value_loss_and_gradient(num_tokens, device):
     b = token_batch(5, num_tokens, device)

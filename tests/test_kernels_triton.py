@@ -43,11 +43,11 @@ POINTERS = {
     **dict.fromkeys(
         ("logits", "out", "parts", "saved", "grad_log_prob", "grad_entropy", "log_probs", "ref_log_probs", "values",
          "scores", "advantages", "returns", "rewards", "moments", "old_log_probs", "old_values", "grad", "sums", "q",
-         "cache"),
+         "cache", "weights", "means", "decays"),
         torch.float32,
     ),
 }  # fmt: skip
-NUMBERS = {"scale", "inverse_temperature", "kl_coef", "gamma", "decay", "clip_ratio", "clip_value", "eps"}
+NUMBERS = {"scale", "inverse_temperature", "kl_coef", "gamma", "low", "high", "dual", "clip_value", "eps"}
 UNALIGNED = {"num_blocks", "num_parts", "num_scores"}  # need not divide by 16, all other addresses and strides do
 BF16, FP32 = torch.bfloat16, torch.float32
 NAMES = {BF16: "bf16", FP32: "fp32"}
@@ -72,8 +72,10 @@ def cases():
         config = advantage_triton.LAUNCH["rows"] | {"LIMIT": 20.0, "PACKED": packed}
         yield f"advantage-{packed}", advantage_triton.rows_kernel, {}, config
     yield "moments", advantage_triton.moments_kernel, {"rows": FP32}, advantage_triton.LAUNCH["moments"]
-    config = losses_triton.LAUNCH["policy"] | {"LIMIT": 20.0, "WHITEN": True}
-    yield "policy", losses_triton.policy_kernel, {}, config
+    for kind, kl in (("ppo", "none"), ("ppo", "k3"), ("gspo", "k2"), ("cispo", "k1"), ("reinforce", "k3+")):
+        config = losses_triton.LAUNCH["policy"] | {"KIND": kind, "KL": kl, "LIMIT": 20.0, "WHITEN": True}
+        yield f"policy-{kind}-{kl}", losses_triton.policy_kernel, {}, config | {"WEIGHTED": kl != "none"}
+    yield "means", losses_triton.means_kernel, {}, losses_triton.LAUNCH["means"]
     yield "value", losses_triton.value_kernel, {}, losses_triton.LAUNCH["value"]
     for dtype, *shape in ((BF16, 4, 64), (BF16, 8, 128), (FP32, 4, 64), (FP32, 8, 128)):
         for window in (0, 4096):

@@ -23,8 +23,9 @@ LAYOUTS = {
 }
 # One optimizer step a role: the figures of a second would be those after an Adam update. At a ratio of 1 the loss of
 # whitened advantages is exactly 0; the entropy term gives it a size to compare.
-SETTINGS = [*SMALL, "ppo.epochs=1", "ppo.num_minibatches=1", "ppo.entropy_coef=0.01"]
-PHASES = ("sft", "reward", "ppo")
+SETTINGS = [*SMALL, "phases=[sft,reward,ppo,grpo]", "ppo.epochs=1", "ppo.num_minibatches=1", "ppo.entropy_coef=0.01"]
+SETTINGS += ["grpo.num_minibatches=1", "grpo.entropy_coef=0.01"]
+PHASES = ("sft", "reward", "ppo", "grpo")
 TOLERANCE = 1e-5
 
 
@@ -116,6 +117,81 @@ def test_recomputed_activations_change_nothing(worlds, small_run, reference, rec
     settings = [*SETTINGS, f"output_dir={small_run}", f"schedule.recompute={recompute}"]
     found = worlds(layout[0] * layout[1]).run(cases.first_iteration, settings, layout, "sft")[0]
     assert_same(found["figures"], reference["sft"]["figures"], f"{recompute} recompute on {layout}")
+
+
+# of the policy's loss, each with another mean, another place of the KL and another comparison of scores
+CHOICES = {
+    "gspo": ["grpo.loss=gspo", "grpo.clip_ratio=0.05", "grpo.kl=k2"],
+    "cispo": ["grpo.loss=cispo", "grpo.loss_mean=tokens", "grpo.kl=k1", "grpo.advantage=rloo"],
+    "dapo": [
+        "grpo.loss_mean=tokens",
+        "grpo.clip_ratio_high=0.28",
+        "grpo.dual_clip=1.2",
+        "grpo.kl=k3+",
+        "grpo.importance=truncated",
+        "grpo.importance_limit=1.2",
+        "grpo.overlong_buffer=4",
+    ],
+    "dr_grpo": ["grpo.loss_mean=constant", "grpo.advantage=dr_grpo", "grpo.kl=k3"],
+    "remax": ["grpo.advantage=remax", "grpo.loss_mean=tokens", "grpo.kl=reward", "grpo.overlong_buffer=4"],
+    "reinforce++": ["grpo.loss=reinforce", "grpo.advantage=reinforce++", "grpo.kl=reward"],
+}
+
+
+@pytest.fixture(scope="module")
+def chosen(worlds, small_run):
+    """`chosen(name)`: settings, and figures of an update on one rank."""
+    known: dict[str, tuple[list[str], dict]] = {}
+
+    def get(name: str) -> tuple[list[str], dict]:
+        if name not in known:
+            settings = [*SETTINGS, *CHOICES[name], f"output_dir={small_run}", "phases=[grpo]"]
+            found = worlds(1).run(cases.first_iteration, settings, (1, 1, 1), "grpo", True)[0]
+            known[name] = settings, found["figures"]
+        return known[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize(
+    ("layout", "extra"),
+    [
+        ((1, 1, 1), "schedule.micro_batch_tokens=400"),
+        ((2, 1, 1, True), "grpo.micro_batch_size=2"),
+        ((1, 2, 1), "schedule.micro_batch_tokens=150"),
+        ((1, 1, 2), "grpo.micro_batch_size=1"),
+    ],
+    ids=str,
+)
+def test_choices_of_the_policy_loss(worlds, chosen, name, layout, extra):
+    """What is of a sequence does not depend on how rows are dealt, where an update lies behind the policy."""
+    settings, wanted = chosen(name)
+    assert abs(wanted["policy/ratio"] - 1) > 1e-3 and wanted["policy/grad_norm"] > 0
+    world = worlds(layout[0] * layout[1] * layout[2])
+    for found in world.run(cases.first_iteration, [*settings, extra], layout, "grpo", True):
+        assert_same(found["figures"], wanted, f"{name} on {layout}")
+
+
+@pytest.mark.parametrize("layout", [(2, 1, 1, True), (1, 2, 1), (1, 1, 2)], ids=str)
+def test_prompts_drawn_anew(worlds, small_run, layout):
+    """On every mesh the same, whoever scores them."""
+    settings = [*SETTINGS, f"output_dir={small_run}", "phases=[grpo]", "grpo.redraws=2"]
+    for scorer in ([], ["reward=function", "reward.fn=rewards:some_alike"]):
+        wanted = worlds(1).run(cases.first_iteration, [*settings, *scorer], (1, 1, 1), "grpo")[0]
+        found = worlds(2).run(cases.first_iteration, [*settings, *scorer], layout, "grpo")[0]
+        assert found["tokens"] == wanted["tokens"]
+        assert_same(found["figures"], wanted["figures"], f"grpo on {layout}")
+        assert bool(scorer) == (wanted["figures"]["rollout/redrawn_1"] > 0)
+
+
+@pytest.mark.parametrize("layout", [(1, 1, 1), (2, 1, 1, True), (1, 1, 2)], ids=str)
+def test_ppo_with_a_lambda_of_its_critic_and_of_each_length(worlds, small_run, layout):
+    settings = [*SETTINGS, f"output_dir={small_run}", "phases=[ppo]", "ppo.critic_lambda=1.0", "ppo.gae_alpha=0.2"]
+    wanted = worlds(1).run(cases.first_iteration, settings, (1, 1, 1), "ppo", True)[0]
+    settings += ["schedule.micro_batch_tokens=200"]
+    found = worlds(layout[0] * layout[2]).run(cases.first_iteration, settings, layout, "ppo", True)[0]
+    assert_same(found["figures"], wanted["figures"], f"ppo on {layout}")
 
 
 PTX = ["ppo.ptx.sources=[hh_mini/helpful-base]", "ppo.ptx.rows=8"]

@@ -10,10 +10,12 @@ import worlds as launching
 
 from rlhf_engine.config import DeviceName, MeshConfig, ModelConfig, OptimizerConfig, RolloutConfig
 from rlhf_engine.config.devices import GPUS, data_sheet_flops
+from rlhf_engine.launching.compose import compose
 from rlhf_engine.models.flops import attended, forward_flops, head_flops
 from rlhf_engine.models.partition import rank_parameters
 from rlhf_engine.models.pipeline import ahead, chunk_group, orders, simulate
 from rlhf_engine.plan.memory import Numbers, kv_bytes_per_token, kv_positions, layer_activations, resident
+from rlhf_engine.plan.rows import rows_of
 
 SIZES = dict(
     num_layers=3, hidden_size=48, num_attention_heads=4, num_key_value_heads=2, intermediate_size=80, vocab_size=200,
@@ -188,6 +190,18 @@ def test_a_plan(planned):
     assert all(stage in out for stage in ("rollout", "ref_log_probs", "train_critic", "train_policy"))
     _, out, _ = planned("model=llama_7b", "mesh.pp=4", "mesh.dp=2", "plan=true", "schedule.recompute=full")
     assert "train_critic + train_policy" in out and "peak of a rank, by pipeline stage" in out
+
+
+def test_a_plan_of_groups(planned):
+    """One policy alone, with a reward function; its rows are the samples of all groups."""
+    command = ["model=llama_7b", "mesh.tp=4", "mesh.dp=2", "phases=[grpo]", "reward=function", "reward.fn=math:fsum"]
+    command += ["plan=true", "grpo.prompts_per_iteration=64", "grpo.samples_per_prompt=8", "grpo.micro_batch_size=1"]
+    status, out, err = planned(*command, "grpo.kl_coef=0", "grpo.num_minibatches=4")
+    assert status == 0 and not err and out.count("fits") == 1
+    assert not any(word in out for word in ("ref_log_probs", "critic", "values", "reference"))
+    rows = rows_of("grpo", compose([*LARGE, *command, "grpo.num_minibatches=4"]))
+    assert (rows.total, rows.minibatch, rows.steps, rows.distinct) == (512, 128, 4, 64)
+    assert "ref_log_probs" in planned(*command)[1]
 
 
 def test_a_save(planned):

@@ -46,6 +46,7 @@ def ragged_batch(seed, num_tokens=COLUMNS):
         old_values=(values + normal(*shape, scale=0.2)).astype(np.float32).astype(np.float64),
         returns=normal(*shape),
         advantages=normal(*shape),
+        ref_log_probs=(log_probs + normal(*shape, scale=0.4)).astype(np.float32).astype(np.float64),
         chosen=normal(ROWS, scale=3.0),
         rejected=normal(ROWS, scale=3.0),
         logits=normal(*shape, PADDED_VOCAB, scale=2.0),
@@ -119,6 +120,58 @@ def policy_oracle(b):
     return loss, ratio_sum, clip_count, kl
 
 
+# Settings of the policy loss, by name; `weights` stands for one weight a row.
+POLICIES = {
+    "two_bounds": dict(clip_ratio=0.1, clip_ratio_high=0.28),
+    "dual_clip": dict(clip_ratio=0.2, dual_clip=1.3),
+    "gspo": dict(kind="gspo", clip_ratio=0.05, clip_ratio_high=0.1),
+    "cispo": dict(kind="cispo", clip_ratio=0.3, clip_ratio_high=0.15),
+    "reinforce": dict(kind="reinforce"),
+    **{kl: dict(kl=kl, kl_coef=0.3) for kl in ("k1", "k2", "k3", "k3+")},
+    "weights": dict(kl="k3", kl_coef=0.3, weights=np.array([9.0, 1.0, 0.5, 0.0, 0.25, 2.0])),
+}
+
+
+def choice_oracle(b, name, at=None):
+    """A policy loss by its papers' formulas, and its statistics, a token after the other.
+
+    Args:
+        at: the batch where what the papers take for constant is computed; the gradient is that of the log-probs.
+    """
+    options, fixed = dict(clip_ratio=CLIP, kind="ppo", kl=None, kl_coef=0.0) | POLICIES[name], at or b
+    low, high = options["clip_ratio"], options.get("clip_ratio_high", options["clip_ratio"])
+    loss = ratio_sum = clip_count = approx_kl = 0.0
+    for row, t in masked_tokens(b):
+        i, advantage = (row, t), b.advantages[row, t]
+        ratio = math.exp(b.log_probs[i] - b.old_log_probs[i])
+        approx_kl += ratio - 1 - math.log(ratio)
+        if options["kind"] == "gspo":  # eq. 7, and 14 for its gradient
+            response = np.flatnonzero(b.mask[row])
+            mean = math.fsum(fixed.log_probs[row, u] - b.old_log_probs[row, u] for u in response) / len(response)
+            ratio = math.exp(mean) * math.exp(b.log_probs[i] - fixed.log_probs[i])
+        near = min(max(ratio, 1 - low), 1 + high)
+        if options["kind"] == "reinforce":
+            term, clipped = -advantage * b.log_probs[i], False
+        elif options["kind"] == "cispo":
+            there = math.exp(fixed.log_probs[i] - b.old_log_probs[i])
+            term = -min(max(there, 1 - low), 1 + high) * advantage * b.log_probs[i]
+            clipped = near != ratio
+        else:
+            term, plain = -min(ratio * advantage, near * advantage), -ratio * advantage
+            if "dual_clip" in options and advantage < 0:
+                term = min(term, -options["dual_clip"] * advantage)
+            clipped = term != plain
+        if options["kl"]:
+            d = b.log_probs[i] - b.ref_log_probs[i]
+            k3 = math.exp(-d) - 1 + d
+            value = {"k1": d, "k2": d * d / 2, "k3": k3, "k3+": k3}[options["kl"]]
+            gradient = k3 if options["kl"] == "k3" else d * d / 2
+            term += options["kl_coef"] * (value if at is None else gradient)
+        loss += term * options.get("weights", np.ones(ROWS))[row]
+        ratio_sum, clip_count = ratio_sum + ratio, clip_count + clipped
+    return loss, ratio_sum, clip_count, approx_kl
+
+
 def value_oracle(b):
     loss = clip_count = error = 0.0
     for i in masked_tokens(b):
@@ -179,6 +232,14 @@ def run_policy(b):
     return kernels.clipped_policy_loss(b.log_probs, b.old_log_probs, b.advantages, b.mask, clip_ratio=CLIP)
 
 
+def run_choice(b, name):
+    options = POLICIES[name]
+    if "weights" in options:
+        options = options | {"weights": torch.tensor(options["weights"], dtype=b.log_probs.dtype)}
+    ref = {"ref_log_probs": b.ref_log_probs} if "kl" in options else {}
+    return kernels.clipped_policy_loss(b.log_probs, b.old_log_probs, b.advantages, b.mask, **options, **ref)
+
+
 def run_value(b):
     return kernels.clipped_value_loss(b.values, b.old_values, b.returns, b.mask, clip_value=CLIP)
 
@@ -198,6 +259,7 @@ CASES = [
       for setting in GAE_SETTINGS),
     (run_whiten, whiten_oracle, (), "values mask"),
     (run_policy, policy_oracle, (), "log_probs old_log_probs advantages mask"),
+    *((run_choice, choice_oracle, (name,), "log_probs advantages mask") for name in POLICIES),
     (run_value, value_oracle, (), "values old_values returns mask"),
     (run_pairwise, pairwise_oracle, (), "chosen rejected"),
     *((run_log_probs, log_probs_oracle, (temperature,), "logits tokens") for temperature in (1.0, 0.7, 2.5)),
@@ -275,6 +337,106 @@ def test_gradient_of_clipped_losses(run, oracle, name, seed):
     assert agree(x.grad, expected, 1e-6)
     assert not agree(x.grad, np.roll(expected, 1, 1), 1e-3)
     assert not x.grad[tensors.mask == 0].any()
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_gradient_of_each_policy_loss(name, seed):
+    batch = ragged_batch(seed)
+    tensors = as_tensors(batch, torch.float64)
+    (3 * run_choice(SimpleNamespace(**vars(tensors) | {"log_probs": tensors.log_probs.requires_grad_()}), name).loss
+     ).backward()  # fmt: skip
+    expected = 3 * central_difference(
+        lambda v: choice_oracle(SimpleNamespace(**{**vars(batch), "log_probs": v}), name, at=batch)[0], batch.log_probs
+    )
+    assert agree(tensors.log_probs.grad, expected, 1e-6)
+    assert not tensors.log_probs.grad[tensors.mask == 0].any()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_gspo_of_one_advantage_a_response_is_the_sequence_ratio(seed):
+    """Its gradient, with each row's mean over its tokens, is that of -min(s A, clip(s) A) with s of the sequence."""
+    batch = ragged_batch(seed)
+    lengths = batch.mask.sum(1).clip(1)
+    scores = torch.tensor(batch.chosen)
+    tensors = as_tensors(batch, torch.float64)
+    advantages, x = scores.unsqueeze(1).expand(tensors.mask.shape), tensors.log_probs.requires_grad_()
+    weights = 1 / torch.tensor(lengths).double()
+    found = kernels.clipped_policy_loss(
+        x, tensors.old_log_probs, advantages, tensors.mask, kind="gspo", clip_ratio=0.05, weights=weights
+    )
+    found.loss.backward()
+
+    def loss(log_probs):
+        total = 0.0
+        for row in range(1, ROWS):  # the first has no response
+            tokens = np.flatnonzero(batch.mask[row])
+            s = math.exp(np.mean(log_probs[row, tokens] - batch.old_log_probs[row, tokens]))
+            total -= min(s * batch.chosen[row], min(max(s, 0.95), 1.05) * batch.chosen[row])
+        return total
+
+    assert float(found.loss) == pytest.approx(loss(batch.log_probs), rel=1e-12)
+    assert agree(x.grad, central_difference(loss, batch.log_probs), 1e-6)
+
+
+def test_each_row_may_have_its_lambda():
+    b = as_tensors(ragged_batch(0), torch.float32)
+    mixtures = torch.tensor([0.0, 0.3, 0.5, 0.9, 0.95, 1.0])
+    for row, mixture in enumerate(mixtures.tolist()):
+        for found, wanted in zip(run_advantages(b, 0.9, mixtures), run_advantages(b, 0.9, mixture), strict=True):
+            if found.shape != (3,):
+                torch.testing.assert_close(found[row], wanted[row])
+
+
+def test_lambda_by_length():
+    """VAPO's with alpha 0.05: 0.9 of 200 tokens, 0.99 of 2,000."""
+    from rlhf_engine.algorithms.ppo import _lambdas
+    from rlhf_engine.config import PPOConfig
+
+    assert _lambdas(PPOConfig(gae_alpha=0.05), torch.tensor([5, 200, 2000])).tolist() == pytest.approx([0, 0.9, 0.99])
+    assert _lambdas(PPOConfig(), torch.tensor([5, 200])).tolist() == pytest.approx([0.95, 0.95])
+
+
+def test_policy_losses_by_hand():
+    """One token each: log-ratio ln 1.5, so a ratio of 1.5, and 1.1 for the reference's 1 / ratio."""
+    log, one = math.log, torch.ones(1, 1)
+
+    def loss(advantage, new=0.75, old=0.5, **options):
+        new, old = (torch.full((1, 1), p, dtype=torch.float64).log() for p in (new, old))
+        return float(kernels.clipped_policy_loss(new, old, advantage * one, one, **options).loss)
+
+    assert loss(2.0) == pytest.approx(-2.4)  # clipped at 1.2
+    assert loss(2.0, clip_ratio_high=0.4) == pytest.approx(-2.8)
+    assert loss(2.0, clip_ratio_high=0.6) == pytest.approx(-3.0)
+    assert loss(-2.0) == pytest.approx(3.0)
+    assert loss(-2.0, dual_clip=1.25) == pytest.approx(2.5)
+    assert loss(-2.0, new=0.25) == pytest.approx(1.6)  # a ratio of a half is clipped at 0.8
+    assert loss(2.0, kind="cispo", clip_ratio=1.0, clip_ratio_high=0.25) == pytest.approx(-2.5 * log(0.75))
+    assert loss(2.0, kind="reinforce") == pytest.approx(-2 * log(0.75))
+    ref = dict(ref_log_probs=torch.full((1, 1), log(0.825), dtype=torch.float64), kl_coef=10.0)
+    for kl, value in (("k1", -log(1.1)), ("k2", log(1.1) ** 2 / 2), ("k3", 0.1 - log(1.1)), ("k3+", 0.1 - log(1.1))):
+        assert loss(0.0, kl=kl, **ref) == pytest.approx(10 * value), kl
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "gppo"}, "policy loss 'gppo' is unknown: ppo, gspo, cispo, reinforce"),
+        ({"kl": "k4"}, r"KL term 'k4' is unknown: k1, k2, k3, k3\+"),
+        ({"dual_clip": 1.0}, "dual_clip=1.0 must be above 1"),
+    ],
+    ids=["kind", "kl", "dual_clip"],
+)
+def test_a_policy_loss_that_there_is_not(options, message):
+    x = torch.zeros(1, 1)
+    with pytest.raises(ValueError, match=message):
+        kernels.clipped_policy_loss(x, x, x, x, **options)
+
+
+def test_the_kl_term_pulls_back_from_beyond_its_clamp():
+    x, zeros, ones = torch.tensor([[30.0, -30.0]], requires_grad=True), torch.zeros(1, 2), torch.ones(1, 2)
+    kernels.clipped_policy_loss(x, x, zeros, ones, ref_log_probs=zeros, kl="k2", kl_coef=1.0).loss.backward()
+    assert x.grad.tolist() == [[20.0, -20.0]]
 
 
 def test_policy_gradient_flows_to_log_probs_alone():
@@ -366,3 +528,16 @@ def test_scores_are_clipped_then_standardised_by_all_so_far():
     found = shape_scores(ctx, torch.tensor(second), torch.tensor([True, False]))
     seen = np.concatenate([first, second]).clip(-2, 3)
     np.testing.assert_allclose(found, (second.clip(-2, 3) - seen.mean()) / seen.std() - [0, 0.5], rtol=1e-6)
+
+
+def test_what_overlong_responses_lose():
+    """By DAPO's eq. 13: nothing up to 12 of 16 tokens, and then a quarter of the penalty for each."""
+    from rlhf_engine.algorithms.rollouts import overlong
+    from rlhf_engine.config import RunConfig
+
+    config = RunConfig()
+    config.rollout.max_new_tokens, config.ppo.overlong_buffer, config.ppo.overlong_penalty = 16, 4, 2.0
+    ctx = SimpleNamespace(settings=config.ppo, config=config)
+    assert overlong(ctx, torch.tensor([1, 12, 13, 15, 16])).tolist() == [0, 0, 0.5, 1.5, 2]
+    config.ppo.overlong_buffer = 0
+    assert not overlong(ctx, torch.tensor([1, 16])).any()

@@ -21,13 +21,14 @@ from rlhf_engine.rehearse.exchange import Exchange, Post
 from rlhf_engine.rehearse.part import chosen, is_small, settle
 from rlhf_engine.rehearse.report import lines, show, write
 
-PHASES = ("sft", "reward", "ppo")
+PHASES = ("sft", "reward", "ppo", "grpo")
 SMALL = [
     "+exp=hh_rlhf", "model.num_layers=2", "model.hidden_size=64", "model.intermediate_size=64", "data.num_rows=64",
     "data.num_eval_rows=8", "data.max_seq_len=96", "data.max_prompt_len=64", "rollout.max_new_tokens=8",
     "sft.batch_size=8", "sft.micro_batch_size=4", "reward.batch_size=8", "reward.micro_batch_size=2",
     "ppo.prompts_per_iteration=8", "ppo.micro_batch_size=2", "ppo.epochs=1", "ppo.num_minibatches=2",
-    "ppo.eval_prompts=4",
+    "ppo.eval_prompts=4", "grpo.prompts_per_iteration=2", "grpo.samples_per_prompt=4", "grpo.micro_batch_size=2",
+    "grpo.eval_prompts=4",
 ]  # fmt: skip
 
 
@@ -97,10 +98,10 @@ def test_a_run_starts_saves_stops_and_resumes(ranks, tmp_path, layout):
 @pytest.mark.parametrize(("layout", "steps"), [((1, 2, 2), ()), ((2, 1, 2, True), ("rollout", "evaluation"))])
 def test_its_stages_and_collectives_are_those_of_a_run(ranks, worlds, tmp_path, layout, steps):
     """Of the same experiment on a CPU, on every rank. A GPU generates in other steps."""
-    options = [f"{phase}.iterations=1" for phase in PHASES]
+    options = [f"{phase}.iterations=1" for phase in PHASES] + [f"phases=[{','.join(PHASES)}]"]
     options += [
         f"{name}.overlap=true"
-        for name in ("sft.optimizer", "reward.optimizer", "ppo.optimizer", "ppo.critic_optimizer")
+        for name in ("sft.optimizer", "reward.optimizer", "ppo.optimizer", "ppo.critic_optimizer", "grpo.optimizer")
     ]
     counted = worlds(4).run(collectives.count, [*SMALL, *options], layout, PHASES, tmp_path / "cpu")
     tp, pp, dp, sequence_parallel = (*layout, False)[:4]

@@ -178,6 +178,46 @@ def test_reward_function(tmp_path, monkeypatch):
     assert failed.returncode != 0 and "gave 1 scores for 16 responses" in failed.stderr
 
 
+def test_groups_scored_by_a_function(tmp_path, monkeypatch):
+    """GRPO of a policy alone; what it writes, its figures, and another mesh it goes on with."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]))
+    settings = [*SMALL, "phases=[grpo]", "reward=function", "reward.fn=rewards:short_and_polite", "grpo.kl_coef=0"]
+    settings += ["grpo.save_every=1", "grpo.write_rollouts=true", "grpo.write_arrays=true", "rollout.max_new_tokens=30"]
+    settings += ["rollout.min_new_tokens=1", f"output_dir={tmp_path}"]
+    launch(*settings, "mesh.dp=1", "grpo.iterations=1")
+    result = launch(*settings, "mesh.tp=2", "mesh.dp=1")
+    assert "grpo: resuming at iteration 1 of 2" in result.stdout
+    folder, rows = tmp_path / "grpo", figures(tmp_path / "grpo")
+    names = {"score/mean", "score/equal_groups", "policy/loss", "policy/ratio_first", "rollout/log_prob_gap"}
+    assert len(rows) == 2 and all(names <= row.keys() and "kl/mean" not in row for row in rows)
+    assert all(abs(row["policy/ratio_first"] - 1) <= 1e-6 for row in rows)
+    for i, row in enumerate(rows):
+        x = np.load(folder / "rollouts" / f"{i}.npz")
+        written = [json.loads(line) for line in (folder / "rollouts" / f"{i}.jsonl").read_text().splitlines()]
+        assert [found["score"] for found in written] == pytest.approx(x["scores"].tolist(), abs=1e-6)
+        assert all(found["kl"] is None for found in written) and "ref_log_probs" not in x and "values" not in x
+        scores = (x["scores"] - ~x["finished"]).reshape(4, 4).astype(np.float64)
+        std = scores.std(axis=1, ddof=1, keepdims=True)
+        wanted = ((scores - scores.mean(axis=1, keepdims=True)) / (std + 1e-6)).reshape(16, 1) * x["response_mask"]
+        assert x["advantages"] == pytest.approx(wanted, abs=1e-4)
+        assert row["score/mean"] == pytest.approx(x["scores"].mean(), abs=1e-6)
+        assert row["score/equal_groups"] == pytest.approx((scores.std(axis=1) == 0).mean())
+    summary = json.loads((folder / "summary.json").read_text())
+    assert "eval/score_after" in summary and "eval/score_before" not in summary and "eval/kl" not in summary
+    assert (folder / "hf" / "model.safetensors").is_file()
+
+
+def test_the_kl_in_the_loss_of_ppo(phases, tmp_path):
+    """It is not in the reward then, and holds the policy."""
+    folder = tmp_path / "run"
+    shutil.copytree(phases, folder)
+    settings = [*SMALL, f"output_dir={folder}", "mesh.dp=1", "phases=[ppo]", "ppo.write_arrays=true", "ppo.kl=k2"]
+    launch(*settings, "ppo.optimizer.lr=1e-3")
+    x, rows = np.load(folder / "ppo" / "rollouts" / "1.npz"), figures(folder / "ppo")
+    assert rows[1]["kl/mean"] != 0 and rows[1]["policy/kl"] != 0
+    assert np.count_nonzero(x["rewards"]) == len(x["rewards"])  # the score, at the last token
+
+
 def test_options_of_ppo(phases, tmp_path):
     """Adaptive KL, score scaling and clipping, several samples a prompt, offloaded roles, critic warm-up, presets, text
     mixed in, packed micro-batches, rollouts written."""

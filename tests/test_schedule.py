@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rlhf_engine.algorithms.ppo import PPO, stage_table
-from rlhf_engine.config import PPOConfig, RewardConfig, RunConfig
+from rlhf_engine.algorithms import ALGORITHMS
+from rlhf_engine.algorithms.rollouts import PROVIDED
+from rlhf_engine.config import BUILDS_ON, SAMPLING, GRPOConfig, RewardConfig, RunConfig
 from rlhf_engine.experience import Experience
 from rlhf_engine.observing.metrics import Metrics
 from rlhf_engine.observing.trace import Trace
@@ -47,18 +48,44 @@ def test_tables_that_cannot_run(stage, message):
         Schedule([stage], set(), ROLES)
 
 
-def test_every_row_of_ppo_is_needed():
-    table = stage_table(RunConfig(ppo=PPOConfig(write_rollouts=True)))
-    Schedule(table, PPO.provided, ROLES)
+def algorithm(phase: str, **sections):
+    config = RunConfig(**sections)
+    getattr(config, phase).write_rollouts = True
+    return ALGORITHMS[phase](config)
+
+
+@pytest.mark.parametrize("phase", sorted(SAMPLING))
+def test_every_row_is_needed(phase):
+    table = algorithm(phase).stages
+    Schedule(table, PROVIDED, ROLES)
     for dropped in table:
         if dropped.writes:
             with pytest.raises(ScheduleError, match="before a stage writes it"):
-                Schedule([stage for stage in table if stage is not dropped], PPO.provided, ROLES)
+                Schedule([stage for stage in table if stage is not dropped], PROVIDED, ROLES)
 
 
-def test_a_reward_function_needs_no_reward_role():
-    table = stage_table(RunConfig(reward=RewardConfig(kind="function", fn="a:b")))
-    Schedule(table, PPO.provided, ("policy", "reference", "critic"))
+@pytest.mark.parametrize(
+    ("phase", "sections", "roles"),
+    [
+        ("ppo", {}, "policy reference critic reward"),
+        ("ppo", {"reward": RewardConfig(kind="function", fn="a:b")}, "policy reference critic"),
+        ("grpo", {}, "policy reference reward"),
+        ("grpo", {"reward": RewardConfig(kind="function", fn="a:b")}, "policy reference"),
+        ("grpo", {"reward": RewardConfig(kind="function", fn="a:b"), "grpo": GRPOConfig(kl_coef=0)}, "policy"),
+    ],
+    ids=["ppo", "ppo by a function", "grpo", "grpo by a function", "grpo of the policy alone"],
+)
+def test_roles_are_those_that_the_table_needs(phase, sections, roles):
+    found = algorithm(phase, **sections)
+    assert set(found.roles()) == {stage.role for stage in found.stages if stage.role} == set(roles.split())
+    Schedule(found.stages, found.provided, found.roles())
+
+
+@pytest.mark.parametrize("phase", sorted(ALGORITHMS))
+def test_a_phase_builds_on_those_that_its_roles_start_from(phase):
+    """By the configuration, which is asked before any algorithm is."""
+    roles = ALGORITHMS[phase](RunConfig()).roles().values()
+    assert set(BUILDS_ON[phase]) == {start for role in roles for start, _ in role.weights}
 
 
 def test_a_body_sees_what_it_reads_and_writes_what_it_declares():

@@ -46,6 +46,13 @@ def test_a_micro_batch_is_a_tenth_of_memory_and_the_rest_is_the_same_on_every_me
     assert same[0] == same[1] == same[2]
 
 
+@pytest.mark.parametrize(("device", "samples", "prompts"), [("cpu", 8, 4), ("cuda", 8, 16), ("cuda", 200, 1)])
+def test_groups_make_a_batch_of_as_many_samples(device, samples, prompts):
+    config = compose([*OWN, "phases=[grpo]", f"grpo.samples_per_prompt={samples}"])
+    assert settle(config, MeshConfig(1, 1, 1), SMALL, 512, device)["grpo.prompts_per_iteration"] == prompts
+    assert config.ppo.prompts_per_iteration == {"cpu": 32, "cuda": 128}[device]
+
+
 def test_what_is_said_stays():
     config = compose([*OWN, "sft.batch_size=6", "ppo.micro_batch_size=2"])
     found = settle(config, MeshConfig(1, 1, 1), SMALL, 512, "cpu")

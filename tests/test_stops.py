@@ -16,18 +16,23 @@ from rlhf_engine.context import RunningMoments, TrainState
 from rlhf_engine.experience import Experience
 from rlhf_engine.surviving.guard import Skipped
 
-PPO = [*SMALL, "phases=[ppo]", "export_hf=false", "ppo.kl_controller=adaptive", "ppo.score_scale=true"]
+OPTIONS = {
+    "ppo": ["ppo.kl_controller=adaptive", "ppo.score_scale=true"],
+    "grpo": ["grpo.score_center=true", "grpo.redraws=1", "reward=function", "reward.fn=rewards:some_alike"],
+}
 
 
 def train(
-    folder: Path, layout: tuple, stop_at: int | None = None, iterations: int = 2, options: Sequence[str] = ()
-) -> bool:
-    """In a rank: PPO from where it is, stopped at the so-manieth point where it can be. Whether it came to its end."""
+    folder: Path, layout: tuple, stop_at: int | None = None, iterations: int = 2, options: Sequence[str] = (),
+    phase: str = "ppo",
+) -> bool:  # fmt: skip
+    """In a rank: a phase from where it is, stopped at the so-manieth point where it can be. Whether it ended."""
     from rlhf_engine.algorithms import ALGORITHMS
     from rlhf_engine.signals import Stop
     from rlhf_engine.trainer import train
 
-    settings = [*PPO, f"ppo.iterations={iterations}", f"output_dir={folder}", *options]
+    settings = [*SMALL, f"phases=[{phase}]", "export_hf=false", *OPTIONS[phase], f"{phase}.iterations={iterations}"]
+    settings += [f"output_dir={folder}", *options]
     ctx, passed = cases.context(settings, layout), 0
 
     def stop_if_asked() -> None:
@@ -37,28 +42,32 @@ def train(
             raise Stop
 
     ctx.stop_if_asked = stop_if_asked  # type: ignore[method-assign]
-    return train(ctx, ALGORITHMS["ppo"](ctx.config))
+    return train(ctx, ALGORITHMS[phase](ctx.config))
 
 
 @pytest.fixture(scope="module")
 def whole(small_run, worlds, tmp_path_factory) -> Path:
-    """Never stopped, on two replicas."""
+    """Both phases, never stopped, on two replicas."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     shutil.copytree(small_run, folder)
-    assert worlds(2).run(train, folder, (1, 1, 2)) == [True, True]
+    for phase in OPTIONS:
+        assert worlds(2).run(train, folder, (1, 1, 2), None, 2, (), phase) == [True, True]
     return folder
 
 
-@pytest.mark.parametrize(("stop_at", "iterations"), [(1, 1), (7, 2)])
-def test_stopped_again_and_again(small_run, worlds, whole, tmp_path, stop_at, iterations):
-    """At each point where it can be, of nine stages and eight updates; and at every seventh of two iterations."""
+@pytest.mark.parametrize(
+    ("phase", "points", "stop_at", "iterations"), [("ppo", 17, 1, 1), ("ppo", 17, 7, 2), ("grpo", 12, 1, 1)]
+)
+def test_stopped_again_and_again(small_run, worlds, whole, tmp_path, phase, points, stop_at, iterations):
+    """At each point where it can be, of PPO's nine stages and eight updates, or ten and two; and at every seventh of
+    two iterations."""
     folder = tmp_path / "run"
     shutil.copytree(small_run, folder)
     stops = 0
-    while not worlds(2).run(train, folder, (1, 1, 2), stop_at, iterations)[0]:
+    while not worlds(2).run(train, folder, (1, 1, 2), stop_at, iterations, (), phase)[0]:
         stops += 1
-    assert stops == 17 * iterations // stop_at
-    assert figures(folder / "ppo") == figures(whole / "ppo")[:iterations]
+    assert stops == points * iterations // stop_at
+    assert figures(folder / phase) == figures(whole / phase)[:iterations]
 
 
 def test_stopped_and_gone_on_with_on_other_meshes(small_run, worlds, whole, tmp_path):

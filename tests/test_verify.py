@@ -24,6 +24,8 @@ from rlhf_engine.verify.policy import batch_independence
 from rlhf_engine.verify.rounding import moved
 from rlhf_engine.verify.subject import Sampled
 
+PHASES = ("sft", "reward", "ppo", "grpo")
+
 
 def lines(folder: Path) -> dict[str, dict]:
     return {line["name"]: line for line in json.loads((folder / "verify.json").read_text())["checks"]}
@@ -38,6 +40,7 @@ def embedded(worlds, tmp_path_factory) -> Path:
     """The output folder of checks of the embedded experiment, on a mesh that is parallel in several ways at once."""
     folder = tmp_path_factory.mktemp("embedded")
     settings = [*SMALL, "tokenizer.vocab_size=700", f"output_dir={folder}", "mesh.tp=2", "mesh.pp=2"]
+    settings.append(f"phases=[{','.join(PHASES)}]")
     assert worlds(4).run(cases.verify, [*settings, "mesh.sequence_parallel=true"]) == [0] * 4
     return folder
 
@@ -47,8 +50,8 @@ def test_every_mesh_of_four_ranks(embedded):
     assert {line["outcome"] for line in found.values()} == {"pass"}
     assert all(line["figure"] <= line["limit"] for line in found.values())
     meshes = ["1 x pp 1 x dp 4", "1 x pp 2 x dp 2", "2 x pp 1 x dp 2", "2 x pp 2 x dp 1"]
-    wanted = {f"{phase} on tp {mesh}" for phase in ("sft", "reward", "ppo") for mesh in meshes}
-    wanted |= {f"{phase} on tp 2 x pp 1 x dp 2, sequence parallel" for phase in ("sft", "reward", "ppo")}
+    wanted = {f"{phase} on tp {mesh}" for phase in PHASES for mesh in meshes}
+    wanted |= {f"{phase} on tp 2 x pp 1 x dp 2, sequence parallel" for phase in PHASES}
     assert {name for name in found if " on tp " in name} == wanted
     assert [path.name for path in embedded.glob("verify*")] == ["verify.json"]
 
@@ -127,13 +130,36 @@ def test_a_fault_is_caught_by_name(outcomes, fault, check, words):
 
 @pytest.mark.parametrize(
     ("fault", "check"),
-    [("values_off_by_one", "ppo: values at their tokens"), ("wrong_clipping", "ppo: policy loss against plain")],
+    [
+        ("values_off_by_one", "ppo: values at their tokens"),
+        ("wrong_clipping", "ppo: policy loss against plain"),
+        ("wrong_clipping", "grpo: policy loss against plain"),
+        ("groups_mixed", "grpo: advantages against plain"),
+    ],
 )
-def test_a_fault_of_ppo_is_caught_by_name(worlds, tmp_path, fault, check):
-    settings = [*SMALL, "phases=[ppo]", "reward=function", "reward.fn=rewards:short_and_polite"]
+def test_a_fault_of_sampling_is_caught_by_name(worlds, tmp_path, fault, check):
+    phase, _, _ = check.partition(":")
+    settings = [*SMALL, f"phases=[{phase}]", "reward=function", "reward.fn=rewards:short_and_polite"]
     settings += ["schedule.residency=offload"]  # roles that are away between stages
     assert worlds(1).run(cases.verify, [*settings, f"output_dir={tmp_path}"], fault) == [1]
     assert check in failed(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        ["loss=gspo", "kl=k1", "advantage=rloo", "clip_ratio_high=0.3"],
+        ["loss=cispo", "kl=reward", "advantage=reinforce++_baseline", "loss_mean=constant"],
+        ["loss=reinforce", "kl_coef=0", "advantage=reinforce++", "loss_mean=tokens", "entropy_coef=0.01"],
+        ["kl=k3+", "advantage=dr_grpo", "dual_clip=1.1", "std_correction=0", "loss_mean=constant"],
+        ["advantage=remax", "loss=reinforce", "overlong_buffer=4", "score_max=0.5", "score_scale=true"],
+        ["importance=masked", "importance_of=sequences", "overlong_buffer=8", "score_scale=true", "score_max=0.5"],
+    ],
+    ids=lambda choices: choices[0],
+)
+def test_choices_of_a_phase_that_samples_pass(worlds, tmp_path, choices):
+    settings = [*SMALL, "phases=[grpo]", "reward=function", "reward.fn=rewards:all_alike", f"output_dir={tmp_path}"]
+    assert worlds(1).run(cases.verify, [*settings, *(f"grpo.{choice}" for choice in choices)]) == [0], failed(tmp_path)
 
 
 def test_a_layout_that_learns_something_else_is_caught(worlds, tmp_path):

@@ -4,10 +4,11 @@ from collections.abc import Callable
 
 from ..config import RunConfig
 from .algorithm import Algorithm
+from .grpo import GRPO
 from .ppo import PPO
 from .reward import Reward
 from .sft import SFT
 
-ALGORITHMS: dict[str, Callable[[RunConfig], Algorithm]] = {"sft": SFT, "reward": Reward, "ppo": PPO}
+ALGORITHMS: dict[str, Callable[[RunConfig], Algorithm]] = {"sft": SFT, "reward": Reward, "ppo": PPO, "grpo": GRPO}
 
 __all__ = ["ALGORITHMS", "Algorithm"]

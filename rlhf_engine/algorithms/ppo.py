@@ -21,31 +21,31 @@ learned from. The last stages are there with `ppo.write_rollouts=true` and `ppo.
 Where it deviates from the papers:
 1. Old log-probs come from the trainer's forward, so the first ratio of an iteration is exactly 1; the sampler's are
    taken on request (`ppo.old_log_probs`), as long as the two agree.
-2. The KL to the reference is in the reward, per token (k1), and nowhere else.
-3. Losses are means over the response tokens of a minibatch, not over sequences.
+2. The KL to the reference is in the reward, per token (k1), or with `ppo.kl` in the loss; never in both.
+3. Losses are means over the response tokens of a minibatch, not over sequences; the policy's with `ppo.loss_mean`
+   otherwise.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Literal
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from rlhf_kernels import Advantages, clipped_policy_loss, clipped_value_loss, kl_advantages, kl_estimate
+from rlhf_kernels import Advantages, clipped_value_loss, kl_advantages, kl_estimate
 
-from ..config import RunConfig
+from ..config import PPOConfig, RunConfig
 from ..context import Context
-from ..experience import Experience
 from ..models.role import RoleModel
 from ..models.work import Batch, Work
 from ..schedule import Stage, Works
 from . import records, rollouts
-from .algorithm import Evaluation, RoleSpec
-from .heads import policy_log_probs, token_values
-from .rollouts import PROVIDED, SEQUENCE, draw, minibatches, sampled, shape_scores
-from .samples import compare
+from .algorithm import RoleSpec
+from .heads import token_values
+from .policy import SamplingAlgorithm, policy_works, update_stage
+from .rollouts import SEQUENCE, minibatches, overlong, shape_scores
 from .sft import cross_entropy, supervised, text_work
 
 # -- the stages ----------------------------------------------------------------------------------------------
@@ -71,15 +71,15 @@ def advantage(ctx: Context, _, x) -> dict[str, Tensor]:
     metrics.record("score/std", x.scores.std(correction=0))
     metrics.mean("kl/mean", kl)
     metrics.record("kl/coef", state.kl_coef)
-    scores = shape_scores(ctx, x.scores, x.finished)
-    found = kl_advantages(
-        *(field.to(ctx.mesh.device) for field in (x.log_probs, x.ref_log_probs, x.values, scores, mask)),
-        kl_coef=state.kl_coef,
-        gamma=config.gamma,
-        gae_lambda=config.gae_lambda,
-    )
+    scores = shape_scores(ctx, x.scores, x.finished) - overlong(ctx, mask.sum(1))
+    kl_coef = state.kl_coef if config.kl == "reward" else 0.0
+    fields = [field.to(ctx.mesh.device) for field in (x.log_probs, x.ref_log_probs, x.values, scores, mask)]
+    estimate = functools.partial(kl_advantages, *fields, kl_coef=kl_coef, gamma=config.gamma)
+    found = estimate(gae_lambda=_lambdas(config, mask.sum(1)).to(ctx.mesh.device))
+    if config.critic_lambda is not None:
+        found = found._replace(returns=estimate(gae_lambda=config.critic_lambda).returns)
     result = Advantages(*(field.cpu() for field in found))
-    rewards = -state.kl_coef * kl_of_tokens
+    rewards = -kl_coef * kl_of_tokens
     rewards[torch.arange(len(scores)), x.lengths - 1] += scores
     metrics.mean("reward/mean", result.rewards)
     metrics.mean("critic/value", x.values, mask)
@@ -113,46 +113,21 @@ def train_critic(ctx: Context, critic: RoleModel, x) -> Works:
 
 
 def train_policy(ctx: Context, policy: RoleModel, x) -> Works:
-    """Clipped policy gradient over minibatches."""
-    config = ctx.settings
-    if ctx.state.iteration < config.critic_warmup_iterations:
+    """One step on each minibatch, and on other text beside it; none while the critic warms up."""
+    if ctx.state.iteration < ctx.settings.critic_warmup_iterations:
         return None
-    moments = x.advantage_moments.to(ctx.mesh.device)
-
-    def loss(hidden: Tensor, batch: Batch, is_first: bool):
-        mask = batch["response_mask"]
-        log_probs, entropy = policy_log_probs(policy, hidden, batch, ctx.config.rollout.temperature)
-        result = clipped_policy_loss(
-            log_probs,
-            batch["log_probs"],
-            batch["advantages"],
-            mask,
-            clip_ratio=config.clip_ratio,
-            moments=moments,
-        )
-        statistics = {
-            "clip_fraction": result.clip_fraction,
-            "approx_kl": result.approx_kl,
-            "ratio": result.ratio,
-        }
-        if is_first:  # nothing was updated yet: every ratio must be 1
-            statistics["ratio_first"] = result.ratio
-        return result.loss - config.entropy_coef * entropy.sum(), mask.sum(), statistics
-
-    for i, batch in minibatches(ctx, x, "tokens", "lengths", "response_mask", "log_probs", "advantages"):
-        fn = functools.partial(loss, is_first=i == 0)
-        work = Work(policy, batch, fn, config.micro_batch_size, prepare=sampled(ctx, policy))
-        yield [work, *pretraining(ctx, policy, i, batch["response_mask"].sum())]
+    for i, work, count in policy_works(ctx, policy, x):
+        yield [work, *pretraining(ctx, policy, i, count)]
     return None
 
 
-def pretraining(ctx: Context, policy: RoleModel, minibatch: int, num_tokens: Tensor) -> list[Work]:
+def pretraining(ctx: Context, policy: RoleModel, minibatch: int, count: Tensor) -> list[Work]:
     """PPO-ptx (Ouyang et al. 2022, eq. 2): the log-likelihood of other text, in the same step as a minibatch's loss.
 
     Args:
         minibatch: its number in this iteration, which says which rows are next.
-        num_tokens: response tokens of the minibatch, by which the step divides all losses. The text's own is to be a
-            mean over its own tokens, so its sum is multiplied by the one count and divided by the other.
+        count: of the minibatch, by which the step divides all losses. The text's own is to be a mean over its own
+            tokens, so its sum is multiplied by the one count and divided by the other.
     """
     config = ctx.settings
     if not config.ptx.sources:
@@ -160,14 +135,22 @@ def pretraining(ctx: Context, policy: RoleModel, minibatch: int, num_tokens: Ten
     number = ctx.state.iteration * config.epochs * config.num_minibatches + minibatch
     x = supervised(ctx.datasets["ptx"].batch(number * config.ptx.rows, config.ptx.rows), ctx.mesh.tp)
     assert x.tokens is not None and x.lengths is not None and x.loss_mask is not None
-    weight = float(config.ptx.coef * num_tokens / x.loss_mask[:, 1:].sum().clamp_min(1))
+    weight = float(config.ptx.coef * count / x.loss_mask[:, 1:].sum().clamp_min(1))
 
     def loss(hidden: Tensor, batch: Batch):
-        total, count, _ = cross_entropy(policy)(hidden, batch)
-        ctx.metrics.add("ptx/loss", total.detach(), count)
-        return weight * total, torch.zeros_like(count), {}
+        total, num_tokens, _ = cross_entropy(policy)(hidden, batch)
+        ctx.metrics.add("ptx/loss", total.detach(), num_tokens)
+        return weight * total, torch.zeros_like(num_tokens), {}
 
     return [text_work(policy, x, loss, config.micro_batch_size)]
+
+
+def _lambdas(config: PPOConfig, lengths: Tensor) -> Tensor:
+    """For responses of these lengths, lambda `(B,)`: one for all, or longer ones nearer to 1 (Yue et al. 2025,
+    arXiv:2504.05118, eq. 6)."""
+    if config.gae_alpha is None:
+        return torch.full(lengths.shape, config.gae_lambda)
+    return (1 - 1 / (config.gae_alpha * lengths)).clamp_min(0)
 
 
 def _explained_variance(values: Tensor, returns: Tensor) -> Tensor:
@@ -181,52 +164,34 @@ def stage_table(config: RunConfig) -> tuple[Stage, ...]:
     """PPO's stages."""
     measured = ("log_probs", "ref_log_probs", "values", "scores", "finished", "lengths", "response_mask")
     whitened = ("advantages", "advantage_moments")
-    return (
+    table = [
         *rollouts.stages(config),
         Stage("values", "infer", values, "critic", SEQUENCE, ("values",)),
         Stage("advantage", "local", advantage, None, measured, ("rewards", "returns", *whitened)),
+        *rollouts.importance_stages(config.ppo),
         Stage("train_critic", "train", train_critic, "critic", (*SEQUENCE, "values", "returns")),
-        Stage("train_policy", "train", train_policy, "policy", (*SEQUENCE, "log_probs", *whitened)),
-        *records.stages(config.ppo),
-    )
+        update_stage(config, "ppo", train_policy, ["advantage_moments"]),
+    ]
+    return (*table, *records.stages(config.ppo, table))
 
 
-class PPO:
+class PPO(SamplingAlgorithm):
     name = "ppo"
-    provided = PROVIDED
 
     def __init__(self, config: RunConfig):
-        self.run, self.config = config, config.ppo
+        super().__init__(config)
         self.stages = stage_table(config)
-        self.iterations = config.ppo.iterations
-        self.changes_at_end = False
-        self.eval_every, self.save_every = 0, config.ppo.save_every
 
     def roles(self) -> dict[str, RoleSpec]:
         """Policy and reference start from SFT, critic and reward model from the reward phase."""
-        config = self.config
+        config = self.run.ppo
         per_iteration = config.epochs * config.num_minibatches
-        steps = config.iterations * per_iteration
-        policy_steps = max(1, steps - config.critic_warmup_iterations * per_iteration)
-        policy = (("sft", "policy"),)
-        by_function = self.run.reward.kind == "function"
-        critic = policy if by_function else (("reward", "reward"),)
-        base: Literal["policy", "reward"] = "policy" if by_function else "reward"
-        roles = {
-            "policy": RoleSpec("lm", policy, config.optimizer, policy_steps),
-            "reference": RoleSpec("lm", policy),
-            "critic": RoleSpec("scalar", critic, config.critic_optimizer, steps, base=base),
+        policy_steps = max(1, self.steps - config.critic_warmup_iterations * per_iteration)
+        scorer = rollouts.scorer(self.run)
+        critic = scorer or RoleSpec("scalar", rollouts.BEFORE)
+        return {
+            "policy": RoleSpec("lm", rollouts.BEFORE, config.optimizer, policy_steps),
+            "reference": RoleSpec("lm", rollouts.BEFORE),
+            "critic": replace(critic, optimizer=config.critic_optimizer, total_steps=self.steps),
+            **({"reward": scorer} if scorer else {}),
         }
-        if not by_function:
-            roles["reward"] = RoleSpec("scalar", critic, base=base)
-        return roles
-
-    def batch(self, ctx: Context) -> Experience:
-        """`prompts_per_iteration` prompts, each `samples_per_prompt` times."""
-        if ctx.state.iteration == 0:
-            ctx.state.kl_coef = self.config.kl_coef
-        return draw(ctx)
-
-    def evaluate(self, ctx: Context, final: bool) -> Evaluation:
-        """The policy beside the reference."""
-        return compare(ctx)

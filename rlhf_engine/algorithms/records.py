@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,20 +12,24 @@ import torch
 
 from rlhf_kernels import kl_estimate
 
-from ..config import PPOConfig
+from ..config import SamplingConfig
 from ..context import Context
 from ..schedule import Fields, Stage
 from ..surviving import durable
 from .rollouts import SEQUENCE
 
+_OF_TOKENS = (
+    *SEQUENCE, "finished", "sampler_log_probs", "log_probs", "ref_log_probs", "values", "scores", "rewards",
+    "advantages", "returns", "importance",
+)  # fmt: skip
 
-def stages(settings: PPOConfig) -> list[Stage]:
-    """Rows at the end of a table; what is written is read from stages before them."""
-    recorded = ("prompts", "tokens", "lengths", "scores", "golds", "log_probs", "ref_log_probs")
-    arrays = (
-        *SEQUENCE, "finished", "sampler_log_probs", "log_probs", "ref_log_probs", "values", "scores", "rewards",
-        "advantages", "returns",
-    )  # fmt: skip
+
+def stages(settings: SamplingConfig, before: Sequence[Stage]) -> list[Stage]:
+    """Rows at the end of a table; what is written is what the rows before give."""
+    given = {field for stage in before for field in stage.writes}
+    reference = ("ref_log_probs",) if "ref_log_probs" in given else ()
+    recorded = ("prompts", "tokens", "lengths", "scores", "golds", "log_probs", *reference)
+    arrays = tuple(field for field in _OF_TOKENS if field in given)
     table = [Stage("gold", "local", gold, None, ("prompts", "tokens", "lengths"), ("golds",))]
     if settings.write_rollouts:
         table.append(Stage("write", "local", write, None, recorded))
@@ -46,12 +51,13 @@ def gold(ctx: Context, _, x) -> Fields:
 def write(ctx: Context, _, x) -> None:
     """The responses and what was found of them, OUTPUT_DIR/PHASE/rollouts/ITERATION.jsonl: an object for each.
 
-    Keys: prompt, response, score, gold (null where it is not known), kl (nats, of each response token).
+    Keys: prompt, response, score, gold (null where it is not known), kl (nats, of each response token; null without a
+    reference).
     """
     if not ctx.mesh.is_main:
         return
-    kl = kl_estimate(x.log_probs, x.ref_log_probs).tolist()
-    golds = x.golds.tolist() if x.golds is not None else [None] * len(kl)
+    kl = kl_estimate(x.log_probs, x.ref_log_probs).tolist() if hasattr(x, "ref_log_probs") else None
+    golds = x.golds.tolist() if x.golds is not None else [None] * len(x.scores)
     lines = []
     for i, (prompt, n) in enumerate(zip(x.prompts, x.lengths.tolist(), strict=True)):
         row = {
@@ -59,7 +65,7 @@ def write(ctx: Context, _, x) -> None:
             "response": ctx.tokenizer.decode(x.tokens[i, len(prompt) : n].tolist()),
             "score": float(x.scores[i]),
             "gold": golds[i],
-            "kl": kl[i][len(prompt) : n],
+            "kl": kl[i][len(prompt) : n] if kl is not None else None,
         }
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     _keep(ctx, "jsonl", "".join(lines).encode())

@@ -5,7 +5,7 @@
 | train_reward | reward | train | tokens, lengths | -      |
 
 Rows come in pairs, chosen before rejected, and both go through one forward. At the end the scores are centred:
-the policy that PPO starts from scores 0 on average.
+the policy that samples later scores 0 on average.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Reward:
     def _centre(self, ctx: Context) -> float:
         """Moves the head's bias so that the SFT policy's responses to training prompts score 0 on average."""
         reward, policy = ctx.roles["reward"], ctx.roles["policy"]
-        examples = ctx.datasets[self.name].batch(0, 2 * ctx.config.ppo.prompts_per_iteration)
+        examples = ctx.datasets[self.name].batch(0, 2 * ctx.config.samples_like.prompts_per_iteration)
         found = sample_dialogues(ctx, policy, examples)
         tokens, lengths = pad_rows(
             [e.reward_prompt + r.tokens for e, r in zip(examples, found.responses, strict=True)], ctx.mesh.tp

@@ -1,6 +1,6 @@
 """Stages of every algorithm that samples: rollouts, log-probs of them, scores, and the minibatches of their updates.
 
-Settings are those of the phase that runs (`ctx.settings`), under the names that PPO's have.
+Settings are those of the phase that runs (`ctx.settings`), a `SamplingConfig`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ..config import RunConfig
+from rlhf_kernels import importance_weights
+
+from ..config import RolloutConfig, RunConfig, SamplingConfig
 from ..context import Context
 from ..experience import Experience, pad_rows, spans
 from ..models.role import RoleModel
@@ -22,9 +24,11 @@ from ..rollout.generate import rollout as generate
 from ..rollout.sampling import sample_keys
 from ..schedule import Stage, Works
 from . import reward_function
+from .algorithm import RoleSpec
 from .heads import choose, last_scores, policy_log_probs, score_batch
 
 SEQUENCE = ("tokens", "lengths", "response_mask")
+BEFORE = (("sft", "policy"),)  # the weights that policy and reference start from
 PROVIDED = frozenset({"prompts", "reward_prompts", "sample_ids"})  # what `draw` fills
 
 # What sampler and trainer may differ by, nats, for one's log-probs to stand for the other's, where nothing is said: the
@@ -32,23 +36,42 @@ PROVIDED = frozenset({"prompts", "reward_prompts", "sample_ids"})  # what `draw`
 _MAX_LOG_PROB_GAP = {torch.float32: 1e-4, torch.bfloat16: 0.5}
 
 
-def stages(config: RunConfig) -> list[Stage]:
+def stages(config: RunConfig, reference: bool = True) -> list[Stage]:
     """Rows of a table: from prompts to responses, their log-probs and scores; a reward function takes the place of the
-    reward model's row."""
+    reward model's row.
+
+    Args:
+        reference: whether there is one.
+    """
     by_function = Stage("score", "local", score_by_function, None, ("prompts", "tokens", "lengths"), ("scores",))
     by_model = Stage("score", "infer", score, "reward", ("prompts", "reward_prompts", "tokens", "lengths"), ("scores",))
     made = (*SEQUENCE, "finished", "sampler_log_probs")
+    by_reference = Stage("ref_log_probs", "infer", ref_log_probs, "reference", SEQUENCE, ("ref_log_probs",))
     return [
         Stage("rollout", "rollout", rollout, "policy", ("prompts", "sample_ids"), made),
         Stage("log_probs", "infer", log_probs, "policy", (*SEQUENCE, "sampler_log_probs"), ("log_probs",)),
-        Stage("ref_log_probs", "infer", ref_log_probs, "reference", SEQUENCE, ("ref_log_probs",)),
+        *([by_reference] if reference else []),
         by_function if config.reward.kind == "function" else by_model,
     ]
 
 
-def draw(ctx: Context) -> Experience:
-    """The prompts of an iteration, each as often as it is sampled."""
-    drawn = ctx.draw(ctx.phase, ctx.settings.prompts_per_iteration)
+def importance_stages(settings: SamplingConfig) -> list[Stage]:
+    """The row that weights what the sampler has drawn, where that is asked for."""
+    reads = ("log_probs", "sampler_log_probs", "response_mask")
+    row = Stage("importance", "local", importance, None, reads, ("importance",))
+    return [row] if settings.importance != "none" else []
+
+
+def scorer(config: RunConfig) -> RoleSpec | None:
+    """The reward model, from the reward phase or `reward.path`; None with a reward function."""
+    if config.reward.kind == "function":
+        return None
+    return RoleSpec("scalar", (("reward", "reward"),), base="reward")
+
+
+def draw(ctx: Context, count: int | None = None) -> Experience:
+    """So many prompts, by default those of an iteration, each as often as it is sampled."""
+    drawn = ctx.draw(ctx.phase, count or ctx.settings.prompts_per_iteration)
     examples = [example for example in drawn for _ in range(ctx.settings.samples_per_prompt)]
     return Experience(
         prompts=[example.prompt for example in examples],
@@ -60,6 +83,18 @@ def draw(ctx: Context) -> Experience:
 def rollout(ctx: Context, policy: RoleModel, x) -> dict[str, Tensor]:
     """Samples a response to every prompt from the training weights."""
     started = time.perf_counter()
+    fields, progress = respond(ctx, policy, x, ctx.config.rollout)
+    seconds = time.perf_counter() - started
+    record_responses(ctx, fields["response_mask"], fields["finished"])
+    ctx.metrics.record("throughput/slot_occupancy", progress.slot_occupancy)
+    ctx.metrics.record("throughput/prefill_share", progress.prefill_share)
+    ctx.metrics.record("idle/rollout", progress.idle_share)
+    ctx.metrics.record("throughput/generated_tokens_per_second", fields["response_mask"].sum() / seconds)
+    return fields
+
+
+def respond(ctx: Context, policy: RoleModel, x, config: RolloutConfig) -> tuple[dict[str, Tensor], Progress]:
+    """A response to every prompt, as fields, and how that went."""
     keys = sample_keys(ctx.config.seed, ctx.state.iteration, x.sample_ids)
     progress = Progress()
 
@@ -75,31 +110,30 @@ def rollout(ctx: Context, policy: RoleModel, x) -> dict[str, Tensor]:
         policy,
         x.prompts,
         keys,
-        ctx.config.rollout,
+        config,
         ctx.tokenizer.end_ids,
         decode=ctx.tokenizer.decode,
         report=report,
     )
-    seconds = time.perf_counter() - started
     tokens, lengths = pad_rows([p + r.tokens for p, r in zip(x.prompts, responses, strict=True)], ctx.mesh.tp)
     starts = torch.tensor([len(p) for p in x.prompts])
     response_mask = spans(starts, lengths, tokens.shape[1])
     flat = torch.tensor([log_prob for r in responses for log_prob in r.log_probs])
     finished = torch.tensor([r.finished for r in responses])
-    num_tokens = response_mask.sum()
-    ctx.metrics.record("rollout/response_length", num_tokens / len(responses))
-    ctx.metrics.record("rollout/finished", finished.float().mean())
-    ctx.metrics.record("throughput/slot_occupancy", progress.slot_occupancy)
-    ctx.metrics.record("throughput/prefill_share", progress.prefill_share)
-    ctx.metrics.record("idle/rollout", progress.idle_share)
-    ctx.metrics.record("throughput/generated_tokens_per_second", num_tokens / seconds)
-    return {
+    fields = {
         "tokens": tokens,
         "lengths": lengths,
         "response_mask": response_mask,
         "finished": finished,
         "sampler_log_probs": torch.zeros(tokens.shape).masked_scatter(response_mask, flat),
     }
+    return fields, progress
+
+
+def record_responses(ctx: Context, response_mask: Tensor, finished: Tensor) -> None:
+    """How long they are, and how many came to their end."""
+    ctx.metrics.record("rollout/response_length", response_mask.sum() / len(response_mask))
+    ctx.metrics.record("rollout/finished", finished.float().mean())
 
 
 def log_probs(ctx: Context, policy: RoleModel, x) -> Works:
@@ -139,6 +173,16 @@ def score(ctx: Context, reward: RoleModel, x) -> Works:
 def score_by_function(ctx: Context, _, x) -> dict[str, Tensor]:
     """The same from a Python function, called on the main rank."""
     return {"scores": ctx.mesh.from_main(_call_reward(ctx, x) if ctx.mesh.is_main else None)}
+
+
+def importance(ctx: Context, _, x) -> dict[str, Tensor]:
+    """How much each token counts, by how probable it is to the trainer and was to the sampler."""
+    config, both = ctx.settings, (x.log_probs, x.sampler_log_probs, x.response_mask)
+    found = importance_weights(*both, config.importance, of=config.importance_of, limit=config.importance_limit)
+    plain = importance_weights(*both, of=config.importance_of, limit=torch.inf)
+    ctx.metrics.mean("importance/mean", found, x.response_mask)
+    ctx.metrics.mean("importance/cut", (found != plain).float(), x.response_mask)
+    return {"importance": found}
 
 
 def minibatches(ctx: Context, x, *fields: str) -> Iterator[tuple[int, dict[str, Tensor]]]:
@@ -187,14 +231,27 @@ def _call_reward(ctx: Context, x) -> Tensor:
     return reward_function.call(ctx.reward_fn, reward.fn or "", reward.timeout, asked, said, prompts, responses)
 
 
-def shape_scores(ctx: Context, scores: Tensor, finished: Tensor) -> Tensor:
-    """Scores as they enter the reward: clipped, standardised, and less for a response that was cut."""
+def shape_scores(ctx: Context, scores: Tensor, finished: Tensor, is_new: bool = True) -> Tensor:
+    """Scores as they enter the reward: clipped, standardised, and less for a response that was cut.
+
+    Args:
+        is_new: they count among those that scores are standardised by.
+    """
     config, seen = ctx.settings, ctx.state.scores
     if config.score_min is not None or config.score_max is not None:
         scores = scores.clamp(config.score_min, config.score_max)
-    seen.update(scores.tolist())
+    if is_new:
+        seen.update(scores.tolist())
     if config.score_center:
         scores = scores - seen.mean
     if config.score_scale:
         scores = scores / (seen.std + 1e-8)
     return scores - config.missing_eos_penalty * (~finished).float()
+
+
+def overlong(ctx: Context, lengths: Tensor) -> Tensor:
+    """What responses of these lengths `(B,)` lose for being nearly as long as can be (Yu et al. 2025, arXiv:2503.14476,
+    eq. 13)."""
+    config = ctx.settings
+    beyond = lengths - (ctx.config.rollout.max_new_tokens - config.overlong_buffer)
+    return config.overlong_penalty * beyond.clamp_min(0) / max(1, config.overlong_buffer)

@@ -59,35 +59,38 @@ def sample_dialogues(ctx: Context, policy: RoleModel, examples: list[Example]) -
 
 
 def compare(ctx: Context) -> Evaluation:
-    """Before against after on held-out prompts: gold and reward model's scores, win rate, KL per response."""
+    """After, and with a reference before, on held-out prompts: gold and reward model's scores, win rate, KL per
+    response."""
     examples = ctx.datasets[ctx.phase].held_out[: ctx.settings.eval_prompts]
-    before = sample_dialogues(ctx, ctx.roles["reference"], examples)
-    after = sample_dialogues(ctx, ctx.roles["policy"], examples)
-    experience = _experience(ctx, examples, after.responses)
-    kl = _kl(ctx, experience)
-    figures = {"eval/kl": float(kl.mean())}
-    cards = after.cards()
-    for i, card in enumerate(cards):
-        card["before"] = before.texts[i].strip()
-    if "reward" in ctx.roles or ctx.reward_fn is not None:
-        for when, responses in (("before", before.responses), ("after", after.responses)):
-            x = _experience(ctx, examples, responses)
-            if (reward := ctx.roles.get("reward")) is not None:
-                (scores,) = infer([scores_work(ctx, reward, x)])
-            else:
-                scores = score_by_function(ctx, None, x)["scores"]
-            figures[f"eval/score_{when}"] = float(scores.mean())
-            for i in range(min(NUM_CARDS, len(cards))):
-                cards[i][f"score_{when}"] = float(scores[i])
-    if before.golds is not None and after.golds is not None:
-        figures["eval/gold_before"] = sum(before.golds) / len(examples)
-        figures["eval/gold_after"] = sum(after.golds) / len(examples)
-        wins = sum(a > b for a, b in zip(after.golds, before.golds, strict=True))
-        ties = sum(a == b for a, b in zip(after.golds, before.golds, strict=True))
-        figures["eval/win_rate"], figures["eval/tie_rate"] = wins / len(examples), ties / len(examples)
+    names = {"before": "reference", "after": "policy"}
+    said = {when: sample_dialogues(ctx, ctx.roles[role], examples) for when, role in names.items() if role in ctx.roles}
+    cards, figures = said["after"].cards(), {}
+    if "before" in said:
+        figures["eval/kl"] = float(_kl(ctx, _experience(ctx, examples, said["after"].responses)).mean())
         for i, card in enumerate(cards):
-            card["gold_before"] = before.golds[i]
+            card["before"] = said["before"].texts[i].strip()
+    for when, found in said.items():
+        scores = _scores(ctx, _experience(ctx, examples, found.responses))
+        if scores is not None:
+            figures[f"eval/score_{when}"] = float(scores.mean())
+        if found.golds is not None:
+            figures[f"eval/gold_{when}"] = sum(found.golds) / len(examples)
+        for i, card in enumerate(cards):
+            card |= {f"score_{when}": float(scores[i])} if scores is not None else {}
+            card |= {f"gold_{when}": found.golds[i]} if found.golds is not None else {}
+    golds = [found.golds for found in said.values() if found.golds is not None]
+    if len(golds) == 2:
+        pairs = list(zip(*golds, strict=True))
+        figures["eval/win_rate"] = sum(after > before for before, after in pairs) / len(examples)
+        figures["eval/tie_rate"] = sum(after == before for before, after in pairs) / len(examples)
     return Evaluation(figures, cards)
+
+
+def _scores(ctx: Context, x: Experience) -> Tensor | None:
+    """Of the reward model or the reward function, where there is one."""
+    if (reward := ctx.roles.get("reward")) is not None:
+        return infer([scores_work(ctx, reward, x)])[0]
+    return score_by_function(ctx, None, x)["scores"] if ctx.reward_fn is not None else None
 
 
 def _experience(ctx: Context, examples: Sequence[Example], responses: Sequence[Response]) -> Experience:

@@ -88,7 +88,7 @@ class SFT:
         (result,) = infer([text_work(policy, x, log_probs, self.config.micro_batch_size)])
         loss = float(-result.sum() / x.loss_mask[:, 1:].sum())
         evaluation = Evaluation({"eval/loss": loss, "eval/perplexity": float(torch.tensor(loss).exp())})
-        prompts = [example for example in held_out if example.prompt][: ctx.config.ppo.eval_prompts]
+        prompts = [example for example in held_out if example.prompt][: ctx.config.samples_like.eval_prompts]
         if final and prompts:
             found = sample_dialogues(ctx, policy, prompts)
             if found.golds is not None:

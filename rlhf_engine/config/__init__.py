@@ -4,7 +4,15 @@ YAML files and command lines hold differences from these defaults. `from_dict` i
 type or an impossible combination is a `ConfigError`, one line that names the key and what would be right.
 """
 
-from .algorithms import OptimizerConfig, PPOConfig, PTXConfig, RewardConfig, SFTConfig
+from .algorithms import (
+    GRPOConfig,
+    OptimizerConfig,
+    PPOConfig,
+    PTXConfig,
+    RewardConfig,
+    SamplingConfig,
+    SFTConfig,
+)
 from .data import DataConfig, TokenizerConfig
 from .mesh import MeshConfig, resolve_mesh
 from .model import Base, ModelConfig, PolicyConfig, RopeScaling, check_model
@@ -12,14 +20,15 @@ from .observing import LogConfig, WandBConfig
 from .planning import DeviceName, PlanConfig, RehearseConfig
 from .reading import NEEDED, ConfigError, from_dict, keys, nearest
 from .rollout import RolloutConfig
-from .run import JOBS, PAIRED, SAMPLING, Phase, RunConfig, check
+from .run import BUILDS_ON, JOBS, PAIRED, SAMPLING, Phase, RunConfig, check
 from .schedule import ROLES, Recompute, ScheduleConfig
 from .surviving import CheckpointConfig, GuardConfig, TimeoutConfig
 
 __all__ = [
-    "JOBS", "NEEDED", "PAIRED", "ROLES", "SAMPLING", "Base", "CheckpointConfig", "ConfigError", "DataConfig",
-    "DeviceName", "GuardConfig", "LogConfig", "MeshConfig", "ModelConfig", "OptimizerConfig", "PPOConfig",
-    "PTXConfig", "Phase", "PlanConfig", "PolicyConfig", "Recompute", "RehearseConfig", "RewardConfig",
-    "RolloutConfig", "RopeScaling", "RunConfig", "SFTConfig", "ScheduleConfig", "TimeoutConfig", "TokenizerConfig",
-    "WandBConfig", "check", "check_model", "from_dict", "keys", "nearest", "resolve_mesh",
+    "BUILDS_ON", "JOBS", "NEEDED", "PAIRED", "ROLES", "SAMPLING", "Base", "CheckpointConfig", "ConfigError",
+    "DataConfig", "DeviceName", "GRPOConfig", "GuardConfig", "LogConfig", "MeshConfig", "ModelConfig",
+    "OptimizerConfig", "PPOConfig", "PTXConfig", "Phase", "PlanConfig", "PolicyConfig", "Recompute", "RehearseConfig",
+    "RewardConfig", "RolloutConfig", "RopeScaling", "RunConfig", "SFTConfig", "SamplingConfig", "ScheduleConfig",
+    "TimeoutConfig", "TokenizerConfig", "WandBConfig", "check", "check_model", "from_dict", "keys", "nearest",
+    "resolve_mesh",
 ]  # fmt: skip

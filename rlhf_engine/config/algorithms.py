@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from .reading import ConfigError, size
+from .rollout import RolloutConfig
 
 
 @dataclass
@@ -36,11 +37,11 @@ class SFTConfig:
 
 @dataclass
 class RewardConfig:
-    kind: Literal["model", "function"] = "model"  # what scores a response in PPO
+    kind: Literal["model", "function"] = "model"  # what scores a response
     fn: str | None = None  # package.module:name for kind=function
     timeout: float = 600.0  # seconds that one call of fn may take
-    # HF folder, or what tools/convert_hf made of one: what PPO scores with, or the reward phase, if there is one, goes
-    # on from; null: the reward phase starts from the SFT policy
+    # HF folder, or what tools/convert_hf made of one: what scores responses, or what the reward phase, if there is one,
+    # goes on from; null: the reward phase starts from the SFT policy
     path: str | None = None
     ignore_keys: list[str] = field(default_factory=list)  # of its config.json, read as if they were not there
     iterations: int = 100
@@ -61,7 +62,9 @@ class PTXConfig:
 
 
 @dataclass
-class PPOConfig:
+class SamplingConfig:
+    """What every phase has that samples answers to prompts and learns from their scores."""
+
     iterations: int = 30
     prompts_per_iteration: int = size(64)
     samples_per_prompt: int = 1
@@ -69,33 +72,167 @@ class PPOConfig:
     num_minibatches: int = 2  # optimizer steps per epoch
     micro_batch_size: int = size(16)  # rows, likewise
     kl_coef: float = 0.05
-    kl_controller: Literal["fixed", "adaptive"] = "fixed"
-    kl_target: float = 6.0  # nats per response, for the adaptive controller
-    kl_horizon: int = 10000  # samples, for the adaptive controller
-    gamma: float = 1.0
-    gae_lambda: float = 0.95
+    # where the KL to the reference is: in the reward, or in the loss by one of its estimates (docs/algorithms.md)
+    kl: Literal["reward", "k1", "k2", "k3", "k3+"] = "reward"
     # what the ratio is taken to: log-probs of the trainer's forward, or the sampler's own, which saves that forward
     old_log_probs: Literal["trainer", "sampler"] = "trainer"
     # nats between the two above which the trainer's are taken all the same; null: 1e-4 in float32, 0.5 in bfloat16
     max_log_prob_gap: float | None = None
     measure_gap_every: int = 10  # iterations; in between nothing is computed that could tell
+    loss: Literal["ppo", "gspo", "cispo", "reinforce"] = "ppo"  # which policy loss (docs/algorithms.md)
+    # over what it is a mean: all tokens; responses, each a mean over its tokens; or responses, each a sum over its
+    # tokens divided by rollout.max_new_tokens
+    loss_mean: Literal["tokens", "sequences", "constant"] = "tokens"
     clip_ratio: float = 0.2
-    clip_value: float = 0.2
+    clip_ratio_high: float | None = None  # above 1; null: as below
+    dual_clip: float | None = None  # most that the loss of a token with a negative advantage is, in times of that
     entropy_coef: float = 0.0
-    whiten_advantages: bool = True
+    # how much a token counts that the sampler has drawn: 1, or the trainer's probability over the sampler's, of it or
+    # of its response; cut to importance_limit, or 0 beyond it and below its inverse
+    importance: Literal["none", "truncated", "masked"] = "none"
+    importance_of: Literal["tokens", "sequences"] = "tokens"
+    importance_limit: float = 2.0
     score_min: float | None = None  # raise scores to this at least
     score_max: float | None = None  # and lower them to this at most
     score_center: bool = False  # then take off their running mean
     score_scale: bool = False  # and divide them by their running standard deviation
     missing_eos_penalty: float = 1.0  # taken off the score of a response without an end
-    critic_warmup_iterations: int = 0  # first iterations train the critic alone
-    ptx: PTXConfig = field(default_factory=PTXConfig)
-    write_rollouts: bool = False  # every iteration's responses, in OUTPUT_DIR/ppo/rollouts/ITERATION.jsonl
+    # taken off the score of one of rollout.max_new_tokens, and less off those that are up to so many tokens shorter
+    overlong_penalty: float = 1.0
+    overlong_buffer: int = 0  # 0: off
+    write_rollouts: bool = False  # every iteration's responses, in OUTPUT_DIR/PHASE/rollouts/ITERATION.jsonl
     write_arrays: bool = False  # and all that its updates were computed from, in ITERATION.npz (docs/data.md)
     eval_prompts: int = 128
     save_every: int = 10
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-4))
+
+    @property
+    def samples(self) -> int:
+        """Of an iteration."""
+        return self.prompts_per_iteration * self.samples_per_prompt
+
+    @property
+    def other_text(self) -> list[str]:
+        """Sources whose rows join each step of the policy."""
+        return []
+
+    def shrink(self, rows: int, micro_batch_size: int) -> None:
+        """One step of so many rows, of two to a prompt where there are several."""
+        self.samples_per_prompt = min(2, self.samples_per_prompt)
+        self.prompts_per_iteration = rows // self.samples_per_prompt
+        self.micro_batch_size, self.epochs, self.num_minibatches = micro_batch_size, 1, 1
+        self.write_rollouts = self.write_arrays = False
+
+    def check(self, name: str, reward: RewardConfig, rollout: RolloutConfig, dp: int) -> None:
+        """Refuses numbers of an iteration that do not fit each other.
+
+        Args:
+            name: of this section.
+        """
+        if self.overlong_buffer >= rollout.max_new_tokens:
+            raise ConfigError(
+                f"{name}.overlong_buffer={self.overlong_buffer} must be less than"
+                f" rollout.max_new_tokens={rollout.max_new_tokens}"
+            )
+        if self.importance != "none" and self.old_log_probs == "sampler":
+            raise ConfigError(
+                f"{name}.importance={self.importance} compares the sampler with the trainer, whose log-probs"
+                f" {name}.old_log_probs=sampler does not compute: use {name}.old_log_probs=trainer"
+            )
+        if self.importance_limit <= 1:
+            raise ConfigError(f"{name}.importance_limit={self.importance_limit} must be above 1")
+        if self.num_minibatches < 1 or self.samples % self.num_minibatches:
+            raise ConfigError(
+                f"{name}.num_minibatches={self.num_minibatches} does not divide the {self.samples} samples of an"
+                f" iteration ({name}.prompts_per_iteration x {name}.samples_per_prompt)"
+            )
+        check_batch("rows per minibatch", self.samples // self.num_minibatches, dp)
+        if self.score_min is not None and self.score_max is not None and self.score_min > self.score_max:
+            raise ConfigError(f"{name}.score_min={self.score_min} exceeds {name}.score_max={self.score_max}")
+        if self.dual_clip is not None and self.dual_clip <= 1:
+            raise ConfigError(f"{name}.dual_clip={self.dual_clip} must be above 1, as 3.0")
+        if reward.kind == "function" and reward.path is not None:
+            raise ConfigError(f"reward.path={reward.path} has no use with reward.kind=function")
+        if reward.kind == "function" and (not all((reward.fn or "").partition(":"))):
+            raise ConfigError("reward.kind=function needs reward.fn=package.module:name")
+
+
+@dataclass
+class PPOConfig(SamplingConfig):
+    kl_controller: Literal["fixed", "adaptive"] = "fixed"
+    kl_target: float = 6.0  # nats per response, for the adaptive controller
+    kl_horizon: int = 10000  # samples, for the adaptive controller
+    gamma: float = 1.0
+    gae_lambda: float = 0.95
+    gae_alpha: float | None = (
+        None  # lambda of a response of n tokens is 1 - 1 / (gae_alpha n), as 0.05; null: gae_lambda
+    )
+    critic_lambda: float | None = None  # of the returns that the critic learns; null: as the advantages'
+    clip_value: float = 0.2
+    whiten_advantages: bool = True
+    critic_warmup_iterations: int = 0  # first iterations train the critic alone
+    ptx: PTXConfig = field(default_factory=PTXConfig)
     critic_optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=3e-4))
+
+    @property
+    def other_text(self) -> list[str]:
+        """Of PPO-ptx."""
+        return self.ptx.sources
+
+    def shrink(self, rows: int, micro_batch_size: int) -> None:
+        """The same, with the policy in it."""
+        super().shrink(rows, micro_batch_size)
+        self.ptx.rows, self.critic_warmup_iterations = rows, 0
+
+    def check(self, name: str, reward: RewardConfig, rollout: RolloutConfig, dp: int) -> None:
+        """The same, and what is PPO's own."""
+        super().check(name, reward, rollout, dp)
+        if self.other_text:
+            check_batch(f"{name}.ptx.rows", self.ptx.rows, dp)
+        if self.kl_controller == "adaptive" and self.kl != "reward":
+            raise ConfigError(f"{name}.kl_controller=adaptive needs {name}.kl=reward, not {self.kl}")
+        if self.kl_controller == "adaptive" and self.samples >= 5 * self.kl_horizon:  # its error is cut to 0.2
+            raise ConfigError(
+                f"{name}.kl_horizon={self.kl_horizon} lets one iteration of {self.samples} samples take all of the KL"
+                f" coefficient: use more than {self.samples // 5}"
+            )
+        if 0 < self.iterations <= self.critic_warmup_iterations:
+            raise ConfigError(
+                f"{name}.critic_warmup_iterations={self.critic_warmup_iterations} leaves the policy none of"
+                f" {name}.iterations={self.iterations}"
+            )
+
+
+@dataclass
+class GRPOConfig(SamplingConfig):
+    samples_per_prompt: int = 8
+    epochs: int = 1
+    kl_coef: float = 0.04  # 0: no reference model
+    kl: Literal["reward", "k1", "k2", "k3", "k3+"] = "k3"
+    loss_mean: Literal["tokens", "sequences", "constant"] = "sequences"
+    # what a score is compared with (docs/algorithms.md)
+    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++_baseline", "remax", "none"] = "grpo"
+    std_correction: int = 1  # taken off the count in a standard deviation: 1 as most, 0 as numpy
+    std_eps: float = 1e-6  # added to it
+    redraws: int = 0  # rounds, at most, in which further prompts take the place of those whose scores are all equal
+
+    def shrink(self, rows: int, micro_batch_size: int) -> None:
+        """The same, without further prompts."""
+        super().shrink(rows, micro_batch_size)
+        self.redraws = 0
+
+    def check(self, name: str, reward: RewardConfig, rollout: RolloutConfig, dp: int) -> None:
+        """The same, and that there is something to compare a score with."""
+        super().check(name, reward, rollout, dp)
+        if self.std_correction not in (0, 1):
+            raise ConfigError(f"{name}.std_correction={self.std_correction} must be 0 or 1")
+        if self.samples_per_prompt == 1 and self.redraws:
+            raise ConfigError(f"{name}.redraws={self.redraws} needs {name}.samples_per_prompt of 2 or more")
+        if self.samples_per_prompt == 1 and self.advantage not in ("reinforce++", "remax", "none"):
+            raise ConfigError(
+                f"{name}.samples_per_prompt=1 leaves {name}.advantage={self.advantage} nothing to compare a response"
+                f" with: use 2 or more, or {name}.advantage=reinforce++"
+            )
 
 
 def check_optimizer(key: str, optimizer: OptimizerConfig) -> None:
@@ -110,32 +247,3 @@ def check_batch(key: str, rows: int, dp: int) -> None:
         lower, upper = rows // dp * dp, (rows // dp + 1) * dp
         fits = f"{lower} or {upper}" if lower else upper
         raise ConfigError(f"{key}={rows} is not a multiple of mesh.dp={dp}: use {fits}")
-
-
-def check_ppo(ppo: PPOConfig, reward: RewardConfig, dp: int) -> None:
-    """Refuses numbers of an iteration that do not fit each other."""
-    samples = ppo.prompts_per_iteration * ppo.samples_per_prompt
-    if ppo.num_minibatches < 1 or samples % ppo.num_minibatches:
-        raise ConfigError(
-            f"ppo.num_minibatches={ppo.num_minibatches} does not divide the {samples} samples of an iteration"
-            " (ppo.prompts_per_iteration x ppo.samples_per_prompt)"
-        )
-    check_batch("rows per minibatch", samples // ppo.num_minibatches, dp)
-    if ppo.ptx.sources:
-        check_batch("ppo.ptx.rows", ppo.ptx.rows, dp)
-    if ppo.score_min is not None and ppo.score_max is not None and ppo.score_min > ppo.score_max:
-        raise ConfigError(f"ppo.score_min={ppo.score_min} exceeds ppo.score_max={ppo.score_max}")
-    if ppo.kl_controller == "adaptive" and samples >= 5 * ppo.kl_horizon:  # its error is cut to 0.2
-        raise ConfigError(
-            f"ppo.kl_horizon={ppo.kl_horizon} lets one iteration of {samples} samples take all of the KL coefficient:"
-            f" use more than {samples // 5}"
-        )
-    if 0 < ppo.iterations <= ppo.critic_warmup_iterations:
-        raise ConfigError(
-            f"ppo.critic_warmup_iterations={ppo.critic_warmup_iterations} leaves the policy none of"
-            f" ppo.iterations={ppo.iterations}"
-        )
-    if reward.kind == "function" and reward.path is not None:
-        raise ConfigError(f"reward.path={reward.path} has no use with reward.kind=function")
-    if reward.kind == "function" and (not all((reward.fn or "").partition(":"))):
-        raise ConfigError("reward.kind=function needs reward.fn=package.module:name")

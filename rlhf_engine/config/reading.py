@@ -41,13 +41,15 @@ _AT_LEAST: dict[str, float] = {
     **dict.fromkeys(
         ("iterations", "eval_every", "critic_warmup_iterations", "warmup_steps", "top_k", "min_p", "min_new_tokens",
          "seed", "end_id", "lr", "min_lr", "weight_decay", "beta1", "beta2", "eps", "clip_grad", "kl_coef", "gamma",
-         "gae_lambda", "max_log_prob_gap", "clip_ratio", "clip_value", "coef", "init_std", "max_restarts"),
+         "gae_lambda", "critic_lambda", "max_log_prob_gap", "clip_ratio", "clip_ratio_high", "clip_value",
+         "std_eps", "overlong_buffer", "overlong_penalty", "redraws", "coef", "init_std", "max_restarts"),
         0,
     ),
 }  # fmt: skip
 _POSITIVE = {
-    "kl_target", "kl_horizon", "max_kl", "max_log_prob_gap", "stage", "temperature", "timeout", "top_p", "rope_theta",
-    "rms_norm_eps", "memory", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+    "gae_alpha", "kl_target", "kl_horizon", "max_kl", "max_log_prob_gap", "stage", "temperature", "timeout", "top_p",
+    "rope_theta", "rms_norm_eps", "memory", "factor", "low_freq_factor", "high_freq_factor",
+    "original_max_position_embeddings",
 }  # fmt: skip
 _AT_MOST = {"seed": 2**32 - 1, "timeout": 10**9, "stage": 10**9}  # what the seeds of minibatches and waits can take
 

@@ -49,6 +49,6 @@ def check_sampled_from(rollout: RolloutConfig) -> None:
     """Refuses what changes the distribution whose log-probs an algorithm needs."""
     if rollout.top_k or rollout.top_p < 1 or rollout.min_p or rollout.greedy:
         raise ConfigError(
-            "PPO needs the log-probs of the distribution sampled from: rollout.top_k=0, rollout.top_p=1,"
-            " rollout.min_p=0 and rollout.greedy=false (rollout.temperature is free)"
+            "training on samples needs the log-probs of the distribution sampled from: rollout.top_k=0,"
+            " rollout.top_p=1, rollout.min_p=0 and rollout.greedy=false (rollout.temperature is free)"
         )

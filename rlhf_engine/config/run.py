@@ -6,7 +6,16 @@ import typing
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .algorithms import PPOConfig, RewardConfig, SFTConfig, check_batch, check_optimizer, check_ppo
+from .algorithms import (
+    GRPOConfig,
+    OptimizerConfig,
+    PPOConfig,
+    RewardConfig,
+    SamplingConfig,
+    SFTConfig,
+    check_batch,
+    check_optimizer,
+)
 from .data import DataConfig, TokenizerConfig
 from .mesh import MeshConfig
 from .model import ModelConfig, PolicyConfig, check_model
@@ -17,10 +26,14 @@ from .rollout import RolloutConfig, check_rollout, check_sampled_from
 from .schedule import ScheduleConfig, check_offload
 from .surviving import CheckpointConfig, GuardConfig, TimeoutConfig
 
-Phase = Literal["sft", "reward", "ppo", "score", "generate"]
+Phase = Literal["sft", "reward", "ppo", "grpo", "score", "generate"]
 JOBS = frozenset({"score", "generate"})  # phases that read a file and write a file
-SAMPLING = frozenset({"ppo"})  # phases that draw prompts and sample the answers
+SAMPLING = frozenset({"ppo", "grpo"})  # phases that draw prompts and sample the answers
 PAIRED = frozenset({"reward"})  # phases that draw two answers to each prompt
+# the phases that train, each with those whose end it builds on
+BUILDS_ON: dict[str, tuple[str, ...]] = {
+    "sft": (), "reward": ("sft",), **dict.fromkeys(("ppo", "grpo"), ("sft", "reward")),
+}  # fmt: skip
 
 
 @dataclass
@@ -42,6 +55,7 @@ class RunConfig:
     sft: SFTConfig = field(default_factory=SFTConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
@@ -58,6 +72,26 @@ class RunConfig:
     def starts_nothing(self) -> bool:
         """Only words about the run are wanted."""
         return self.plan.show or self.plan.search or self.schedule.explain
+
+    @property
+    def sampling(self) -> dict[str, SamplingConfig]:
+        """The sections of this run's phases that sample, by phase."""
+        return {phase: getattr(self, phase) for phase in self.phases if phase in SAMPLING}
+
+    @property
+    def samples_like(self) -> SamplingConfig:
+        """The first of them; PPO's where there is none."""
+        return next(iter(self.sampling.values()), self.ppo)
+
+    @property
+    def optimizers(self) -> dict[str, OptimizerConfig]:
+        """Of all training phases, by dotted key."""
+        return {
+            f"{phase}.{name}": value
+            for phase in BUILDS_ON
+            for name, value in vars(getattr(self, phase)).items()
+            if isinstance(value, OptimizerConfig)
+        }
 
 
 def check(config: RunConfig, mesh: MeshConfig, model: ModelConfig, reward: ModelConfig) -> None:
@@ -80,8 +114,8 @@ def check(config: RunConfig, mesh: MeshConfig, model: ModelConfig, reward: Model
         check_batch("sft.batch_size", config.sft.batch_size, mesh.dp)
     if "reward" in phases:
         check_batch("reward.batch_size", config.reward.batch_size, mesh.dp)
-    if "ppo" in phases:
-        check_ppo(config.ppo, config.reward, mesh.dp)
+    for name, section in config.sampling.items():
+        section.check(name, config.reward, config.rollout, mesh.dp)
         check_sampled_from(config.rollout)
         check_offload(config.schedule)
     if phases & JOBS:
@@ -89,10 +123,8 @@ def check(config: RunConfig, mesh: MeshConfig, model: ModelConfig, reward: Model
     else:
         _check_lengths(config, mesh, model, reward)
     check_rollout(config.rollout)
-    check_optimizer("sft.optimizer", config.sft.optimizer)
-    check_optimizer("reward.optimizer", config.reward.optimizer)
-    check_optimizer("ppo.optimizer", config.ppo.optimizer)
-    check_optimizer("ppo.critic_optimizer", config.ppo.critic_optimizer)
+    for key, optimizer in config.optimizers.items():
+        check_optimizer(key, optimizer)
 
 
 def _check_job(config: RunConfig) -> None:
@@ -113,7 +145,7 @@ def _check_lengths(config: RunConfig, mesh: MeshConfig, model: ModelConfig, rewa
     length, budget = min(model.max_position_embeddings, context), config.rollout.max_new_tokens
     if config.data.max_seq_len > length:
         raise ConfigError(f"data.max_seq_len={config.data.max_seq_len} exceeds the context of {length}")
-    if "ppo" not in config.phases:
+    if not config.sampling:
         return
     kv_tokens, most = config.rollout.kv_tokens, config.data.max_prompt_len + budget
     asked = f"data.max_prompt_len={config.data.max_prompt_len} + rollout.max_new_tokens={budget}"

@@ -265,6 +265,11 @@ def gold_score(prompt: str, response: str) -> float:
     return round(max(-GOLD_BOUND, min(GOLD_BOUND, score)), 6)
 
 
+def gold_scores(prompts: list[str], responses: list[str], *tokens: list[list[int]]) -> list[float]:
+    """`gold_score` of each response, as a reward function."""
+    return [gold_score(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+
+
 def _check(kind: str, name: str, known: tuple[str, ...]) -> None:
     if name not in known:
         nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]

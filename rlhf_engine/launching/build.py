@@ -39,7 +39,7 @@ def build_context(plan: Plan, mesh: ParallelMesh) -> Context:
     }
     datasets = datasets_of(plan, tokenizer, is_checking=False)
     reward_fn = None
-    if config.reward.kind == "function" and "ppo" in config.phases:
+    if config.reward.kind == "function" and config.sampling:
         reward_fn = load_function(config.reward.fn or "")
     return Context(
         config, bases, mesh, tokenizer, datasets, gold_rule(plan.sources), reward_fn, trace=Trace(mesh.device)

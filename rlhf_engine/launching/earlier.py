@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from ..config import JOBS, ConfigError, RunConfig
+from ..config import BUILDS_ON, JOBS, ConfigError, RunConfig
 from ..surviving import durable
 
 SUMMARY = "summary.json"  # of a finished phase
-_ORDER = ("sft", "reward", "ppo")  # each builds on those before it
 
 
 def check_output_dir(config: RunConfig) -> None:
@@ -19,13 +18,13 @@ def check_output_dir(config: RunConfig) -> None:
         ConfigError: names the key that differs from the config.yaml of an earlier phase, or a record that is not whole.
     """
     now = {name: asdict(getattr(config, name)) for name in ("model", "tokenizer", "policy")}
-    with_reward = now | {"reward": {"path": config.reward.path}}  # of which the SFT phase knows nothing
-    for phase in _ORDER:
+    with_reward = now | {"reward": {"path": config.reward.path}}
+    for phase, builds_on in BUILDS_ON.items():
         path = Path(config.output_dir) / phase / "config.yaml"
         durable.read(path.with_name(SUMMARY))
         if (before := durable.read(path)) is None or config.rerun:
             continue
-        for section, values in (now if phase == "sft" else with_reward).items():
+        for section, values in (with_reward if "reward" in (phase, *builds_on) else now).items():
             for key, value in values.items():
                 if (old := (before.get(section) or {}).get(key, value)) != value:
                     raise ConfigError(
@@ -39,8 +38,9 @@ def check_finished(config: RunConfig) -> None:
     Raises:
         ConfigError: one of them was stopped before its end, and is not to go on.
     """
-    for i, phase in enumerate(_ORDER):
-        folder, later = Path(config.output_dir) / phase, [name for name in config.phases if name in _ORDER[i + 1 :]]
+    for phase in BUILDS_ON:
+        folder = Path(config.output_dir) / phase
+        later = [name for name in config.phases if phase in BUILDS_ON.get(name, ())]
         has_begun = (folder / "checkpoints" / "latest").is_file()
         if later and phase not in config.phases and has_begun and not (folder / SUMMARY).is_file():
             raise ConfigError(
@@ -51,7 +51,7 @@ def check_finished(config: RunConfig) -> None:
 
 def kept_date(config: RunConfig) -> str | None:
     """The date that the templates of a run wrote when it began, which a resumed one goes on with."""
-    for phase in _ORDER:
+    for phase in BUILDS_ON:
         before = durable.read(Path(config.output_dir) / phase / "config.yaml")
         if not set(config.phases) & JOBS and before is not None:
             return (before.get("tokenizer") or {}).get("date")

@@ -62,25 +62,26 @@ def folder_notes(config: RunConfig, policy: Base, reward: Base, tokenizer: Token
 
 
 def check_reward(config: RunConfig, reward: Base) -> None:
-    """What PPO builds on.
+    """What scores responses.
 
     Raises:
         ConfigError: there is no reward model, or it gives no scores.
     """
     trained = "reward" in config.phases or (Path(config.output_dir) / "reward" / SUMMARY).is_file()
-    if "ppo" not in config.phases or config.reward.kind != "model" or trained:
+    if not config.sampling or config.reward.kind != "model" or trained:
         return
+    phase = next(iter(config.sampling))
     if config.reward.path is None:
         raise ConfigError(
-            f"PPO needs a reward model, and no reward phase is finished in {config.output_dir}:"
-            " use phases=[reward,ppo], reward.path=DIR, or reward=function reward.fn=package.module:name"
+            f"{phase} needs a reward model, and no reward phase is finished in {config.output_dir}:"
+            f" use phases=[reward,{phase}], reward.path=DIR, or reward=function reward.fn=package.module:name"
         )
     head = ARCHITECTURES[reward.model.architecture].score
     path = config.reward.path
     if not (has_score(path) if is_checkpoint(path) else head in index(path)):
         raise ConfigError(
-            f"reward.path={config.reward.path} has no tensor {head}, so all its scores would be 0: phases=[reward,ppo]"
-            " makes a reward model of it"
+            f"reward.path={config.reward.path} has no tensor {head}, so all its scores would be 0:"
+            f" phases=[reward,{phase}] makes a reward model of it"
         )
 
 

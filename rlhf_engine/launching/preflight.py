@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..config import JOBS, Base, ConfigError, MeshConfig, ModelConfig, RunConfig, check, resolve_mesh
+from ..config import JOBS, SAMPLING, Base, ConfigError, MeshConfig, ModelConfig, RunConfig, check, resolve_mesh
 from ..data.dataset import cache_of
 from ..data.files import read_rows
 from ..data.messages import read_messages
@@ -38,7 +38,7 @@ class Plan:
     device: str
     tokenizer: Tokenizer | None  # None: one is trained on the data
     sources: list[Source]  # of the training phases; empty for a job
-    ptx_sources: list[Source]  # that PPO mixes into the policy's update
+    ptx_sources: list[Source]  # that are mixed into the policy's update
     made_with: dict[str, Any]  # what a job's rows depend on; of the main rank alone
     notes: list[str]  # that a user should read before the run starts, a line each
     settled: dict[str, int]  # sizes that were left open, as `settle` filled them in
@@ -121,7 +121,7 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
     check_reward(config, reward)
     notes = [*folder_notes(config, policy, reward, tokenizer), *unusual_rates(config)]
     notes += _notes_of_the_machine(config, device, is_main)
-    if config.reward.kind == "function" and "ppo" in config.phases:
+    if config.reward.kind == "function" and config.sampling:
         load_function(config.reward.fn or "")
     bases = {"policy": policy, "reward": reward}
     if is_main:
@@ -140,7 +140,7 @@ def _device(config: RunConfig) -> str:
         device = device if config.plan.device is None else "cpu" if config.plan.device == "cpu" else "cuda"
     elif device == "cuda" and not num_gpus():
         raise ConfigError("device=cuda, and there is no GPU: use device=cpu or device=auto")
-    generates = bool({"ppo", "generate"} & set(config.phases))
+    generates = bool(config.sampling) or "generate" in config.phases
     if device == "cuda" and generates and config.rollout.cuda_graphs and not config.starts_nothing:
         check_graphs(config.mesh.tp)
     if device == "cpu" and os.environ.get("RLHF_KERNELS") == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -164,14 +164,15 @@ def _world_size(config: RunConfig, device: str) -> int:
 
 
 def _sources(config: RunConfig) -> tuple[list[Source], list[Source]]:
-    """Of the training phases, and of the text that PPO mixes into its update. Their first rows are read."""
+    """Of the training phases, and of the text that one of them mixes into its update. Their first rows are read."""
     data = config.data
     sources = mixture(data.sources or HH_MINI, data.num_rows, data.num_eval_rows, config.seed)
     look(sources, config.phases)
     ptx_sources: list[Source] = []
-    if "ppo" in config.phases and config.ppo.ptx.sources:
-        ptx_sources = mixture(config.ppo.ptx.sources, data.num_rows, 0, config.seed, "ppo.ptx.sources")
-        look(ptx_sources, ["ptx"])
+    for phase, section in config.sampling.items():
+        if names := section.other_text:
+            ptx_sources = mixture(names, data.num_rows, 0, config.seed, f"{phase}.ptx.sources")
+            look(ptx_sources, ["ptx"])
     return sources, ptx_sources
 
 
@@ -218,15 +219,18 @@ def unusual_rates(config: RunConfig) -> list[str]:
     if config.policy.path is None:
         return []
     return [
-        f"{key}.lr={lr:g} is usual for a model from scratch, and {usual:g} for a pretrained one as this is"
-        for key, lr, most, usual in (
-            ("sft.optimizer", config.sft.optimizer.lr, 1e-4, 1e-5),
-            ("reward.optimizer", config.reward.optimizer.lr, 1e-4, 1e-5),
-            ("ppo.optimizer", config.ppo.optimizer.lr, 3e-5, 1e-6),
-            ("ppo.critic_optimizer", config.ppo.critic_optimizer.lr, 1e-4, 5e-6),
-        )
-        if key.split(".")[0] in config.phases and lr > most
+        f"{key}.lr={rate.lr:g} is usual for a model from scratch, and {usual:g} for a pretrained one as this is"
+        for key, rate in config.optimizers.items()
+        for most, usual in [_highest_rates(*key.split("."))]
+        if key.split(".")[0] in config.phases and rate.lr > most
     ]
+
+
+def _highest_rates(phase: str, optimizer: str) -> tuple[float, float]:
+    """Of a pretrained model: the highest that is not unusual, and a usual one."""
+    if phase in SAMPLING:
+        return (1e-4, 5e-6) if optimizer == "critic_optimizer" else (3e-5, 1e-6)
+    return 1e-4, 1e-5
 
 
 def check_job_rows(config: RunConfig, tokenizer: Tokenizer | None) -> None:

@@ -58,16 +58,18 @@ def every_key(config: typing.Any = None, prefix: str = "") -> Iterator[Key]:
 
 
 def _comments(cls: type) -> dict[str, str]:
-    """By field: the comment behind it, or the whole lines of comment above it."""
+    """By field: the comment behind it, or the whole lines of comment above it; else that of the class it comes from."""
+    found = _comments(cls.__base__) if is_dataclass(cls.__base__) else {}
     source = textwrap.dedent(inspect.getsource(cls))
-    lines, found = source.splitlines(), {}
+    lines = source.splitlines()
     for node in ast.parse(source).body[0].body:  # type: ignore[attr-defined]
         if isinstance(node, ast.AnnAssign):
             _, _, behind = lines[node.end_lineno - 1][node.end_col_offset :].partition("# ")  # type: ignore[operator,index]
             above: list[str] = []
             while (line := lines[node.lineno - 2 - len(above)].strip()).startswith("# "):
                 above.insert(0, line.removeprefix("# "))
-            found[ast.unparse(node.target)] = behind or " ".join(above)
+            name = ast.unparse(node.target)
+            found[name] = behind or " ".join(above) or found.get(name, "")
     return found
 
 

@@ -81,8 +81,9 @@ def train_step(works: Sequence[Work], metrics: Metrics, trace: Trace) -> dict[st
 
     The loss is the sum of `fn`'s losses over the whole batch divided by the sum of its counts, whatever the split into
     replicas and micro-batches; of several works of one role, the sum of all their losses divided by that of all counts.
-    Statistics (sums over the same count) become `role/name` metrics. Of several steps of an iteration these are means,
-    and so is `role/grad_norm`, beside the largest, `role/grad_norm_max`; `role/learning_rate` is the last one's.
+    Statistics (sums over the same count, or one of their own) become `role/name` metrics. Of several steps of an
+    iteration these are means, and so is `role/grad_norm`, beside the largest, `role/grad_norm_max`;
+    `role/learning_rate` is the last one's.
 
     Returns:
         For each role None, or what was not finite, its loss or a gradient, and where: then it is as it was before.
@@ -117,7 +118,7 @@ def _step(works: Sequence[Work], roles: Sequence[RoleModel], metrics: Metrics, t
         for loss, count, statistics, _ in results if problems[name] is None else ():
             metrics.add(f"{name}/loss", loss, count)
             for key, value in statistics.items():
-                metrics.add(f"{name}/{key}", value, count)
+                metrics.add(f"{name}/{key}", *(value if isinstance(value, tuple) else (value, count)))
         padded = sum(rows.numel() * width for rows, width in work.parts)
         metrics.add(f"throughput/{name}_padding", padded - int(work.batch["lengths"].sum()), padded)
     for role in roles:

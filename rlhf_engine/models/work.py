@@ -13,8 +13,10 @@ from .role import RoleModel
 
 Batch = Mapping[str, Tensor]  # field name to (rows, ...)
 InferFn = Callable[[Tensor, Batch], Tensor]  # model output, micro-batch -> (rows, ...), which may end with T
+# a sum over the same count as the losses, or one with a count of its own
+Statistic = Tensor | tuple[Tensor, Tensor]
 # model output, micro-batch -> sum of losses, count that the sum over the minibatch is divided by, statistics
-LossFn = Callable[[Tensor, Batch], tuple[Tensor, Tensor, Mapping[str, Tensor]]]
+LossFn = Callable[[Tensor, Batch], tuple[Tensor, Tensor, Mapping[str, Statistic]]]
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Work:
         micro_batch_size: a forward on one replica computes at most as many tokens as so many rows as wide as `tokens`
             have, padding included, where the role has no token budget.
         together: so many neighbouring rows are never parted.
+        is_derivative: the gradient is the derivative of `fn`'s losses; False where it holds a part of them constant.
         prepare: makes of a micro-batch on the CPU what `fn` reads, so that `fn` itself need not wait for the device.
     """
 
@@ -35,6 +38,7 @@ class Work:
     fn: InferFn | LossFn
     micro_batch_size: int
     together: int = 1
+    is_derivative: bool = True
     prepare: Callable[[Batch], Batch] = dict
 
     @functools.cached_property

@@ -10,10 +10,9 @@ from typing import Any
 
 import yaml
 
-from ..config import RunConfig
+from ..config import BUILDS_ON, SAMPLING, RunConfig
 from ..surviving import durable
 
-_ALGORITHMS = {"sft", "reward", "ppo"}
 _SHARED = ("seed", "data", "model", "policy", "tokenizer")  # that every phase's weights depend on
 _OF_ONE_START = {"phases", "rerun", "max_restarts", "output", "output_dir", "plan"}
 
@@ -24,7 +23,7 @@ def write_config(folder: Path, config: RunConfig, goes_on: bool) -> None:
     path, now, before = folder / "config.yaml", asdict(config), durable.read(folder / "config.yaml")
     if before is not None and before != now:
         durable.write(folder / f"config.{1 + len(list(folder.glob('config.*.yaml')))}.yaml", path.read_bytes())
-        others = _OF_ONE_START | (_ALGORITHMS - {folder.name, "reward" if folder.name == "ppo" else ""})
+        others = _OF_ONE_START | (BUILDS_ON.keys() - {folder.name, "reward" if folder.name in SAMPLING else ""})
         for key, was, value in changes(before, now) if goes_on else ():
             if key.partition(".")[0] not in others:
                 print(f"{folder.name}: {key}={value} from here on, {was} before", flush=True)
@@ -34,7 +33,7 @@ def write_config(folder: Path, config: RunConfig, goes_on: bool) -> None:
 def say_finished(folder: Path, config: RunConfig) -> None:
     """That a phase needs nothing more, and what it was made with that would be another thing now."""
     print(f"{folder.name}: finished before, in {folder} (rerun=true runs it again)", flush=True)
-    relevant = {*_SHARED, folder.name, *(("reward", "rollout") if folder.name == "ppo" else ())}
+    relevant = {*_SHARED, folder.name, *(("reward", "rollout") if folder.name in SAMPLING else ())}
     for key, was, value in changes(durable.read(folder / "config.yaml") or {}, asdict(config)):
         if key.partition(".")[0] in relevant:
             print(f"{folder.name}: was made with {key}={was}, not {value}", flush=True)

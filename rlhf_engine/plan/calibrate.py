@@ -6,6 +6,7 @@ What a plan leaves out (the interpreter's time, how well a library's products do
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import subprocess
 import sys
@@ -104,15 +105,18 @@ def _by_kind(planned: Mapping[str, StageForecast]) -> dict[str, list[str]]:
 
 def _small(plan: Plan, folder: str) -> Plan:
     """The rows of one replica through a few layers: the same shapes, less of them."""
-    config, mesh, ppo = plan.config, MeshConfig(1, 1, 1), plan.config.ppo
+    config, mesh = plan.config, MeshConfig(1, 1, 1)
     assert plan.mesh.dp is not None
-    samples = ppo.prompts_per_iteration * ppo.samples_per_prompt
-    rows = -(-samples // (plan.mesh.dp * plan.mesh.pp * ppo.micro_batch_size)) * ppo.micro_batch_size
+    replicas, sampling = plan.mesh.dp * plan.mesh.pp, dict[str, int]()
+    for phase, part in config.sampling.items():
+        unit = math.lcm(part.micro_batch_size, part.samples_per_prompt)
+        prompts = -(-part.samples // (replicas * unit)) * unit // part.samples_per_prompt
+        sampling |= {f"{phase}.prompts_per_iteration": prompts, f"{phase}.num_minibatches": 1, f"{phase}.epochs": 1}
     new = min(config.rollout.max_new_tokens, _NEW_TOKENS)
     config = changed(
         config,
         {
-            "ppo.prompts_per_iteration": rows, "ppo.samples_per_prompt": 1, "ppo.num_minibatches": 1, "ppo.epochs": 1,
+            **sampling,
             "sft.batch_size": config.sft.micro_batch_size, "reward.batch_size": config.reward.micro_batch_size,
             "rollout.max_new_tokens": new, "rollout.min_new_tokens": new,
         },

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..config import RunConfig
+from ..config import SAMPLING, RunConfig
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,15 @@ class Rows:
 
 def rows_of(phase: str, config: RunConfig) -> Rows:
     """Of a training phase. The rows of a reward model are the two sides of its pairs."""
-    ppo, plan, data = config.ppo, config.plan, config.data
+    plan, data = config.plan, config.data
     new = config.rollout.max_new_tokens
     prompt, response = plan.prompt_tokens or data.max_prompt_len, plan.response_tokens or new
-    if phase == "ppo":
-        samples, longest = ppo.prompts_per_iteration * ppo.samples_per_prompt, data.max_prompt_len + new
-        sizes = samples, samples // ppo.num_minibatches, ppo.epochs * ppo.num_minibatches
-        shapes = _shapes(config, ppo.micro_batch_size, longest, prompt + response)
-        other_text = ppo.ptx.rows if ppo.ptx.sources else 0
-        return Rows(*sizes, *shapes, ppo.prompts_per_iteration, new, (prompt, response), other_text)
+    if phase in SAMPLING:
+        part = getattr(config, phase)
+        sizes = part.samples, part.samples // part.num_minibatches, part.epochs * part.num_minibatches
+        shapes = _shapes(config, part.micro_batch_size, data.max_prompt_len + new, prompt + response)
+        other_text = part.ptx.rows if part.other_text else 0
+        return Rows(*sizes, *shapes, part.prompts_per_iteration, new, (prompt, response), other_text)
     answer = plan.response_tokens or data.max_seq_len - min(prompt, data.max_seq_len - 1)
     sides, section = (2, config.reward) if phase == "reward" else (1, config.sft)
     size, longest = sides * section.batch_size, data.max_seq_len

@@ -62,12 +62,8 @@ def meshes(world: int, model: ModelConfig, device: Device) -> Iterator[Changes]:
 
 def micro_batches(config: RunConfig, rows: int, dp: int) -> Changes:
     """Micro-batches of so many rows, or of all that a replica has of each phase's batch."""
-    ppo = config.ppo
-    sizes = {
-        "sft": config.sft.batch_size,
-        "reward": config.reward.batch_size,
-        "ppo": ppo.prompts_per_iteration * ppo.samples_per_prompt // ppo.num_minibatches,
-    }
+    sizes = {"sft": config.sft.batch_size, "reward": config.reward.batch_size}
+    sizes |= {phase: part.samples // part.num_minibatches for phase, part in config.sampling.items()}
     shares = {phase: sizes[phase] // dp for phase in config.phases if phase in sizes}
     return {f"{phase}.micro_batch_size": min(rows, share) for phase, share in shares.items() if share}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from ..config import ConfigError, LogConfig, RunConfig
+from ..config import BUILDS_ON, ConfigError, LogConfig, RunConfig
 from ..data.dataset import cache_of
 from ..hf.config import family, read_json
 from ..hf.index import index
@@ -92,7 +92,7 @@ def settle(overrides: Sequence[str], world_size: int, output_dir: str) -> prefli
     config = compose(overrides)
     config.data.cache_dir = str(cache_of(config))
     config.output_dir, config.rerun, config.device = output_dir, False, "cuda"
-    for phase in (config.sft, config.reward, config.ppo):
+    for phase in (getattr(config, name) for name in BUILDS_ON):
         phase.iterations = min(phase.iterations, config.rehearse.iterations)
         phase.save_every = 1
     config.log = LogConfig()

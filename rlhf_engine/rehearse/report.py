@@ -62,7 +62,7 @@ def lines(found: Found) -> list[Line]:
     for report in (report for attempt in found.attempts for report in attempt):
         latest: dict[tuple[str, str], dict[str, Any]] = {}
         for stage in report["stages"]:
-            name = re.sub(r" (of|behind|within) (iteration \d+|(sft|reward|ppo))$", "", stage["name"])
+            name = re.sub(rf" (of|behind|within) (iteration \d+|{stage['phase'] or '-'})$", "", stage["name"])
             latest[stage["phase"], name] = stage  # a later iteration needs what the first left besides
         for (phase, name), stage in latest.items():
             at = report["rank"] // per_stage

@@ -43,11 +43,11 @@ def small(config: RunConfig, world: int) -> RunConfig:
     """The experiment with batches of a few rows, which any mesh of the world divides, and one step an iteration."""
     config = copy.deepcopy(config)
     rows = 2 * world * math.ceil(4 / world)
-    sft, reward, ppo, sampling = config.sft, config.reward, config.ppo, config.rollout
-    sft.batch_size = reward.batch_size = ppo.prompts_per_iteration = ppo.ptx.rows = rows
-    sft.micro_batch_size = reward.micro_batch_size = ppo.micro_batch_size = MICRO_BATCH
-    ppo.samples_per_prompt = ppo.epochs = ppo.num_minibatches = 1
-    ppo.critic_warmup_iterations, ppo.write_rollouts, ppo.write_arrays = 0, False, False
+    sft, reward, sampling = config.sft, config.reward, config.rollout
+    sft.batch_size = reward.batch_size = rows
+    sft.micro_batch_size = reward.micro_batch_size = MICRO_BATCH
+    for section in config.sampling.values():
+        section.shrink(rows, MICRO_BATCH)
     config.schedule.micro_batch_tokens = None
     sampling.max_new_tokens = min(sampling.max_new_tokens, _MOST_NEW_TOKENS)
     sampling.min_new_tokens = min(sampling.min_new_tokens, sampling.max_new_tokens)
@@ -180,7 +180,7 @@ class Iteration:
     rounding: dict[str, Rounding] = field(default_factory=dict)
 
     def of_responses(self, role: str) -> Work:
-        """The work of a role with PPO's responses, all of them in their order."""
+        """The work of a role with the responses of a rollout, all of them in their order."""
         x = self.experience
         assert x.tokens is not None and x.lengths is not None and x.response_mask is not None
         batch = {"tokens": x.tokens, "lengths": x.lengths, "response_mask": x.response_mask}
@@ -232,6 +232,10 @@ def first_iteration(ctx: Context, phase: str, rollout: Mapping[str, Any] | None 
         return replace(stage, body=body) if stage.kind == "train" else stage
 
     stages = [watched(stage) for stage in algorithm.stages if rollout is None or stage.kind != "rollout"]
+    for i, stage in enumerate(stages):
+        if "scores" in stage.writes:
+            stages.insert(i + 1, Stage("noise", "local", noise, None, ("scores",), ("scores",)))
+            break
     schedule = Schedule(stages, {*algorithm.provided, *(rollout or ())}, specs)
     found.examples = ctx.datasets[phase].batch(0, ctx.config.sft.batch_size)
     found.experience = algorithm.batch(ctx)
@@ -240,6 +244,11 @@ def first_iteration(ctx: Context, phase: str, rollout: Mapping[str, Any] | None 
     schedule.run(ctx, found.experience)
     found.figures, _ = ctx.metrics.reduce(ctx.mesh)
     return found
+
+
+def noise(ctx: Context, _, x) -> dict[str, Tensor]:
+    """Scores that differ, without which nothing would be learned from groups: a verifier's may be all alike."""
+    return {"scores": x.scores + torch.randn(x.scores.shape, generator=torch.Generator().manual_seed(1))}
 
 
 @torch.no_grad()
@@ -257,12 +266,11 @@ def wake_head(role: RoleModel) -> None:
 
 def generated(x: Experience, multiple: int) -> dict[str, Any]:
     """What a rollout has written, in rows that are a multiple of so many positions long."""
-    assert x.tokens is not None
-    width = x.tokens.shape[1]
     found = {}
-    for name in ("tokens", "lengths", "response_mask", "finished", "sampler_log_probs"):
-        value = getattr(x, name)
-        found[name] = F.pad(value, (0, -width % multiple)) if value.dim() == 2 else value
+    names = ["tokens", "lengths", "response_mask", "finished", "sampler_log_probs"]
+    for name in [*names, *(name for name in vars(x) if name.startswith("greedy_"))]:
+        if (value := getattr(x, name)) is not None:
+            found[name] = F.pad(value, (0, -value.shape[1] % multiple)) if value.dim() == 2 else value
     return found
 
 

@@ -1,4 +1,5 @@
-"""Checks of a phase's first iteration: its losses against formulas, and what PPO promises of its first step."""
+"""Checks of a phase's first iteration: its losses against formulas, and what a phase that samples promises of its first
+step. A check belongs to a body, and a phase has those of its table."""
 
 from __future__ import annotations
 
@@ -8,10 +9,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..algorithms import grpo, policy, ppo, reward, rollouts, sft
 from ..algorithms.heads import choose, policy_log_probs
+from ..config import SAMPLING
 from ..experience import spans
 from ..models.stream import infer
 from ..models.work import Work
+from ..schedule import Body, Stage
 from . import plain
 from .findings import Finding, bound, rms
 from .measure import Iteration
@@ -27,7 +31,7 @@ def raw_outputs(work: Work) -> Tensor:
 
 def sampling(it: Iteration) -> tuple[float, tuple[Sequence[int], int]]:
     """Temperature and ban of the distribution that a phase learns."""
-    if it.phase != "ppo":
+    if it.phase not in SAMPLING:
         return 1.0, ((), 0)
     rollout = it.ctx.config.rollout
     return rollout.temperature, (it.ctx.tokenizer.end_ids, rollout.min_new_tokens)
@@ -79,22 +83,28 @@ def reward_loss(it: Iteration) -> Finding:
 
 
 def later(work: Work, old: str) -> Work:
-    """A work of which one field is as if an update lay between, so that ratios and clipping matter."""
-    noise = 0.3 * torch.randn(work.batch[old].shape, generator=torch.Generator().manual_seed(1))
+    """A work of which one field, if it has it, is as if an update lay between, so that ratios and clipping matter."""
+    if old not in work.batch:
+        return work
+    noise = 0.3 * torch.randn(work.batch[old].shape, generator=torch.Generator().manual_seed(len(old)))
     return replace(work, batch={**work.batch, old: work.batch[old] + noise})
 
 
 def policy_loss(it: Iteration) -> Finding:
-    """The policy's loss after a made-up update against eq. 7 of the paper."""
-    x, config = it.experience, it.ctx.config.ppo
-    work = later(it.works["policy"][0], "log_probs")
+    """The policy's loss after a made-up update against its formula."""
+    x, config = it.experience, it.ctx.settings
+    work = later(later(it.works["policy"][0], "log_probs"), "ref_log_probs")
     rows, mask, old = (work.batch[name] for name in ("samples", "response_mask", "log_probs"))
     assert x.advantages is not None and x.response_mask is not None
     advantages, selected, condition = x.advantages[rows].double(), x.advantages[x.response_mask].double(), 1.0
-    if config.whiten_advantages:
+    if x.advantage_moments is not None and config.whiten_advantages:
         mean, std = selected.mean(), (selected.var(correction=0) + 1e-8).sqrt()
         advantages, condition = (advantages - mean) / std, 1 + float(mean.abs() / std)
-    terms = plain.policy_losses(*plain_log_probs(it, work, "response_mask"), old, advantages, mask, config)
+    if x.importance is not None:
+        advantages = advantages * x.importance[rows]
+    both, reference = plain_log_probs(it, work, "response_mask"), work.batch.get("ref_log_probs")
+    longest = it.ctx.config.rollout.max_new_tokens
+    terms = plain.policy_losses(*both, old, reference, advantages, mask, config, longest)
     return against_plain("policy", whole_loss([work]), terms, it, condition)
 
 
@@ -104,7 +114,7 @@ def value_loss(it: Iteration) -> Finding:
     batch, raw = work.batch, raw_outputs(work)
     values = torch.zeros_like(raw)
     values[:, 1:] = raw[:, :-1]
-    terms = plain.value_losses(values, batch["values"], batch["returns"], batch["response_mask"], it.ctx.config.ppo)
+    terms = plain.value_losses(values, batch["values"], batch["returns"], batch["response_mask"], it.ctx.settings)
     return against_plain("critic", whole_loss([work]), terms, it)
 
 
@@ -116,14 +126,13 @@ def masked_prompts(it: Iteration) -> Finding:
     to the last bit has none and needs none.
     """
     (work, *_) = it.works["policy"]
-    if it.phase == "sft":
+    if (prompts := it.experience.prompts) is None:
         said = answers(it, work)
     else:
-        assert it.experience.prompts is not None
-        starts = torch.tensor([len(it.experience.prompts[i]) for i in work.batch["samples"].tolist()])
+        starts = torch.tensor([len(prompts[i]) for i in work.batch["samples"].tolist()])
         said = spans(starts, work.batch["lengths"], work.batch["tokens"].shape[1])
     fields = {"said": said}
-    if it.phase == "ppo":  # that are nowhere 0
+    if prompts is not None:  # that are nowhere 0
         fields["advantages"] = torch.randn(said.shape, generator=torch.Generator().manual_seed(1))
 
     def fn(output: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
@@ -144,7 +153,7 @@ def masked_prompts(it: Iteration) -> Finding:
     return Finding(num_tokens - num_heard + num_others, 0, detail)
 
 
-# -- what PPO promises -----------------------------------------------------------------------------------------
+# -- what a phase that samples promises ---------------------------------------------------------------------------
 
 
 def first_kl(it: Iteration) -> Finding:
@@ -181,14 +190,37 @@ def values(it: Iteration) -> Finding:
 
 def advantages(it: Iteration) -> Finding:
     """Advantages against the recurrence, token by token, as a share of the largest number that enters it."""
-    x, config = it.experience, it.ctx.config.ppo
+    x, config = it.experience, it.ctx.settings
     assert x.scores is not None and x.finished is not None and x.response_mask is not None
-    scores = plain.shaped_scores(x.scores, x.finished, config)
+    scores = plain.shaped_scores(
+        x.scores, x.finished, x.response_mask.sum(1), config, it.ctx.config.rollout.max_new_tokens
+    )
     fields = x.log_probs, x.ref_log_probs, x.values
     wanted = plain.advantages(*fields, scores, x.response_mask, config)  # type: ignore[arg-type]
     size = max(float(field.abs().max()) for field in (wanted, scores, x.values, x.scores))  # type: ignore[union-attr]
     gap = rms((x.advantages - wanted)[x.response_mask])  # type: ignore[operator]
     return Finding(gap / (size or 1.0), bound(0.0, 1.0))
+
+
+def group_advantages(it: Iteration) -> Finding:
+    """Advantages of groups against their formula, response by response, as a share of the largest."""
+    x, config = it.experience, it.ctx.settings
+    assert x.scores is not None and x.finished is not None and x.response_mask is not None
+    scores = plain.shaped_scores(
+        x.scores, x.finished, x.response_mask.sum(1), config, it.ctx.config.rollout.max_new_tokens
+    )
+    if config.kl == "reward" and x.ref_log_probs is not None:
+        kl = (x.log_probs.double() - x.ref_log_probs.double()) * x.response_mask  # type: ignore[union-attr]
+        scores = scores - config.kl_coef * kl.sum(1)
+    greedy = None
+    if x.baselines is not None and x.greedy_finished is not None and x.greedy_response_mask is not None:
+        said = x.greedy_finished, x.greedy_response_mask.sum(1)
+        greedy = plain.shaped_scores(x.baselines, *said, config, it.ctx.config.rollout.max_new_tokens, x.scores)
+    wanted = plain.group_advantages(scores, x.response_mask.sum(1), greedy, config)
+    size = max(float(wanted.abs().max()), float(scores.abs().max()))
+    gap = rms((x.advantages - wanted.unsqueeze(1))[x.response_mask])  # type: ignore[operator]
+    # scores are float32, and their differences are divided by what may be much smaller than they
+    return Finding(gap / (size or 1.0), bound(0.0, float(wanted.abs().max() / scores.std().clamp_min(1e-6))))
 
 
 _EVERY: dict[str, Check] = {
@@ -197,18 +229,28 @@ _EVERY: dict[str, Check] = {
     "every parameter has a gradient": complete,
     "loss and gradients over micro-batches": micro_batches,
 }
-CHECKS: dict[str, dict[str, Check]] = {
-    "sft": {"loss against plain": sft_loss, "prompts carry no loss": masked_prompts, **_EVERY},
-    "reward": {"loss against plain": reward_loss, **_EVERY},
-    "ppo": {
-        "KL at step 0": first_kl,
-        "first ratio": first_ratio,
-        "sampler against trainer": sampler_gap,
-        "values at their tokens": values,
-        "advantages against plain": advantages,
-        "policy loss against plain": policy_loss,
-        "value loss against plain": value_loss,
-        "prompts carry no loss": masked_prompts,
-        **_EVERY,
-    },
+_SAMPLED: dict[str, Check] = {
+    "first ratio": first_ratio,
+    "policy loss against plain": policy_loss,
+    "prompts carry no loss": masked_prompts,
 }
+OF_BODIES: dict[Body, dict[str, Check]] = {
+    sft.train_policy: {"loss against plain": sft_loss, "prompts carry no loss": masked_prompts},
+    reward.train_reward: {"loss against plain": reward_loss},
+    rollouts.log_probs: {"sampler against trainer": sampler_gap},
+    rollouts.ref_log_probs: {"KL at step 0": first_kl},
+    ppo.values: {"values at their tokens": values},
+    ppo.advantage: {"advantages against plain": advantages},
+    grpo.advantage: {"advantages against plain": group_advantages},
+    ppo.train_critic: {"value loss against plain": value_loss},
+    ppo.train_policy: _SAMPLED,
+    policy.train_policy: _SAMPLED,
+}
+
+
+def checks(stages: Sequence[Stage]) -> dict[str, Check]:
+    """Of the phase that has this table, by name."""
+    found: dict[str, Check] = {}
+    for stage in stages:
+        found |= OF_BODIES.get(stage.body, {})
+    return found | _EVERY

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..config import PPOConfig
+from ..config import GRPOConfig, PPOConfig, SamplingConfig
 from ..mesh import ParallelMesh
 from ..models.role import RoleModel, head_weight
 
@@ -82,16 +82,27 @@ def intervals(hidden: Tensor, head: Tensor, tokens: Tensor, mask: Tensor, *optio
     return torch.stack([start, stop], 1)
 
 
-def shaped_scores(scores: Tensor, finished: Tensor, config: PPOConfig) -> Tensor:
-    """Scores of the first iteration as they enter the reward, `(B,)`."""
-    scores = scores.double()
+def shaped_scores(
+    scores: Tensor, finished: Tensor, lengths: Tensor, config: SamplingConfig, longest: int,
+    among: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Scores of the first iteration as they enter the reward, `(B,)`, of responses of so many tokens.
+
+    Args:
+        among: those that they are standardised by; None: themselves.
+    """
+    scores, among = scores.double(), (scores if among is None else among).double()
     if config.score_min is not None or config.score_max is not None:
-        scores = scores.clamp(config.score_min, config.score_max)
-    mean, std = scores.mean(), scores.std(correction=0)
+        scores, among = (x.clamp(config.score_min, config.score_max) for x in (scores, among))
+    mean, std = among.mean(), among.std(correction=0)
     if config.score_center:
         scores = scores - mean
     if config.score_scale:
         scores = scores / (std + 1e-8)
+    for row, length in enumerate(lengths.tolist()):
+        if config.overlong_buffer and length > longest - config.overlong_buffer:
+            share = 1 - (longest - length) / config.overlong_buffer
+            scores[row] -= config.overlong_penalty * share
     return scores - config.missing_eos_penalty * (~finished).double()
 
 
@@ -103,26 +114,77 @@ def advantages(
     for row in range(len(mask)):
         after, value_after = 0.0, 0.0
         positions = mask[row].nonzero().flatten().tolist()
+        mixture = config.gae_lambda
+        if config.gae_alpha is not None and positions:
+            mixture = max(0.0, 1 - 1 / (config.gae_alpha * len(positions)))
         for t in reversed(positions):
-            reward = -config.kl_coef * (float(log_probs[row, t]) - float(ref_log_probs[row, t]))
+            reward = -(config.kl_coef if config.kl == "reward" else 0) * (
+                float(log_probs[row, t]) - float(ref_log_probs[row, t])
+            )
             reward += float(scores[row]) if t == positions[-1] else 0.0
             value = float(values[row, t])
-            after = reward + config.gamma * value_after - value + config.gamma * config.gae_lambda * after
+            after = reward + config.gamma * value_after - value + config.gamma * mixture * after
             found[row, t], value_after = after, value
     return found
 
 
-def policy_losses(
-    log_probs: Tensor, entropy: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, config: PPOConfig
-) -> Tensor:
-    """The clipped surrogate of each response token, less the entropy's share, `(N,)` from `(B, T)`.
+def group_advantages(scores: Tensor, counts: Tensor, greedy: Tensor | None, config: GRPOConfig) -> Tensor:
+    """Advantages `(B,)` of groups that stand one after the other.
 
     Args:
-        advantages: whitened, if they are to be.
+        greedy: scores of the likeliest response to each prompt, where they are taken off.
+        counts: tokens of each response, over which a whole batch is standardised.
     """
-    ratio = (log_probs - old.double()).exp()
-    clipped = ratio.clamp(1 - config.clip_ratio, 1 + config.clip_ratio)
-    return (-torch.minimum(ratio * advantages, clipped * advantages) - config.entropy_coef * entropy)[mask]
+    found = scores.double().clone()
+    for group in torch.arange(len(scores)).split(config.samples_per_prompt):
+        own, kind = scores[group].double(), config.advantage
+        mean, std = own.mean(), own.std(correction=config.std_correction) if len(own) > 1 else own.new_ones([])
+        for i, row in enumerate(group.tolist()):
+            others = torch.cat([own[:i], own[i + 1 :]])
+            if greedy is not None:
+                found[row] = own[i] - greedy[row // config.samples_per_prompt]
+            elif kind == "rloo":
+                found[row] = own[i] - others.mean()
+            elif kind not in ("none", "reinforce++"):
+                found[row] = (own[i] - mean) / (std + config.std_eps if kind == "grpo" else 1)
+    if config.advantage.startswith("reinforce++"):
+        tokens = found.repeat_interleave(counts)
+        found = (found - tokens.mean()) / (tokens.std(correction=config.std_correction) + config.std_eps)
+    return found
+
+
+def policy_losses(
+    log_probs: Tensor, entropy: Tensor, old: Tensor, reference: Tensor | None, advantages: Tensor, mask: Tensor,
+    config: SamplingConfig, longest: int,
+) -> Tensor:  # fmt: skip
+    """What each response token has in the policy's loss, `(N,)` from `(B, T)`; its mean is the loss.
+
+    Args:
+        reference: log-probs of the KL in the loss; None for none.
+        advantages: whitened, if they are to be.
+        longest: tokens that a sum over a response is divided by.
+    """
+    lengths = mask.sum(1, keepdim=True)
+    log_ratio = (log_probs - old.double()) * mask
+    if config.loss == "gspo":
+        log_ratio = (log_ratio.sum(1, keepdim=True) / lengths).expand_as(log_ratio)
+    ratio = log_ratio.exp()
+    high = config.clip_ratio if config.clip_ratio_high is None else config.clip_ratio_high
+    clipped = ratio.clamp(1 - config.clip_ratio, 1 + high)
+    if config.loss in ("ppo", "gspo"):
+        terms = -torch.minimum(ratio * advantages, clipped * advantages)
+        if config.dual_clip is not None:
+            terms = torch.where(advantages < 0, terms.minimum(-config.dual_clip * advantages), terms)
+    else:
+        terms = -advantages * log_probs * (clipped if config.loss == "cispo" else 1)
+    if reference is not None:
+        distance = log_probs - reference.double()
+        estimates = {"k1": distance, "k2": distance**2 / 2, "k3": (-distance).exp() - 1 + distance}
+        terms = terms + config.kl_coef * estimates[config.kl.rstrip("+")]
+    terms = terms - config.entropy_coef * entropy
+    if config.loss_mean != "tokens":
+        terms = terms * lengths.sum() / len(mask) / (lengths if config.loss_mean == "sequences" else longest)
+    return terms[mask]
 
 
 def value_losses(values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, config: PPOConfig) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..algorithms import ALGORITHMS
+from ..config import SAMPLING
 from ..context import Context
 from ..launching.build import build_context
 from ..launching.preflight import Plan
@@ -174,7 +175,7 @@ def check_phase(report: Report, ctx: Context, phase: str) -> Iteration | None:
     if not report.check(f"{phase}: numbers are finite", finite):
         free(ctx)
         return None
-    for name, body in phases.CHECKS[phase].items():
+    for name, body in phases.checks(ALGORITHMS[phase](ctx.config).stages).items():
         report.check(f"{phase}: {name}", body, kept[0])
     kept[0].works.clear()
     free(ctx)
@@ -186,7 +187,7 @@ def check_layouts(report: Report, ctx: Context, plan: Plan, iterations: dict[str
     world, models = ctx.mesh.world_size, [base.model for base in ctx.bases.values()]
     others = list(layouts.layouts(world, plan.mesh, models))
     given = {
-        phase: generated(found.experience, world) if phase == "ppo" else None for phase, found in iterations.items()
+        phase: generated(found.experience, world) if phase in SAMPLING else None for phase, found in iterations.items()
     }
     for mesh in others:
         ctx.mesh.close()

@@ -14,7 +14,7 @@ from ..hf.weights import Table, parameters, whole_tensors
 from ..models.residency import Presence
 from ..models.stream import infer, train_step
 from ..models.work import Work
-from .findings import EPS, Finding, bound, worst
+from .findings import EPS, Finding, Skipped, bound, worst
 from .measure import Gradient, Iteration, Rounding, gather_gradient, gradient
 from .rounding import SAMPLES, moved
 
@@ -98,11 +98,15 @@ def slope(it: Iteration) -> Finding:
     """
     found = []
     for name, works in it.works.items():
+        if not all(work.is_derivative for work in works):
+            continue
         rounding = it.rounding[name]
         noise = rounding.loss + EPS * rounding.size
         first = _slope(works, it, step := math.sqrt(noise * rounding.size), noise)
         others = (_slope(works, it, step / 4**i, noise) for i in range(1, 10) if step / 4**i > _LEAST * noise)
         found.append(next((finding for finding in itertools.chain([first], others) if finding.excess <= 1), first))
+    if not found:
+        raise Skipped("the gradient holds a part of the loss constant")
     return worst(found)
 
 
