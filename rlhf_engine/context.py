@@ -20,11 +20,9 @@ from .mesh import ParallelMesh
 from .models.role import RoleModel
 from .observing.metrics import Metrics
 from .observing.trace import Trace
+from .rewards.scoring import Rewards
 from .signals import Stop, noted
 from .surviving.guard import Guard, Skipped
-
-# prompts, responses (text), prompts, responses (token ids) -> one score each
-RewardFn = Callable[[list[str], list[str], list[list[int]], list[list[int]]], Sequence[float]]
 
 
 @dataclass
@@ -88,7 +86,7 @@ class Context:
     tokenizer: Tokenizer
     datasets: Mapping[str, Dataset]  # by phase, and "ptx"
     gold: GoldFn | None
-    reward_fn: RewardFn | None
+    rewards: Rewards | None  # functions that score, where no reward model does
     phase: str = ""  # that runs, and the name of its section of the configuration
     roles: dict[str, RoleModel] = field(default_factory=dict)
     finished: dict[str, Path | None] = field(default_factory=dict)  # last checkpoints of phases, as far as looked at

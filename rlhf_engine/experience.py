@@ -22,6 +22,7 @@ class Experience:
     # what an iteration starts from
     prompts: list[list[int]] | None = None  # B lists of token ids
     reward_prompts: list[list[int]] | None = None  # the same as the reward model reads them
+    row_fields: list[str] | None = None  # B JSON objects: what else their rows have, for reward functions
     sample_ids: Tensor | None = None  # (B,) int64, the key of each sample's noise
     redrawn: Tensor | None = None  # (B,) bool, rows that further prompts have taken the place of
     # sequences

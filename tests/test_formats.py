@@ -193,3 +193,15 @@ def test_rows_that_fit_no_format(row, words):
     with pytest.raises(ConfigError) as error:
         read_row(row, "f:1")
     assert str(error.value).startswith("f:1: ") and words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_fields():
+    """What reward functions see of a row: as the file has it, without what is a dialogue."""
+    row = {"prompt": "Left?", "answer": 72, "tests": [1, [2]], "source": None, "chosen": "a", "rejected": "b"}
+    assert read_row(row, "f:1").fields == {"answer": 72, "tests": [1, [2]], "source": None}
+    assert read_row({"question": "Left?", "answer": "#### 72"}, "f:1").fields == {
+        "question": "Left?", "answer": "#### 72",
+    }  # fmt: skip
+    for key in ("messages", "conversations", "conversation"):
+        assert read_row({key: [{"role": "user", "content": "Left?"}], "id": 1}, "f:1").fields == {"id": 1}
+    assert read_row([{"role": "user", "content": "Left?"}], "f:1").fields == {}

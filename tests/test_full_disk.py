@@ -191,7 +191,7 @@ def test_no_room_for_weights(disk, write: Callable):
 @pytest.mark.parametrize("disk", ["size=64m"], indirect=True)
 def test_a_run(disk):
     """Which finds its disk full in its first iteration, then behind its last save, and then finds room."""
-    settings = [*SMALL, "phases=[ppo]", "reward=function", "reward.fn=rewards:fills", "mesh.dp=1", "trace=true"]
+    settings = [*SMALL, "phases=[ppo]", "reward.fns=[rewards:fills]", "mesh.dp=1", "trace=true"]
     settings += ["ppo.write_rollouts=true", "ppo.save_every=1", f"output_dir={disk}/run"]
     env = os.environ | {"FULL": str(disk), "PYTHONPATH": str(ROOT / "tests")}
 

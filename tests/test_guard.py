@@ -17,9 +17,7 @@ import torch
 import warm
 from conftest import ROOT, SMALL
 
-from rlhf_engine.algorithms.reward_function import call
 from rlhf_engine.config import GuardConfig, OptimizerConfig
-from rlhf_engine.signals import RunError
 from rlhf_engine.surviving.guard import Guard, Skipped
 
 # -- on the ranks --------------------------------------------------------------------------------------------
@@ -107,7 +105,7 @@ def test_counting():
 def run(*overrides: str, **environment: str) -> subprocess.CompletedProcess:
     """PPO of three iterations with a reward function of tests/rewards.py, on one rank."""
     paths = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    settings = [*SMALL, "phases=[ppo]", "reward=function", "ppo.iterations=3", "ppo.save_every=3", "mesh.dp=1"]
+    settings = [*SMALL, "phases=[ppo]", "ppo.iterations=3", "ppo.save_every=3", "mesh.dp=1"]
     command = [sys.executable, str(ROOT / "launch" / "run.py"), *settings, *overrides]
     return warm.run(command, os.environ | {"PYTHONPATH": paths} | environment)
 
@@ -118,7 +116,8 @@ def rows(folder: Path) -> list[dict]:
 
 def test_a_score_that_is_not_a_number(tmp_path):
     """It costs its iteration; two in a row end the run, saved, and the same command goes on from there."""
-    settings = ["reward.fn=rewards:not_a_number", "guard.max_bad_steps=2", f"output_dir={tmp_path}", "ppo.iterations=4"]
+    settings = ["reward.fns=[rewards:not_a_number]", "guard.max_bad_steps=2", "ppo.iterations=4"]
+    settings.append(f"output_dir={tmp_path}")
     result = run(*settings, BAD_CALLS="1,2")
     assert result.returncode == 65 and "Traceback" not in result.stderr, result.stderr
     assert "stage score: scores not finite for sample 3; update skipped, 1 in a row" in result.stdout
@@ -139,25 +138,21 @@ def test_a_score_that_is_not_a_number(tmp_path):
         (
             "fails_for_one",
             1,
-            ["ValueError: of one response", "reward.fn=rewards:fails_for_one raised it for response 2: "],
+            ["ValueError: of one response", "reward.fns=rewards:fails_for_one raised it for response 2: "],
         ),
     ],
 )
 def test_a_reward_function_that_misbehaves(tmp_path, name, code, words):
-    result = run(f"reward.fn=rewards:{name}", "reward.timeout=1", f"output_dir={tmp_path}")
+    result = run(f"reward.fns=[rewards:{name}]", "reward.timeout=1", f"output_dir={tmp_path}")
     assert result.returncode == code
     assert all(word in result.stderr for word in words), result.stderr
     assert result.stderr.count("Traceback") == (name == "fails_for_one")
-    assert name == "fails_for_one" or result.stderr.splitlines()[-1].startswith("error: reward.fn=")
-
-
-@pytest.mark.parametrize("leave", [sys.exit, lambda: sys.exit("no")], ids=["none", "text"])
-def test_a_reward_function_that_leaves(leave):
-    with pytest.raises(RunError, match=r"reward.fn=m:f asked for the end of the run: SystemExit\("):
-        call(lambda *columns: leave(), "m:f", 60, ["a"], ["b"], [[1]], [[2]])
+    assert name == "fails_for_one" or result.stderr.splitlines()[-1].startswith("error: reward.fns=")
 
 
 def test_a_kl_beyond_its_limit(tmp_path):
-    result = run("reward.fn=rewards:short_and_polite", "guard.max_kl=1e-9", "guard.stop=true", f"output_dir={tmp_path}")
+    result = run(
+        "reward.fns=[rewards:short_and_polite]", "guard.max_kl=1e-9", "guard.stop=true", f"output_dir={tmp_path}"
+    )
     assert result.returncode == 65 and "kl/mean is " in result.stderr and "guard.max_kl=1e-09" in result.stderr
     assert (tmp_path / "ppo" / "checkpoints" / "latest").read_text() == f"iteration_{len(rows(tmp_path))}"

@@ -28,9 +28,9 @@ from rlhf_engine.launching.ranks import PARENT, end_with_parent
 from rlhf_engine.signals import STOPPED, answer
 
 RUN = [sys.executable, "launch/run.py"]
-PPO = [*SMALL, "phases=[ppo]", "reward=function", "ppo.iterations=6", "ppo.save_every=6", "mesh.dp=2"]
+PPO = [*SMALL, "phases=[ppo]", "ppo.iterations=6", "ppo.save_every=6", "mesh.dp=2"]
 # figures are those of the function that does not wait
-HELD = [*PPO, "reward.fn=rewards:held"]
+HELD = [*PPO, "reward.fns=[rewards:held]"]
 
 
 def find_reward_functions(patch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -71,7 +71,7 @@ def plain(tmp_path_factory) -> list[dict]:
     """Figures of PPO by `python launch/run.py` on two ranks, never interrupted."""
     folder = tmp_path_factory.mktemp("plain")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])}
-    command = [*RUN, *PPO, "reward.fn=rewards:short_and_polite", f"output_dir={folder}"]
+    command = [*RUN, *PPO, "reward.fns=[rewards:short_and_polite]", f"output_dir={folder}"]
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
     return figures(folder / "ppo")
 
@@ -188,7 +188,7 @@ def test_stopped_before_it_trains(tmp_path):
 
 def test_second_interrupt_ends_at_once(tmp_path):
     """In a stage that would never end, so that nothing is saved behind it."""
-    with started([*RUN, *PPO, "reward.fn=rewards:hangs", f"output_dir={tmp_path}"], tmp_path) as launcher:
+    with started([*RUN, *PPO, "reward.fns=[rewards:hangs]", f"output_dir={tmp_path}"], tmp_path) as launcher:
         wait_until((tmp_path / "held").exists, "the reward function")
         ranks = ranks_of(launcher)
         launcher.send_signal(signal.SIGINT)
@@ -210,7 +210,7 @@ def test_a_rank_that_dies_is_heard_first(tmp_path, monkeypatch, by_signal):
     """Its own traceback, or how it was ended, and not what the others make of it."""
     if by_signal:
         monkeypatch.setenv("DIES_BY_SIGNAL", "1")
-    result = warm.run([*RUN, *PPO, "reward.fn=rewards:dies", f"output_dir={tmp_path}"])
+    result = warm.run([*RUN, *PPO, "reward.fns=[rewards:dies]", f"output_dir={tmp_path}"])
     if by_signal:
         assert result.returncode == 128 + signal.SIGKILL and result.stderr == "rank 0 was ended by SIGKILL\n"
     else:
@@ -229,7 +229,7 @@ def test_a_signal_without_a_name(capfd):
 def test_a_rank_that_dies_is_started_again(plain, tmp_path, monkeypatch):
     """From the last checkpoint; and not more often than allowed."""
     monkeypatch.setenv("DIED", str(tmp_path / "died"))
-    command = [*RUN, *PPO, "reward.fn=rewards:dies_at_times", "ppo.save_every=1", f"output_dir={tmp_path}"]
+    command = [*RUN, *PPO, "reward.fns=[rewards:dies_at_times]", "ppo.save_every=1", f"output_dir={tmp_path}"]
     result = warm.run([*command, "max_restarts=1"])
     assert result.returncode == 128 + signal.SIGKILL
     assert "exit code 137: starting again, 0 of max_restarts=1 left" in result.stdout

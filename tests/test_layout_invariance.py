@@ -177,7 +177,7 @@ def test_choices_of_the_policy_loss(worlds, chosen, name, layout, extra):
 def test_prompts_drawn_anew(worlds, small_run, layout):
     """On every mesh the same, whoever scores them."""
     settings = [*SETTINGS, f"output_dir={small_run}", "phases=[grpo]", "grpo.redraws=2"]
-    for scorer in ([], ["reward=function", "reward.fn=rewards:some_alike"]):
+    for scorer in ([], ["reward.fns=[rewards:some_alike]"]):
         wanted = worlds(1).run(cases.first_iteration, [*settings, *scorer], (1, 1, 1), "grpo")[0]
         found = worlds(2).run(cases.first_iteration, [*settings, *scorer], layout, "grpo")[0]
         assert found["tokens"] == wanted["tokens"]

@@ -194,7 +194,7 @@ def test_a_plan(planned):
 
 def test_a_plan_of_groups(planned):
     """One policy alone, with a reward function; its rows are the samples of all groups."""
-    command = ["model=llama_7b", "mesh.tp=4", "mesh.dp=2", "phases=[grpo]", "reward=function", "reward.fn=math:fsum"]
+    command = ["model=llama_7b", "mesh.tp=4", "mesh.dp=2", "phases=[grpo]", "reward.fns=[math:fsum]"]
     command += ["plan=true", "grpo.prompts_per_iteration=64", "grpo.samples_per_prompt=8", "grpo.micro_batch_size=1"]
     status, out, err = planned(*command, "grpo.kl_coef=0", "grpo.num_minibatches=4")
     assert status == 0 and not err and out.count("fits") == 1
@@ -222,8 +222,8 @@ def test_a_save(planned):
 
 
 def test_what_does_not_fit_is_refused_with_what_would(planned):
-    command = ["model=llama_7b", "mesh.tp=4", "mesh.dp=2", "phases=[ppo]", "reward.path=null", "reward=function"]
-    command += ["reward.fn=math:fsum", "plan=true", "plan.memory=50", "ppo.micro_batch_size=32"]
+    command = ["model=llama_7b", "mesh.tp=4", "mesh.dp=2", "phases=[ppo]", "reward.path=null"]
+    command += ["reward.fns=[length]", "plan=true", "plan.memory=50", "ppo.micro_batch_size=32"]
     status, out, err = planned(*command)
     assert status == 2 and "does not fit" in out and err.startswith("error: ppo needs") and err.count("\n") == 1
     changes = re.search(r"it fits with (.*)", err)[1].split()
@@ -236,8 +236,8 @@ def test_more_ranks_or_another_device_may_be_needed(planned):
     ranks = int(re.search(r"plan.world=(\d+)", err)[1])
     assert status == 2 and ranks > 8
     # a rollout of 405B needs a copy on each tensor parallel group of eight, whatever the number of groups
-    command = ["model=llama_405b", "mesh.tp=8", "mesh.pp=64", "phases=[ppo]", "reward=function", "plan=true"]
-    status, _, err = planned(*command, "reward.fn=math:fsum", "mesh.sequence_parallel=true")
+    command = ["model=llama_405b", "mesh.tp=8", "mesh.pp=64", "phases=[ppo]", "plan=true"]
+    status, _, err = planned(*command, "reward.fns=[length]", "mesh.sequence_parallel=true")
     assert status == 2 and "plan.device=" in err
 
 

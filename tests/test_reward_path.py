@@ -72,7 +72,7 @@ def test_a_model_without_a_score_is_refused(policy, tmp_path):
         ({"vocab_size": 500}, [], ["reward.path", "694 ids", "500"]),
         ({"max_position_embeddings": 64}, [], ["data.max_seq_len=192", "64"]),
         ({"num_attention_heads": 5}, [], ["num_attention_heads"]),
-        ({}, ["reward=function", "reward.fn=math:sqrt"], ["reward.path", "kind=function"]),
+        ({}, ["reward.fns=[length]"], ["reward.path", "reward.fns"]),
         ({}, ["policy.path=null"], ["reward.path", "tokenizer.path"]),
     ],
 )

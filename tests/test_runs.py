@@ -13,6 +13,7 @@ import cases
 import numpy as np
 import psutil
 import pytest
+import rewards
 import warm
 from clusters import PATIENCE, wait_until
 from conftest import ROOT, SMALL, launch
@@ -21,9 +22,10 @@ from rlhf_engine.config import PPOConfig
 
 
 def figures(folder: Path) -> list[dict]:
-    """Rows of metrics.jsonl without what a clock measured."""
+    """Rows of metrics.jsonl without what a clock measured, and what is named after a function of tests/rewards."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(cases.MEASURED)} for row in rows]
+    left_out = (*cases.MEASURED, *(f"score/{name}" for name in vars(rewards)))
+    return [{k: v for k, v in row.items() if not k.startswith(left_out)} for row in rows]
 
 
 def assert_close(found: list[dict], wanted: list[dict], tolerance: float) -> None:
@@ -169,19 +171,19 @@ def test_another_model_in_the_same_folder_is_refused(phases):
 
 def test_reward_function(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]))
-    settings = [*SMALL, "phases=[ppo]", "reward=function", "ppo.iterations=2", f"output_dir={tmp_path}"]
-    launch(*settings, "reward.fn=rewards:short_and_polite")
+    settings = [*SMALL, "phases=[ppo]", "ppo.iterations=2", f"output_dir={tmp_path}"]
+    launch(*settings, "reward.fns=[rewards:short_and_polite]")
     rows = figures(tmp_path / "ppo")
     # untrained text holds no "please", so the score is the length's alone
     assert all(row["score/mean"] == pytest.approx(-0.01 * row["rollout/response_length"], abs=1e-4) for row in rows)
-    failed = launch(*settings, "reward.fn=rewards:too_few", "rerun=true", check=False)
+    failed = launch(*settings, "reward.fns=[rewards:too_few]", "rerun=true", check=False)
     assert failed.returncode != 0 and "gave 1 scores for 16 responses" in failed.stderr
 
 
 def test_groups_scored_by_a_function(tmp_path, monkeypatch):
     """GRPO of a policy alone; what it writes, its figures, and another mesh it goes on with."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]))
-    settings = [*SMALL, "phases=[grpo]", "reward=function", "reward.fn=rewards:short_and_polite", "grpo.kl_coef=0"]
+    settings = [*SMALL, "phases=[grpo]", "reward.fns=[rewards:short_and_polite]", "grpo.kl_coef=0"]
     settings += ["grpo.save_every=1", "grpo.write_rollouts=true", "grpo.write_arrays=true", "rollout.max_new_tokens=30"]
     settings += ["rollout.min_new_tokens=1", f"output_dir={tmp_path}"]
     launch(*settings, "mesh.dp=1", "grpo.iterations=1")

@@ -68,10 +68,10 @@ def test_every_row_is_needed(phase):
     ("phase", "sections", "roles"),
     [
         ("ppo", {}, "policy reference critic reward"),
-        ("ppo", {"reward": RewardConfig(kind="function", fn="a:b")}, "policy reference critic"),
+        ("ppo", {"reward": RewardConfig(fns=["length"])}, "policy reference critic"),
         ("grpo", {}, "policy reference reward"),
-        ("grpo", {"reward": RewardConfig(kind="function", fn="a:b")}, "policy reference"),
-        ("grpo", {"reward": RewardConfig(kind="function", fn="a:b"), "grpo": GRPOConfig(kl_coef=0)}, "policy"),
+        ("grpo", {"reward": RewardConfig(fns=["length"])}, "policy reference"),
+        ("grpo", {"reward": RewardConfig(fns=["length"]), "grpo": GRPOConfig(kl_coef=0)}, "policy"),
     ],
     ids=["ppo", "ppo by a function", "grpo", "grpo by a function", "grpo of the policy alone"],
 )

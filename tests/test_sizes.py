@@ -77,7 +77,7 @@ def test_rates_of_a_model_from_scratch(shared, tmp_path):
     own = [f"policy.path={shared / 'models' / 'stories260K_hf'}", f"data.sources=[{file}]", "data.num_eval_rows=2"]
     assert plan(compose(["+exp=rlhf", *own])).notes == []
     assert plan(compose(["+exp=hh_rlhf"])).notes == []
-    found = plan(compose(["+exp=hh_rlhf", *own, "phases=[sft,ppo]", "reward=function", "reward.fn=math:fsum"])).notes
+    found = plan(compose(["+exp=hh_rlhf", *own, "phases=[sft,ppo]", "reward.fns=[length]"])).notes
     assert [line.split(" is ")[0] for line in found] == [
         "sft.optimizer.lr=0.002", "ppo.optimizer.lr=0.0003", "ppo.critic_optimizer.lr=0.001",
     ]  # fmt: skip

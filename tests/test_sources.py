@@ -220,8 +220,8 @@ def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
 def test_a_phase_without_rows_to_learn_from(refused, tmp_path, rows, phases, words):  # noqa: F811
     file = write(tmp_path, "a.jsonl", rows * 5)
     message = refused(
-        f"data.sources=[{file}]", "data.num_eval_rows=1", f"phases=[{','.join(phases)}]", "reward=function",
-        "reward.fn=math:fsum",
+        f"data.sources=[{file}]", "data.num_eval_rows=1", f"phases=[{','.join(phases)}]",
+        "reward.fns=[length]",
     )  # fmt: skip
     assert words in message and str(file) in message
 

@@ -18,7 +18,7 @@ from rlhf_engine.surviving.guard import Skipped
 
 OPTIONS = {
     "ppo": ["ppo.kl_controller=adaptive", "ppo.score_scale=true"],
-    "grpo": ["grpo.score_center=true", "grpo.redraws=1", "reward=function", "reward.fn=rewards:some_alike"],
+    "grpo": ["grpo.score_center=true", "grpo.redraws=1", "reward.fns=[rewards:some_alike]"],
 }
 
 

@@ -139,7 +139,7 @@ def test_a_fault_is_caught_by_name(outcomes, fault, check, words):
 )
 def test_a_fault_of_sampling_is_caught_by_name(worlds, tmp_path, fault, check):
     phase, _, _ = check.partition(":")
-    settings = [*SMALL, f"phases=[{phase}]", "reward=function", "reward.fn=rewards:short_and_polite"]
+    settings = [*SMALL, f"phases=[{phase}]", "reward.fns=[rewards:short_and_polite]"]
     settings += ["schedule.residency=offload"]  # roles that are away between stages
     assert worlds(1).run(cases.verify, [*settings, f"output_dir={tmp_path}"], fault) == [1]
     assert check in failed(tmp_path)
@@ -158,7 +158,7 @@ def test_a_fault_of_sampling_is_caught_by_name(worlds, tmp_path, fault, check):
     ids=lambda choices: choices[0],
 )
 def test_choices_of_a_phase_that_samples_pass(worlds, tmp_path, choices):
-    settings = [*SMALL, "phases=[grpo]", "reward=function", "reward.fn=rewards:all_alike", f"output_dir={tmp_path}"]
+    settings = [*SMALL, "phases=[grpo]", "reward.fns=[rewards:all_alike]", f"output_dir={tmp_path}"]
     assert worlds(1).run(cases.verify, [*settings, *(f"grpo.{choice}" for choice in choices)]) == [0], failed(tmp_path)
 
 

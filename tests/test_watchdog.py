@@ -17,7 +17,7 @@ from test_launching import reward_functions_are_found as reward_functions_are_fo
 from rlhf_engine.surviving.watchdog import HUNG
 
 LIMIT = 10  # seconds: a hundred times what a stage takes
-ENDLESS = [*RUN, *PPO, "reward.fn=rewards:short_and_polite", f"timeout.stage={LIMIT}", "ppo.iterations=100000"]
+ENDLESS = [*RUN, *PPO, "reward.fns=[rewards:short_and_polite]", f"timeout.stage={LIMIT}", "ppo.iterations=100000"]
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +52,6 @@ def test_a_stopped_rank(runs, rank):
 
 def test_a_run_that_is_slow_but_moves_is_left_alone(tmp_path):
     """By the watchdog's clock each call of the reward function takes 40 of the 100 seconds that a stage may take."""
-    command = [*RUN, *PPO, "reward.fn=rewards:seems_slow", "timeout.stage=100", f"output_dir={tmp_path}"]
+    command = [*RUN, *PPO, "reward.fns=[rewards:seems_slow]", "timeout.stage=100", f"output_dir={tmp_path}"]
     result = warm.run(command)
     assert result.returncode == 0 and "missing" not in result.stdout + result.stderr, result.stdout + result.stderr

@@ -34,7 +34,7 @@ def stages(score: Stage) -> list[Stage]:
     def part(ctx: Context, x) -> SimpleNamespace:
         first = torch.arange(0, len(x.prompts), ctx.settings.samples_per_prompt)
         said = {name: getattr(x, f"greedy_{name}") for name in _FIELDS}
-        return SimpleNamespace(**said, **{name: taken(getattr(x, name), first) for name in prompts})
+        return SimpleNamespace(is_part=True, **said, **{name: taken(getattr(x, name), first) for name in prompts})
 
     def by_function(ctx: Context, role: Any, x) -> Fields:
         found: Any = score.body(ctx, role, part(ctx, x))

@@ -2,7 +2,7 @@
 
 | stage         | role      | kind    | reads                                          | writes                      |
 |---------------|-----------|---------|------------------------------------------------|-----------------------------|
-| rollout       | policy    | rollout | prompts, sample_ids                            | tokens, lengths, finished,  |
+| rollout       | policy    | rollout | prompts, row_fields, sample_ids                | tokens, lengths, finished,  |
 |               |           |         |                                                | response_mask, sampler_...  |
 | log_probs     | policy    | infer   | tokens, lengths, response_mask, sampler_...    | log_probs                   |
 | ref_log_probs | reference | infer   | tokens, lengths, response_mask                 | ref_log_probs               |
@@ -15,7 +15,7 @@
 | write         | -         | local   | prompts, tokens, scores, golds, log_probs, ... | -                           |
 | write_arrays  | -         | local   | tokens, ..., advantages, returns               | -                           |
 
-With a reward function, score is a local stage. Gold is measured where the true preference is known, and never
+With reward functions, score is a local stage. Gold is measured where the true preference is known, and never
 learned from. The last stages are there with `ppo.write_rollouts=true` and `ppo.write_arrays=true`.
 
 Where it deviates from the papers:

@@ -55,7 +55,7 @@ def again(stage: Stage, number: int) -> Stage:
 
     def part(x) -> SimpleNamespace:
         rows = x.redrawn.nonzero().flatten()
-        return SimpleNamespace(**{name: taken(getattr(x, name), rows) for name in stage.reads})
+        return SimpleNamespace(is_part=True, **{name: taken(getattr(x, name), rows) for name in stage.reads})
 
     def whole(x, found: Any) -> Fields:
         rows = x.redrawn.nonzero().flatten()

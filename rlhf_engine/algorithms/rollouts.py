@@ -6,8 +6,9 @@ Settings are those of the phase that runs (`ctx.settings`), a `SamplingConfig`.
 from __future__ import annotations
 
 import functools
+import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,20 +17,21 @@ from rlhf_kernels import importance_weights
 
 from ..config import RolloutConfig, RunConfig, SamplingConfig
 from ..context import Context
+from ..data.dataset import Example
 from ..experience import Experience, pad_rows, spans
 from ..models.role import RoleModel
 from ..models.work import Batch, Work
-from ..rollout.engine import Progress
+from ..rewards.functions import Sample
+from ..rollout.engine import Progress, Response
 from ..rollout.generate import rollout as generate
 from ..rollout.sampling import sample_keys
 from ..schedule import Stage, Works
-from . import reward_function
 from .algorithm import RoleSpec
 from .heads import choose, last_scores, policy_log_probs, score_batch
 
 SEQUENCE = ("tokens", "lengths", "response_mask")
 BEFORE = (("sft", "policy"),)  # the weights that policy and reference start from
-PROVIDED = frozenset({"prompts", "reward_prompts", "sample_ids"})  # what `draw` fills
+PROVIDED = frozenset({"prompts", "reward_prompts", "row_fields", "sample_ids"})  # what `draw` fills
 
 # What sampler and trainer may differ by, nats, for one's log-probs to stand for the other's, where nothing is said: the
 # rounding of hidden states by kernels that add up in different orders.
@@ -37,21 +39,22 @@ _MAX_LOG_PROB_GAP = {torch.float32: 1e-4, torch.bfloat16: 0.5}
 
 
 def stages(config: RunConfig, reference: bool = True) -> list[Stage]:
-    """Rows of a table: from prompts to responses, their log-probs and scores; a reward function takes the place of the
+    """Rows of a table: from prompts to responses, their log-probs and scores; reward functions take the place of the
     reward model's row.
 
     Args:
         reference: whether there is one.
     """
-    by_function = Stage("score", "local", score_by_function, None, ("prompts", "tokens", "lengths"), ("scores",))
+    answered = ("prompts", "row_fields", "tokens", "lengths")
+    by_function = Stage("score", "local", score_by_functions, None, answered, ("scores",))
     by_model = Stage("score", "infer", score, "reward", ("prompts", "reward_prompts", "tokens", "lengths"), ("scores",))
     made = (*SEQUENCE, "finished", "sampler_log_probs")
     by_reference = Stage("ref_log_probs", "infer", ref_log_probs, "reference", SEQUENCE, ("ref_log_probs",))
     return [
-        Stage("rollout", "rollout", rollout, "policy", ("prompts", "sample_ids"), made),
+        Stage("rollout", "rollout", rollout, "policy", ("prompts", "row_fields", "sample_ids"), made),
         Stage("log_probs", "infer", log_probs, "policy", (*SEQUENCE, "sampler_log_probs"), ("log_probs",)),
         *([by_reference] if reference else []),
-        by_function if config.reward.kind == "function" else by_model,
+        by_function if config.reward.fns else by_model,
     ]
 
 
@@ -63,8 +66,8 @@ def importance_stages(settings: SamplingConfig) -> list[Stage]:
 
 
 def scorer(config: RunConfig) -> RoleSpec | None:
-    """The reward model, from the reward phase or `reward.path`; None with a reward function."""
-    if config.reward.kind == "function":
+    """The reward model, from the reward phase or `reward.path`; None with reward functions."""
+    if config.reward.fns:
         return None
     return RoleSpec("scalar", (("reward", "reward"),), base="reward")
 
@@ -76,14 +79,21 @@ def draw(ctx: Context, count: int | None = None) -> Experience:
     return Experience(
         prompts=[example.prompt for example in examples],
         reward_prompts=[example.reward_prompt for example in examples],
+        row_fields=row_fields(examples),
         sample_ids=torch.arange(len(examples)),
     )
 
 
+def row_fields(examples: Sequence[Example]) -> list[str]:
+    """What else the rows of examples have, for `Experience.row_fields`; as text, that of what JSON does not know."""
+    return [json.dumps(example.fields, default=str) for example in examples]
+
+
 def rollout(ctx: Context, policy: RoleModel, x) -> dict[str, Tensor]:
-    """Samples a response to every prompt from the training weights."""
+    """Samples a response to every prompt from the training weights; functions that can begin to score, do."""
     started = time.perf_counter()
-    fields, progress = respond(ctx, policy, x, ctx.config.rollout)
+    begin = _scoring(ctx, x) if ctx.mesh.is_main and ctx.rewards is not None and ctx.rewards.apart else None
+    fields, progress = respond(ctx, policy, x, ctx.config.rollout, begin)
     seconds = time.perf_counter() - started
     record_responses(ctx, fields["response_mask"], fields["finished"])
     ctx.metrics.record("throughput/slot_occupancy", progress.slot_occupancy)
@@ -93,8 +103,18 @@ def rollout(ctx: Context, policy: RoleModel, x) -> dict[str, Tensor]:
     return fields
 
 
-def respond(ctx: Context, policy: RoleModel, x, config: RolloutConfig) -> tuple[dict[str, Tensor], Progress]:
-    """A response to every prompt, as fields, and how that went."""
+def respond(
+    ctx: Context,
+    policy: RoleModel,
+    x,
+    config: RolloutConfig,
+    begin: Callable[[Mapping[int, Response]], None] | None = None,
+) -> tuple[dict[str, Tensor], Progress]:
+    """A response to every prompt, as fields, and how that went.
+
+    Args:
+        begin: is told of responses as they are finished.
+    """
     keys = sample_keys(ctx.config.seed, ctx.state.iteration, x.sample_ids)
     progress = Progress()
 
@@ -114,7 +134,10 @@ def respond(ctx: Context, policy: RoleModel, x, config: RolloutConfig) -> tuple[
         ctx.tokenizer.end_ids,
         decode=ctx.tokenizer.decode,
         report=report,
+        finished=begin,
     )
+    if begin is not None:
+        begin(dict(enumerate(responses)))
     tokens, lengths = pad_rows([p + r.tokens for p, r in zip(x.prompts, responses, strict=True)], ctx.mesh.tp)
     starts = torch.tensor([len(p) for p in x.prompts])
     response_mask = spans(starts, lengths, tokens.shape[1])
@@ -170,9 +193,42 @@ def score(ctx: Context, reward: RoleModel, x) -> Works:
     return {"scores": scores}
 
 
-def score_by_function(ctx: Context, _, x) -> dict[str, Tensor]:
-    """The same from a Python function, called on the main rank."""
-    return {"scores": ctx.mesh.from_main(_call_reward(ctx, x) if ctx.mesh.is_main else None)}
+def score_by_functions(ctx: Context, _, x) -> dict[str, Tensor]:
+    """The same from Python functions."""
+    scores, means = function_scores(ctx, x)
+    for label, mean in means.items() if not hasattr(x, "is_part") else ():
+        ctx.metrics.record(f"score/{label}", mean)
+    return {"scores": scores}
+
+
+def function_scores(ctx: Context, x) -> tuple[Tensor, dict[str, float]]:
+    """Scores `(B,)` and the mean of each function, which the main rank calls."""
+    found = None
+    if ctx.mesh.is_main:
+        assert ctx.rewards is not None
+        rows = zip(x.prompts, x.tokens.tolist(), x.lengths.tolist(), x.row_fields, strict=True)
+        found = ctx.rewards([_sample(ctx, p, row[len(p) : n], fields) for p, row, n, fields in rows])
+    scores, means = ctx.mesh.from_main(found)
+    return torch.tensor(scores, dtype=torch.float32), means
+
+
+def _sample(ctx: Context, prompt: Sequence[int], response: Sequence[int], fields: str) -> Sample:
+    decode = ctx.tokenizer.decode
+    return Sample(decode(prompt), decode(response), tuple(prompt), tuple(response), fields)
+
+
+def _scoring(ctx: Context, x) -> Callable[[Mapping[int, Response]], None]:
+    """What has responses scored as they are finished, each once."""
+    rewards, begun = ctx.rewards, set[int]()
+    assert rewards is not None
+    rewards.forget()
+
+    def begin(found: Mapping[int, Response]) -> None:
+        new = [i for i in found if i not in begun]
+        begun.update(new)
+        rewards.start([_sample(ctx, x.prompts[i], found[i].tokens, x.row_fields[i]) for i in new])
+
+    return begin
 
 
 def importance(ctx: Context, _, x) -> dict[str, Tensor]:
@@ -219,16 +275,6 @@ def scores_work(ctx: Context, reward: RoleModel, x) -> Work:
     rows = zip(x.reward_prompts, x.prompts, x.tokens.tolist(), x.lengths.tolist(), strict=True)
     tokens, lengths = pad_rows([own + row[len(prompt) : n] for own, prompt, row, n in rows], ctx.mesh.tp)
     return Work(reward, score_batch(reward, tokens, lengths), last_scores, ctx.settings.micro_batch_size)
-
-
-def _call_reward(ctx: Context, x) -> Tensor:
-    """Scores of the user's function."""
-    assert ctx.reward_fn is not None
-    rows = [row[:n] for row, n in zip(x.tokens.tolist(), x.lengths.tolist(), strict=True)]
-    prompts, responses = x.prompts, [row[len(p) :] for row, p in zip(rows, x.prompts, strict=True)]
-    asked, said = ([ctx.tokenizer.decode(ids) for ids in part] for part in (prompts, responses))
-    reward = ctx.config.reward
-    return reward_function.call(ctx.reward_fn, reward.fn or "", reward.timeout, asked, said, prompts, responses)
 
 
 def shape_scores(ctx: Context, scores: Tensor, finished: Tensor, is_new: bool = True) -> Tensor:

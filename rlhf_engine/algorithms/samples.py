@@ -18,7 +18,7 @@ from ..models.stream import infer
 from ..rollout.generate import Response, rollout
 from ..rollout.sampling import sample_keys
 from .algorithm import Evaluation
-from .rollouts import log_probs_work, score_by_function, scores_work
+from .rollouts import function_scores, log_probs_work, row_fields, scores_work
 
 EVAL_ITERATION = 1 << 40  # no training iteration shares its noise
 NUM_CARDS = 8
@@ -70,7 +70,8 @@ def compare(ctx: Context) -> Evaluation:
         for i, card in enumerate(cards):
             card["before"] = said["before"].texts[i].strip()
     for when, found in said.items():
-        scores = _scores(ctx, _experience(ctx, examples, found.responses))
+        scores, means = _scores(ctx, _experience(ctx, examples, found.responses))
+        figures |= {f"eval/score_{when}/{label}": mean for label, mean in means.items()}
         if scores is not None:
             figures[f"eval/score_{when}"] = float(scores.mean())
         if found.golds is not None:
@@ -86,11 +87,11 @@ def compare(ctx: Context) -> Evaluation:
     return Evaluation(figures, cards)
 
 
-def _scores(ctx: Context, x: Experience) -> Tensor | None:
-    """Of the reward model or the reward function, where there is one."""
+def _scores(ctx: Context, x: Experience) -> tuple[Tensor | None, dict[str, float]]:
+    """Of the reward model or the reward functions, where there are some, and the mean of each function."""
     if (reward := ctx.roles.get("reward")) is not None:
-        return infer([scores_work(ctx, reward, x)])[0]
-    return score_by_function(ctx, None, x)["scores"] if ctx.reward_fn is not None else None
+        return infer([scores_work(ctx, reward, x)])[0], {}
+    return function_scores(ctx, x) if ctx.rewards is not None else (None, {})
 
 
 def _experience(ctx: Context, examples: Sequence[Example], responses: Sequence[Response]) -> Experience:
@@ -98,7 +99,7 @@ def _experience(ctx: Context, examples: Sequence[Example], responses: Sequence[R
     tokens, lengths = pad_rows([p + r.tokens for p, r in zip(prompts, responses, strict=True)], ctx.mesh.tp)
     mask = spans(torch.tensor([len(p) for p in prompts]), lengths, tokens.shape[1])
     reward_prompts = [example.reward_prompt for example in examples]
-    return Experience(prompts, reward_prompts, tokens=tokens, lengths=lengths, response_mask=mask)
+    return Experience(prompts, reward_prompts, row_fields(examples), tokens=tokens, lengths=lengths, response_mask=mask)
 
 
 def _kl(ctx: Context, x: Experience) -> Tensor:

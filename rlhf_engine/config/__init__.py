@@ -5,7 +5,9 @@ type or an impossible combination is a `ConfigError`, one line that names the ke
 """
 
 from .algorithms import (
+    CodeConfig,
     GRPOConfig,
+    JudgeConfig,
     OptimizerConfig,
     PPOConfig,
     PTXConfig,
@@ -25,10 +27,10 @@ from .schedule import ROLES, Recompute, ScheduleConfig
 from .surviving import CheckpointConfig, GuardConfig, TimeoutConfig
 
 __all__ = [
-    "BUILDS_ON", "JOBS", "NEEDED", "PAIRED", "ROLES", "SAMPLING", "Base", "CheckpointConfig", "ConfigError",
-    "DataConfig", "DeviceName", "GRPOConfig", "GuardConfig", "LogConfig", "MeshConfig", "ModelConfig",
-    "OptimizerConfig", "PPOConfig", "PTXConfig", "Phase", "PlanConfig", "PolicyConfig", "Recompute", "RehearseConfig",
-    "RewardConfig", "RolloutConfig", "RopeScaling", "RunConfig", "SFTConfig", "SamplingConfig", "ScheduleConfig",
-    "TimeoutConfig", "TokenizerConfig", "WandBConfig", "check", "check_model", "from_dict", "keys", "nearest",
-    "resolve_mesh",
+    "BUILDS_ON", "JOBS", "NEEDED", "PAIRED", "ROLES", "SAMPLING", "Base", "CheckpointConfig", "CodeConfig",
+    "ConfigError", "DataConfig", "DeviceName", "GRPOConfig", "GuardConfig", "JudgeConfig", "LogConfig", "MeshConfig",
+    "ModelConfig", "OptimizerConfig", "PPOConfig", "PTXConfig", "Phase", "PlanConfig", "PolicyConfig", "Recompute",
+    "RehearseConfig", "RewardConfig", "RolloutConfig", "RopeScaling", "RunConfig", "SFTConfig", "SamplingConfig",
+    "ScheduleConfig", "TimeoutConfig", "TokenizerConfig", "WandBConfig", "check", "check_model", "from_dict", "keys",
+    "nearest", "resolve_mesh",
 ]  # fmt: skip

@@ -36,10 +36,45 @@ class SFTConfig:
 
 
 @dataclass
+class CodeConfig:
+    """What each test that the reward `code` runs may use."""
+
+    timeout: float = 10.0  # seconds of a test; those behind one that takes longer fail with it
+    memory: float = 1.0  # GiB
+    # in Linux namespaces: no network, no files but Python's and no other process; false: these limits alone
+    isolated: bool = True
+
+
+@dataclass
+class JudgeConfig:
+    """The model behind an OpenAI-compatible endpoint that the reward `judge` asks."""
+
+    url: str | None = None  # of the endpoint, as http://host:port/v1
+    model: str | None = None  # its name there
+    # what it is asked, with {prompt}, {response} and fields of the row in braces; null: for a mark from 0 to 10
+    prompt: str | None = None
+    pattern: str = r"Score:\s*(-?\d+(?:\.\d+)?)"  # of the reply, its last match is taken
+    key: str = "OPENAI_API_KEY"  # the environment variable that has the key, if there is one
+    max_tokens: int = 512  # of a reply
+    timeout: float = 60.0  # seconds of one request
+    retries: int = 5  # of a request that failed, the first after a second, each after twice as long
+    concurrency: int = 16  # requests at once
+    cache: str | None = None  # file of the replies so far; null: OUTPUT_DIR/judge.jsonl
+
+
+@dataclass
 class RewardConfig:
-    kind: Literal["model", "function"] = "model"  # what scores a response
-    fn: str | None = None  # package.module:name for kind=function
-    timeout: float = 600.0  # seconds that one call of fn may take
+    # functions that score a response instead of the reward model, each NAME::WEIGHT[ARGUMENT=FIELD]; NAME alone has the
+    # weight 1, and is package.module:name or one of math, exact, regex, format, length, code, judge (docs/rewards.md)
+    fns: list[str] = field(default_factory=list)
+    # that call the functions, with one response at a time; 0: a call has all responses, in the main rank, but for math
+    # and code, which have a process for each of its cores
+    processes: int = 0
+    timeout: float = 600.0  # seconds that one call of a function may take
+    regex: str = r"####\s*(\S+)"  # of `regex`: its last match counts, and is the row's answer if it has a group
+    format: str = r"<think>.*?</think>\s*<answer>.*?</answer>\s*"  # of `format`: the whole response
+    code: CodeConfig = field(default_factory=CodeConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
     # HF folder, or what tools/convert_hf made of one: what scores responses, or what the reward phase, if there is one,
     # goes on from; null: the reward phase starts from the SFT policy
     path: str | None = None
@@ -151,10 +186,8 @@ class SamplingConfig:
             raise ConfigError(f"{name}.score_min={self.score_min} exceeds {name}.score_max={self.score_max}")
         if self.dual_clip is not None and self.dual_clip <= 1:
             raise ConfigError(f"{name}.dual_clip={self.dual_clip} must be above 1, as 3.0")
-        if reward.kind == "function" and reward.path is not None:
-            raise ConfigError(f"reward.path={reward.path} has no use with reward.kind=function")
-        if reward.kind == "function" and (not all((reward.fn or "").partition(":"))):
-            raise ConfigError("reward.kind=function needs reward.fn=package.module:name")
+        if reward.fns and reward.path is not None:
+            raise ConfigError(f"reward.path={reward.path} has no use with reward.fns={reward.fns}")
 
 
 @dataclass

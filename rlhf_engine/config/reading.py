@@ -35,14 +35,14 @@ _AT_LEAST: dict[str, float] = {
          "num_minibatches", "eval_prompts", "max_new_tokens", "micro_batch_tokens", "rows", "slots", "kv_tokens",
          "num_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "head_dim",
          "vocab_size", "max_position_embeddings", "max_bad_steps", "tp", "pp", "dp", "ep", "virtual_pp", "world",
-         "prompt_tokens", "response_tokens", "measure_gap_every"),
+         "prompt_tokens", "response_tokens", "measure_gap_every", "concurrency", "max_tokens"),
         1,
     ),
     **dict.fromkeys(
         ("iterations", "eval_every", "critic_warmup_iterations", "warmup_steps", "top_k", "min_p", "min_new_tokens",
          "seed", "end_id", "lr", "min_lr", "weight_decay", "beta1", "beta2", "eps", "clip_grad", "kl_coef", "gamma",
-         "gae_lambda", "critic_lambda", "max_log_prob_gap", "clip_ratio", "clip_ratio_high", "clip_value",
-         "std_eps", "overlong_buffer", "overlong_penalty", "redraws", "coef", "init_std", "max_restarts"),
+         "gae_lambda", "critic_lambda", "max_log_prob_gap", "clip_ratio", "clip_ratio_high", "clip_value", "processes",
+         "retries", "std_eps", "overlong_buffer", "overlong_penalty", "redraws", "coef", "init_std", "max_restarts"),
         0,
     ),
 }  # fmt: skip

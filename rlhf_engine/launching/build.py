@@ -21,9 +21,10 @@ from ..models import checkpoint
 from ..models.role import RoleModel
 from ..observing.metrics import Metrics
 from ..observing.trace import Trace
+from ..rewards.scoring import Rewards
 from ..surviving import durable
 from .earlier import SUMMARY
-from .preflight import Plan, load_function
+from .preflight import Plan
 from .rows import datasets_of, tokenizer_of
 
 
@@ -38,12 +39,8 @@ def build_context(plan: Plan, mesh: ParallelMesh) -> Context:
         for name, base in plan.bases.items()
     }
     datasets = datasets_of(plan, tokenizer, is_checking=False)
-    reward_fn = None
-    if config.reward.kind == "function" and config.sampling:
-        reward_fn = load_function(config.reward.fn or "")
-    return Context(
-        config, bases, mesh, tokenizer, datasets, gold_rule(plan.sources), reward_fn, trace=Trace(mesh.device)
-    )
+    rewards = Rewards(config) if config.reward.fns and config.sampling else None
+    return Context(config, bases, mesh, tokenizer, datasets, gold_rule(plan.sources), rewards, trace=Trace(mesh.device))
 
 
 def begin(ctx: Context, phase: str, specs: Mapping[str, RoleSpec]) -> None:

@@ -68,13 +68,13 @@ def check_reward(config: RunConfig, reward: Base) -> None:
         ConfigError: there is no reward model, or it gives no scores.
     """
     trained = "reward" in config.phases or (Path(config.output_dir) / "reward" / SUMMARY).is_file()
-    if not config.sampling or config.reward.kind != "model" or trained:
+    if not config.sampling or config.reward.fns or trained:
         return
     phase = next(iter(config.sampling))
     if config.reward.path is None:
         raise ConfigError(
             f"{phase} needs a reward model, and no reward phase is finished in {config.output_dir}:"
-            f" use phases=[reward,{phase}], reward.path=DIR, or reward=function reward.fn=package.module:name"
+            f" use phases=[reward,{phase}], reward.path=DIR, or reward.fns=[package.module:name]"
         )
     head = ARCHITECTURES[reward.model.architecture].score
     path = config.reward.path

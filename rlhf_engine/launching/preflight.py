@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import glob
-import importlib
 import os
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +12,13 @@ from typing import Any
 from ..config import JOBS, SAMPLING, Base, ConfigError, MeshConfig, ModelConfig, RunConfig, check, resolve_mesh
 from ..data.dataset import cache_of
 from ..data.files import read_rows
+from ..data.formats import Row
 from ..data.messages import read_messages
-from ..data.sources import HH_MINI, Source, look, mixture, parse_spec
+from ..data.sources import HH_MINI, LOOKED_AT, Source, look, mixture, parse_spec, serves
 from ..data.tokenizer import Tokenizer
 from ..observing.to_wandb import has_wandb
+from ..rewards.functions import check_rows, load
+from ..rewards.programs import try_out
 from ..surviving.parts import Parts, folder_digest, rows_digest
 from ..surviving.places import Lock, try_folder
 from .earlier import check_finished, check_output_dir
@@ -121,8 +122,8 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
     check_reward(config, reward)
     notes = [*folder_notes(config, policy, reward, tokenizer), *unusual_rates(config)]
     notes += _notes_of_the_machine(config, device, is_main)
-    if config.reward.kind == "function" and config.sampling:
-        load_function(config.reward.fn or "")
+    if config.reward.fns and config.sampling:
+        check_functions(config, [row for source in sources for row in source.first_rows(LOOKED_AT)[0]], is_main)
     bases = {"policy": policy, "reward": reward}
     if is_main:
         place, key = (config.output, "output") if jobs else (config.output_dir, "output_dir")
@@ -266,19 +267,13 @@ def check_job_row(row: Any, where: str, job: str, tokenizer: Tokenizer | None) -
         raise ConfigError(f"{where}: {error}") from None
 
 
-def load_function(name: str):
-    """The function `package.module:name`.
+def check_functions(config: RunConfig, rows: Sequence[Row], is_main: bool) -> None:
+    """Reward functions can be called, with what rows of prompts have, and programs run where the main rank is.
 
     Raises:
-        ConfigError: there is no such module or function.
+        ConfigError: names the function, and what is missing.
     """
-    module_name, _, function_name = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except (Exception, SystemExit) as error:  # whatever the user's module does when it is imported
-        raise ConfigError(f"reward.fn={name}: {type(error).__name__}: {error}") from None
-    if not callable(function):
-        raise ConfigError(f"reward.fn={name} is not a function")
-    return function
+    parts = load(config)
+    check_rows(parts, ((row.where, row.fields) for row in rows if serves(row, "prompt")))
+    if is_main and any(part.name == "code" for part in parts):
+        try_out(config.reward.code)

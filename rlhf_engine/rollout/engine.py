@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -74,6 +74,7 @@ class Progress:
 
 
 Report = Callable[[Progress], None]
+Finished = Callable[[Mapping[int, Response]], None]
 
 
 def reads_by_row(cache: Tensor) -> bool:
@@ -93,6 +94,8 @@ class Engine:
         slots: sequences decoded at once, at most.
         kv_tokens: positions of the cache, at least as many as the longest sequence may come to have.
         ends: whether a response, given by its tokens, is complete by its text; None never asks.
+        report: called every few seconds.
+        tell: called as often, with all responses that are finished by their samples' names.
     """
 
     def __init__(
@@ -108,9 +111,10 @@ class Engine:
         kv_tokens: int,
         ends: Callable[[list[int]], bool] | None = None,
         report: Report | None = None,
+        tell: Finished | None = None,
     ):
         self.mesh, self.sampler, self.prompts, self.names = mesh, sampler, prompts, names
-        self.text_ends, self.report, self.device = ends, report, mesh.device
+        self.text_ends, self.report, self.tell, self.device = ends, report, tell, mesh.device
         self.keys, self.limits = keys.to(self.device), torch.tensor(limits, device=self.device)
         self.need = [len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)]
         self.longest = longest = min(round_up(max(self.need)), kv_tokens)
@@ -150,14 +154,18 @@ class Engine:
             now = time.perf_counter()
             progress.prefill_seconds += now - before
             progress.seconds = progress.busy_seconds = now - started
-            if self.report is not None and now - reported > _SECONDS_BETWEEN_REPORTS:
-                self.report(progress)
+            if now - reported > _SECONDS_BETWEEN_REPORTS:
+                if self.report is not None:
+                    self.report(progress)
+                if self.tell is not None:
+                    found = self._responses()
+                    self.tell({self.names[i]: found[i] for i in self.finished})
                 reported = now
             if self.lanes:
                 self._decode()
         responses = self._responses()
         progress.seconds = progress.busy_seconds = time.perf_counter() - started
-        return responses
+        return [responses[i] for i in range(len(self.prompts))]
 
     @property
     def _num_rows(self) -> int:
@@ -299,12 +307,14 @@ class Engine:
                 return True
         return False
 
-    def _responses(self) -> list[Response]:
+    def _responses(self) -> dict[int, Response]:
+        """Of the samples that are finished."""
         samples, tokens, log_probs = (torch.cat(parts) for parts in zip(*self.history, strict=True))
         order = samples.argsort(stable=True)  # within a sample they stand as they came
         counts = samples.bincount(minlength=len(self.prompts)).tolist()
         parts = zip(tokens[order].cpu().split(counts), log_probs[order].cpu().split(counts), strict=True)
-        return [Response(t.tolist(), p.tolist(), self.finished[i]) for i, (t, p) in enumerate(parts)]
+        found = ((i, part) for i, part in enumerate(parts) if i in self.finished)
+        return {i: Response(t.tolist(), p.tolist(), self.finished[i]) for i, (t, p) in found}
 
 
 def _padding(lane: Lane, row: Row) -> int:

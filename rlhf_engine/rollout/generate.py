@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..config import ConfigError, RolloutConfig
 from ..models.role import RoleModel
-from .engine import Engine, Progress, Report, Response
+from .engine import Engine, Finished, Progress, Report, Response
 from .fold import whole_model
 from .sampling import Sampler
 
@@ -30,6 +30,7 @@ def rollout(
     limits: Sequence[int] | None = None,
     report: Report | None = None,
     shares: Sequence[Sequence[int]] | None = None,
+    finished: Finished | None = None,
 ) -> list[Response]:
     """Responses to all prompts, in their order and the same on every rank; each replica generates its share.
 
@@ -41,6 +42,7 @@ def rollout(
         limits: most tokens of each response, where they differ; the model's context bounds them too.
         report: called with this replica's progress every few seconds, and at the end with that of all.
         shares: the samples of each replica; None gives them equal work.
+        finished: called every few seconds with this replica's finished responses, by the numbers of their prompts.
 
     Raises:
         ValueError: a prompt is empty or leaves no room in the model's context.
@@ -64,7 +66,7 @@ def rollout(
             text_ends = _text_ends(config.stop_texts, decode) if config.stop else None
             engine = Engine(
                 gpt, mesh, sampler, [tuple(prompts[i]) for i in mine], keys[mine], [most[i] for i in mine], mine,
-                config.slots, kv_tokens, text_ends, report,
+                config.slots, kv_tokens, text_ends, report, finished,
             )  # fmt: skip
             try:
                 responses = engine.run()
