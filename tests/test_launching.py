@@ -23,6 +23,7 @@ from clusters import PATIENCE, wait_until
 from conftest import ROOT, SMALL
 from test_runs import assert_close, figures
 
+from rlhf_engine import signals
 from rlhf_engine.launching import ranks
 from rlhf_engine.launching.ranks import PARENT, end_with_parent
 from rlhf_engine.signals import STOPPED, answer
@@ -112,8 +113,8 @@ def test_a_rank_ends_with_its_parent(monkeypatch, launcher, hangup, parents):
     monkeypatch.setattr(os, "getppid", lambda: parents.pop(0))
     monkeypatch.setattr(os, "write", lambda *args: None)
     monkeypatch.setattr(os, "_exit", ended.append)
-    monkeypatch.setattr(ranks.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(ranks.threading, "Thread", lambda target, daemon: SimpleNamespace(start=target))
+    monkeypatch.setattr(signals.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(signals.threading, "Thread", lambda target, daemon: SimpleNamespace(start=target))
     end_with_parent()
     assert not parents and ended == [1] * whole
 
