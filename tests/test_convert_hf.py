@@ -336,7 +336,7 @@ def test_a_run_that_begins_with_what_another_exported(small_run, tmp_path):
     settings = [*SMALL, "phases=[ppo]", f"output_dir={tmp_path}", *(f"{k}.path={v}" for k, v in paths.items())]
     run = plan(cases.compose(settings), 1)
     own = Tokenizer(str(small_run / "tokenizer" / "tokenizer.model"))
-    prompts = [row.prompt for source in run.sources for row in source.train]
+    prompts = [row.prompt for source in run.sources for row in source.first_rows(64)[0]]
     assert len(prompts) > 50
     assert [run.tokenizer.render_prompt(p) for p in prompts] == [own.render_prompt(p) for p in prompts]
     assert run.tokenizer.end_ids == own.end_ids and not [note for note in run.notes if "pad_token_id" in note]

@@ -10,7 +10,7 @@ import pytest
 from rlhf_engine.config import ConfigError
 from rlhf_engine.data.formats import Row, read_row
 from rlhf_engine.data.messages import parse_hh
-from rlhf_engine.data.sources import serves
+from rlhf_engine.data.sources import kind_of, serves
 
 USER, BOT = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
 SYSTEM, WORSE = {"role": "system", "content": "S"}, {"role": "assistant", "content": "B"}
@@ -149,7 +149,7 @@ def test_a_pair_is_two_different_answers(chosen, rejected, phases, is_hh):
     """Of which neither is empty; the row still serves the other phases."""
     row = {"prompt": "Q", "chosen": chosen, "rejected": rejected}
     row = {key: HH + row[key] for key in ("chosen", "rejected")} if is_hh else row
-    assert [phase for phase in ("sft", "reward", "ppo") if serves(read_row(row, "f:1"), phase)] == phases
+    assert [phase for phase in ("sft", "reward", "ppo") if serves(read_row(row, "f:1"), kind_of(phase))] == phases
 
 
 @pytest.mark.parametrize(

@@ -194,7 +194,7 @@ def test_a_plan(planned):
 
 def test_a_plan_of_groups(planned):
     """One policy alone, with a reward function; its rows are the samples of all groups."""
-    command = ["model=llama_7b", "mesh.tp=4", "mesh.dp=2", "phases=[grpo]", "reward.fns=[math:fsum]"]
+    command = ["model=llama_7b", "mesh.tp=4", "mesh.dp=2", "phases=[grpo]", "reward.fns=[length]"]
     command += ["plan=true", "grpo.prompts_per_iteration=64", "grpo.samples_per_prompt=8", "grpo.micro_batch_size=1"]
     status, out, err = planned(*command, "grpo.kl_coef=0", "grpo.num_minibatches=4")
     assert status == 0 and not err and out.count("fits") == 1

@@ -54,7 +54,7 @@ def run(monkeypatch):
         ctx = SimpleNamespace(**vars(CTX) | {"metrics": Metrics(), "responded": []})
         ctx.phase, ctx.settings = "grpo", SimpleNamespace(prompts_per_iteration=3, samples_per_prompt=2)
         ctx.draw = lambda phase, count: [
-            SimpleNamespace(prompt=[n], reward_prompt=[n, n]) for n in (next(prompts) for _ in range(count))
+            SimpleNamespace(prompt=[n], reward_prompt=[n, n], fields={}) for n in (next(prompts) for _ in range(count))
         ]
         ctx.roles = {"policy": SimpleNamespace(is_offloaded=False, on_device=lambda *args: CTX.watch())}
         table = [ROLLOUT, SCORE, *redraw.stages(rounds, ROLLOUT, SCORE)]

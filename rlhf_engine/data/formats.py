@@ -42,7 +42,7 @@ class Row:
     prompt: Messages
     chosen: str | None = None
     rejected: str | None = None
-    fields: dict[str, Any] = field(default_factory=dict)
+    fields: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
 def read_row(row: Any, where: str) -> Row:
