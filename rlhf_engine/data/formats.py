@@ -51,13 +51,6 @@ def read_row(row: Any, where: str) -> Row:
     Raises:
         ConfigError: its keys fit no format, or a value is not what its key promises.
     """
-    found = _read(row, where)
-    if not isinstance(row, dict):
-        return found
-    return replace(found, fields={key: value for key, value in row.items() if key not in _SAID})
-
-
-def _read(row: Any, where: str) -> Row:
     if isinstance(row, list):
         return _answered(read_messages(row, where, "the row"), where, "the row")
     if not isinstance(row, dict):
