@@ -81,14 +81,14 @@ def prepare(
     folder = cache / hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     lock = Lock(folder / "lock", f"the preparation of {spec.name}")
     while True:
-        if lock.acquire_unless((folder / INDEX).is_file):
+        if is_new := lock.acquire_unless((folder / INDEX).is_file):
             before_leaving(lock.release)
             try:
                 _say_changed(about, cache)
                 _make(folder, source, recipe, about)
             finally:
                 lock.release()
-        if not (bad := damaged(folder, is_checking)):
+        if not (bad := damaged(folder, is_checking and not is_new)):  # what is new has just been read
             return Prepared(folder)
         print(f"{bad[0]} is not what was written there: prepared again", flush=True)
         for file in (folder / INDEX, *bad):

@@ -159,15 +159,13 @@ class Tokenizer:
 
     def render_answer(self, messages: Messages, before: Sequence[int]) -> list[int]:
         """What a dialogue's last turn, of the assistant, adds to the ids of what stands before it."""
-        behind_text = before[-1] not in self._names
-        return self._tokens(self.template.parts(messages, False, False, answer=True), bool(before), behind_text)[0]
+        return self._tokens(self.template.parts(messages, prompt=False, marks=False, answer=True), before)[0]
 
-    def _tokens(
-        self, parts: Sequence[Part], is_behind: bool = False, behind_text: bool = False
-    ) -> tuple[list[int], list[bool]]:
-        """Of parts; behind others, of which the last was text."""
+    def _tokens(self, parts: Sequence[Part], before: Sequence[int] = ()) -> tuple[list[int], list[bool]]:
+        """Of parts, behind the ids of others."""
         ids: list[int] = []
         spoken: list[bool] = []
+        behind_text = bool(before) and before[-1] not in self._names
         for i, part in enumerate(parts):
             if isinstance(part.what, int):
                 if part.what >= self._limit:
@@ -180,7 +178,7 @@ class Tokenizer:
                 continue  # came with the part before
             else:
                 run = [part, *takewhile(lambda other: other.joins, parts[i + 1 :])]
-                is_first = not behind_text and (not (ids or is_behind) or self.vocabulary.restarts)
+                is_first = not behind_text and (not (ids or before) or self.vocabulary.restarts)
                 new, said = self._run(run, self._encode if is_first else self._continue)
             behind_text = isinstance(part.what, str)
             ids += new

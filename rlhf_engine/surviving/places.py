@@ -132,7 +132,7 @@ class Lock:
             holder, beat, age = self._heard()
             if beat is None:  # it has gone in this moment
                 continue
-            if age > _SECONDS_OF_SILENCE or (holder is not None and holder.is_gone(self.me)):
+            if self._is_dead(holder, age):
                 self._remove(holder)
             elif first is not None and beat > first:
                 raise ConfigError(self._refusal(holder))
@@ -142,7 +142,7 @@ class Lock:
                     print(f"{self.what} is held by {holder}: waiting up to {left:.0f} s for a sign of it", flush=True)
                 first = beat
                 time.sleep(_SECONDS_BETWEEN_BEATS / 4)
-        threading.Thread(target=self._renew, daemon=True).start()
+        self._hold()
         return self
 
     def acquire_unless(self, is_done: Callable[[], bool]) -> bool:
@@ -155,14 +155,13 @@ class Lock:
         pause, is_said = _SECONDS_BETWEEN_QUESTIONS[0], False
         while not is_done():
             if self._create():
-                self._closed.clear()
-                threading.Thread(target=self._renew, daemon=True).start()
+                self._hold()
                 if not is_done():
                     return True
                 self.release()
                 break
             holder, beat, age = self._heard()
-            if beat is not None and (age > _SECONDS_OF_SILENCE or (holder is not None and holder.is_gone(self.me))):
+            if beat is not None and self._is_dead(holder, age):
                 self._remove(holder)
                 continue
             if holder is not None and not is_said:
@@ -171,6 +170,13 @@ class Lock:
             time.sleep(pause)
             pause = min(2 * pause, _SECONDS_BETWEEN_QUESTIONS[1])
         return False
+
+    def _hold(self) -> None:
+        self._closed.clear()
+        threading.Thread(target=self._renew, daemon=True).start()
+
+    def _is_dead(self, holder: Holder | None, age: float) -> bool:
+        return age > _SECONDS_OF_SILENCE or (holder is not None and holder.is_gone(self.me))
 
     def release(self) -> None:
         """Lets the next run in."""
