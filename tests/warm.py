@@ -119,6 +119,7 @@ def run(
 def _command(command: list[str], env: dict[str, str], cwd: str, stdout: str, stderr: str) -> None:
     assert hasattr(sys.modules.get("preload"), "READY"), "tests/preload.py cannot be imported"
     os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where these tests run under nohup
     os.chdir(cwd)
     for number, path in ((1, stdout), (2, stderr)):
         # for reading too, or a terminal would not be this session's
