@@ -23,7 +23,7 @@ IDS = list(range(len(PROMPTS)))
 def settings(small_run) -> list[str]:
     # larger random weights than usual: the distribution must not be flat
     tokenizer = small_run / "tokenizer" / "tokenizer.model"
-    return [*SETTINGS, f"tokenizer.path={tokenizer}", "output_dir=nowhere", "model.init_std=0.3"]
+    return [*SETTINGS, f"tokenizer.path={tokenizer}", f"output_dir={small_run}/nowhere", "model.init_std=0.3"]
 
 
 @pytest.fixture(scope="module")

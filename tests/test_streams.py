@@ -36,7 +36,7 @@ def settings(small_run, tmp_path_factory) -> list[str]:
     tokenizer = small_run / "tokenizer" / "tokenizer.model"
     return [
         *SMALL, "model.num_layers=4", f"tokenizer.path={tokenizer}", f"reward.path={reward}", "phases=[ppo]",
-        "output_dir=nowhere", "ppo.epochs=2", "ppo.num_minibatches=2",
+        f"output_dir={small_run}/nowhere", "ppo.epochs=2", "ppo.num_minibatches=2",
     ]  # fmt: skip
 
 
