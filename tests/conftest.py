@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +43,19 @@ settings.load_profile("tests")
 def pytest_make_parametrize_id(val) -> str | None:
     """Bytes show in no id: compressors write the time of day into them, and workers would collect different tests."""
     return "bytes" if isinstance(val, bytes) else None
+
+
+def pytest_configure() -> None:
+    """What would end this process without a word says first where it was."""
+    out = os.fdopen(os.dup(2), "w")
+    for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU):
+        faulthandler.register(signum, out, chain=True)
+
+    def leave(code: int, leave=os._exit) -> None:
+        faulthandler.dump_traceback(out)
+        leave(code)
+
+    os._exit = leave  # type: ignore[assignment]
 
 
 # Files that take longest, so that no worker begins one of them when the others are done.
