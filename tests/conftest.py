@@ -74,9 +74,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def worlds():
-    """`worlds(n)`: the session's world of n ranks."""
+    """`worlds(n)`: the module's world of n ranks. The threads of gloo's groups wake a hundred times a second each, so
+    that worlds which nobody uses would slow the others down."""
     started: dict[int, World] = {}
 
     def get(size: int) -> World:
