@@ -10,6 +10,7 @@ from .groups import group_advantages, importance_weights
 from .linear_log_prob import linear_log_probs, wide_mm
 from .log_prob import check_tokens, token_log_probs
 from .losses import clipped_policy_loss, clipped_value_loss
+from .preference import kto_loss, preference_loss
 from .reference import Advantages, PolicyLoss, ValueLoss, kl_estimate, pairwise_loss, whiten
 
 __all__ = [
@@ -24,8 +25,10 @@ __all__ = [
     "importance_weights",
     "kl_advantages",
     "kl_estimate",
+    "kto_loss",
     "linear_log_probs",
     "pairwise_loss",
+    "preference_loss",
     "token_log_probs",
     "whiten",
     "wide_mm",

@@ -87,6 +87,7 @@ class Context:
     datasets: Mapping[str, Dataset]  # by phase, and "ptx"
     gold: GoldFn | None
     rewards: Rewards | None  # functions that score, where no reward model does
+    build: Callable[[str, Any], RoleModel] = field(init=False, repr=False)  # makes a role of a name and its RoleSpec
     phase: str = ""  # that runs, and the name of its section of the configuration
     roles: dict[str, RoleModel] = field(default_factory=dict)
     finished: dict[str, Path | None] = field(default_factory=dict)  # last checkpoints of phases, as far as looked at

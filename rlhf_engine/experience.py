@@ -29,6 +29,7 @@ class Experience:
     tokens: Tensor | None = None  # (B, T) int64
     lengths: Tensor | None = None  # (B,) int64, real tokens in a row
     loss_mask: Tensor | None = None  # (B, T) bool, tokens that supervised training learns
+    desirable: Tensor | None = None  # (rows that are learned,) bool, good answers; the others are bad
     response_mask: Tensor | None = None  # (B, T) bool, generated tokens, the end token included
     finished: Tensor | None = None  # (B,) bool, the response has its end token
     # the likeliest response to each of the P different prompts
@@ -40,6 +41,8 @@ class Experience:
     sampler_log_probs: Tensor | None = None  # (B, T) float32, as the sampler computed them
     log_probs: Tensor | None = None  # (B, T) float32, the policy before this iteration's updates
     ref_log_probs: Tensor | None = None  # (B, T) float32
+    answer_log_probs: Tensor | None = None  # (B,) float64, the policy's of all tokens of loss_mask together
+    ref_answer_log_probs: Tensor | None = None  # (B,) float64, likewise
     values: Tensor | None = None  # (B, T) float32, the critic before this iteration's updates
     scores: Tensor | None = None  # (B,) float32, one per response
     baselines: Tensor | None = None  # (P,) float32, the scores of the likeliest responses

@@ -106,8 +106,8 @@ def iterate(phase: Phase) -> bool:
     peak = peak_flops(ctx.mesh.device)
     while state.iteration < algorithm.iterations:
         started = time.perf_counter()
-        state.experience = state.experience or algorithm.batch(ctx)
         try:
+            state.experience = state.experience or algorithm.batch(ctx)
             phase.schedule.run(ctx, state.experience)
         except NotFinite as error:
             skip(ctx, error)

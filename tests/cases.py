@@ -63,13 +63,17 @@ def later(ctx, _, x) -> dict[str, torch.Tensor]:
     return {"log_probs": both[0] * x.response_mask, "ref_log_probs": both[1] * x.response_mask}
 
 
-def first_iteration(overrides: list[str], layout: tuple, phase: str, is_later: bool = False) -> dict:
+def first_iteration(
+    overrides: list[str], layout: tuple, phase: str, is_later: bool = False, scale: float = 4.0
+) -> dict:
     """The first iteration of a phase: its tokens, its figures, and a digest of this rank's weights after it.
 
     Args:
         is_later: see `later`.
+        scale: of the last norm of a reference that is asked offline: where it is the policy, log-ratios are rounding.
     """
     from rlhf_engine.algorithms import ALGORITHMS
+    from rlhf_engine.config import SAMPLING
     from rlhf_engine.launching.build import begin
     from rlhf_engine.schedule import Schedule, Stage
 
@@ -83,6 +87,9 @@ def first_iteration(overrides: list[str], layout: tuple, phase: str, is_later: b
             with role.on_device(changes=True):
                 weight = role.chunks[-1].output_layer.weight
                 weight.data.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
+    if "reference" in ctx.roles and phase not in SAMPLING and ctx.mesh.is_last_stage:
+        with ctx.roles["reference"].on_device(changes=True):
+            ctx.roles["reference"].chunks[-1].decoder.final_layernorm.weight.data.mul_(scale)
     stages, both = list(algorithm.stages), ("log_probs", "ref_log_probs")
     if is_later:
         place = next(i for i, stage in enumerate(stages) if stage.name == "advantage")

@@ -32,8 +32,8 @@ from conftest import ROOT, SMALL
 
 from rlhf_engine.signals import STOPPED
 
-PHASES = {"sft": 3, "reward": 3, "ppo": 4}  # and their iterations
-RUN = [str(ROOT / "launch" / "run.py"), *SMALL]
+PHASES = {"sft": 3, "reward": 3, "ppo": 4, "dpo": 3, "kto": 3}  # and their iterations
+RUN = [str(ROOT / "launch" / "run.py"), *SMALL, f"phases=[{','.join(PHASES)}]"]
 RUN += [setting for name, n in PHASES.items() for setting in (f"{name}.iterations={n}", f"{name}.save_every=1")]
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1)
 LAUNCHERS = {

@@ -24,7 +24,9 @@ SMALL = [
     "sft.micro_batch_size=4", "reward.iterations=3", "reward.batch_size=8", "reward.micro_batch_size=2",
     "ppo.iterations=2", "ppo.prompts_per_iteration=16", "ppo.micro_batch_size=4", "ppo.eval_prompts=8",
     "ppo.save_every=2", "grpo.iterations=2", "grpo.prompts_per_iteration=4", "grpo.samples_per_prompt=4",
-    "grpo.micro_batch_size=4", "grpo.eval_prompts=8", "grpo.save_every=2",
+    "grpo.micro_batch_size=4", "grpo.eval_prompts=8", "grpo.save_every=2", "dpo.iterations=2", "dpo.batch_size=8",
+    "dpo.micro_batch_size=2", "dpo.eval_prompts=8", "kto.iterations=2", "kto.batch_size=16", "kto.micro_batch_size=4",
+    "kto.eval_prompts=8",
 ]  # fmt: skip
 
 

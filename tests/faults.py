@@ -132,6 +132,38 @@ def unmasked_prompt(patch) -> None:
     wrap(patch, sft, "supervised", change)
 
 
+def prompts_in_the_sum(patch) -> None:
+    """An answer's log-prob has its prompt's in it."""
+    from rlhf_engine.algorithms import dpo
+    from rlhf_engine.experience import spans
+
+    def change(original, *args):
+        x = original(*args)
+        x.loss_mask = spans(torch.zeros_like(x.lengths), x.lengths, x.tokens.shape[1])
+        return x
+
+    wrap(patch, dpo, "answered", change)
+
+
+def pairs_swapped(patch) -> None:
+    """The rejected answer is taken for the chosen one."""
+    from rlhf_engine.algorithms import dpo
+
+    wrap(
+        patch,
+        dpo,
+        "preference_loss",
+        lambda original, kind, chosen, rejected, **kw: original(kind, rejected, chosen, **kw),
+    )
+
+
+def kl_of_a_micro_batch(patch) -> None:
+    """KTO's KL is that of the rows at hand."""
+    from rlhf_engine.algorithms import kto
+
+    wrap(patch, kto, "kto_loss", lambda original, x, desirable, kl, **kw: original(x, desirable, x.mean(), **kw))
+
+
 def unheard_token(patch) -> None:
     """Of each answer one token in the middle is not learned from."""
     from rlhf_engine.algorithms import sft

@@ -38,6 +38,8 @@ def source_of(file: Path, rows: list[Row], share: float = 1.0, **presets: str) -
 def _raw(row: Row) -> dict:
     if not row.prompt:
         return {"text": row.chosen}
+    if row.rejected is not None and row.chosen is None:
+        return {"prompt": row.prompt, "completion": row.rejected, "label": False}
     if row.rejected is not None:
         return {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected}
     return {"prompt": row.prompt, **({"completion": row.chosen} if row.chosen is not None else {})}

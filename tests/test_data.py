@@ -160,6 +160,27 @@ def test_each_phase_takes_what_it_can_use(tokenizer, tmp_path):
     assert [i for piece in pieces for i in piece] == tokenizer.encode(TEXT.chosen) * 2
 
 
+def test_good_and_bad_answers_one_by_one(tokenizer, tmp_path):
+    """Both sides of a pair, and answers that are labelled; a bad one is nothing to the other phases but a prompt."""
+    rows = [PAIR, Row("f:6", USER, None, "Right!"), ANSWER, PROMPT, BLANK]
+    config = RunConfig(data=DataConfig(cache_dir=str(tmp_path)), rollout=RolloutConfig(max_new_tokens=8))
+    found = build_datasets(
+        ["sft", "ppo", "kto"], [source_of(tmp_path / "labels.jsonl", [*rows, PAIR])], tokenizer, config
+    )
+
+    def text(side: list[int] | None) -> str | None:
+        return None if side is None else tokenizer.decode(side).strip()
+
+    train, held_out = found["kto"].parts[0].train, found["kto"].held_out
+    assert [(text(example.chosen), text(example.rejected)) for example in (*train, *held_out)] == [
+        ("Left.", None), (None, "Right!"), (None, "Right!"), ("Left.", None), ("Left.", None), (None, "Right!"),
+    ]  # fmt: skip
+    assert len(train) == 4 and len({example.prompt_text for example in train}) == 1
+    assert found["kto"].parts[0].left_out == {"without a prompt and an answer": 2}
+    assert [len(found[phase].parts[0].train) for phase in ("sft", "ppo")] == [2, 4]
+    assert len({dataset.digest() for dataset in found.values()}) == 3
+
+
 def test_a_source_with_nothing_for_a_phase_is_said(tokenizer, cache, tmp_path):
     """And so is what was read of a folder."""
     (tmp_path / "test.jsonl").touch()

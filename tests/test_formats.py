@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 
@@ -110,7 +111,7 @@ FORMATS = {
     "completion": ({"prompt": "Q", "completion": "A"}, [USER], "A", None),
     "conversational completion": ({"prompt": [SYSTEM, USER], "completion": [BOT]}, [SYSTEM, USER], "A", None),
     "a good answer": ({"prompt": "Q", "completion": "A", "label": True}, [USER], "A", None),
-    "a bad answer": ({"prompt": "Q", "completion": "A", "label": False}, [USER], None, None),
+    "a bad answer": ({"prompt": "Q", "completion": "A", "label": False}, [USER], None, "A"),
     "response": ({"prompt": "Q", "response": "A"}, [USER], "A", None),
     "question": ({"question": "Q", "answer": "A"}, [USER], "A", None),
     "open orca": ({"system_prompt": "S", "question": "Q", "response": "A"}, [SYSTEM, USER], "A", None),
@@ -129,14 +130,14 @@ FORMATS = {
 def test_formats(name):
     row, prompt, chosen, rejected = FORMATS[name]
     before = deepcopy(row)
-    assert read_row(row, "f:1") == Row("f:1", prompt, chosen, rejected)
+    assert replace(read_row(row, "f:1"), fields={}) == Row("f:1", prompt, chosen, rejected)
     assert repr(row) == repr(before)
 
 
 @pytest.mark.parametrize(
     ("chosen", "rejected", "phases"),
     [
-        ("A", "B", ["sft", "reward", "ppo"]),
+        ("A", "B", ["sft", "reward", "ppo", "dpo", "kto"]),
         ("A", "A", ["sft", "ppo"]),
         ("A", " A\n", ["sft", "ppo"]),
         ("A", "", ["sft", "ppo"]),
@@ -149,7 +150,8 @@ def test_a_pair_is_two_different_answers(chosen, rejected, phases, is_hh):
     """Of which neither is empty; the row still serves the other phases."""
     row = {"prompt": "Q", "chosen": chosen, "rejected": rejected}
     row = {key: HH + row[key] for key in ("chosen", "rejected")} if is_hh else row
-    assert [phase for phase in ("sft", "reward", "ppo") if serves(read_row(row, "f:1"), kind_of(phase))] == phases
+    found, every = read_row(row, "f:1"), ("sft", "reward", "ppo", "dpo", "kto")
+    assert [phase for phase in every if serves(found, kind_of(phase))] == phases
 
 
 @pytest.mark.parametrize(

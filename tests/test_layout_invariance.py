@@ -15,6 +15,8 @@ import cases
 import pytest
 from conftest import SMALL
 
+from rlhf_engine.config import PAIRED
+
 GOLDEN = Path(__file__).parent / "golden" / "first_iteration.json"
 LAYOUTS = {
     1: [(1, 1, 1)],
@@ -23,9 +25,9 @@ LAYOUTS = {
 }
 # One optimizer step a role: the figures of a second would be those after an Adam update. At a ratio of 1 the loss of
 # whitened advantages is exactly 0; the entropy term gives it a size to compare.
-SETTINGS = [*SMALL, "phases=[sft,reward,ppo,grpo]", "ppo.epochs=1", "ppo.num_minibatches=1", "ppo.entropy_coef=0.01"]
-SETTINGS += ["grpo.num_minibatches=1", "grpo.entropy_coef=0.01"]
-PHASES = ("sft", "reward", "ppo", "grpo")
+PHASES = ("sft", "reward", "ppo", "grpo", "dpo", "kto")
+SETTINGS = [*SMALL, f"phases=[{','.join(PHASES)}]", "ppo.epochs=1", "ppo.num_minibatches=1", "ppo.entropy_coef=0.01"]
+SETTINGS += ["grpo.num_minibatches=1", "grpo.entropy_coef=0.01", "dpo.reference=each_step", "kto.reference=each_step"]
 TOLERANCE = 1e-5
 
 
@@ -49,7 +51,7 @@ def assert_same(found: dict, wanted: dict, what: str) -> None:
 @pytest.mark.parametrize("micro_batch_size", [2, 4])
 @pytest.mark.parametrize("layout", [layout for group in LAYOUTS.values() for layout in group], ids=str)
 def test_first_iteration(worlds, small_run, reference, phase, layout, micro_batch_size):
-    size = micro_batch_size // 2 if phase == "reward" else micro_batch_size
+    size = micro_batch_size // 2 if phase in PAIRED else micro_batch_size
     settings = [*SETTINGS, f"output_dir={small_run}", f"{phase}.micro_batch_size={size}"]
     world = worlds(layout[0] * layout[1] * layout[2])
     for rank, found in enumerate(world.run(cases.first_iteration, settings, layout, phase)):

@@ -255,3 +255,17 @@ def test_explain(planned):
     assert status == 0 and "pp 2 (2 chunks a stage)" in out
     assert "log_probs + ref_log_probs" in out and "train_critic + train_policy" in out
     assert re.search(r"^score +infer +reward +policy, reference, critic +reward", out, re.M)
+
+
+def test_offline_phases(planned):
+    """A reference that is known beforehand is no role, one that is asked in each step is. Pairs are two rows."""
+    command = ["model=llama_7b", "mesh.tp=4", "mesh.dp=2", "plan=true"]
+    pairs = [*command, "phases=[dpo]", "dpo.batch_size=32", "dpo.micro_batch_size=1"]
+    status, cached, err = planned(*pairs)
+    assert status == 0 and not err and "64 rows an iteration" in cached and "ref_log_probs" not in cached
+    _, each_step, _ = planned(*pairs, "dpo.reference=each_step")
+    assert "ref_log_probs" in each_step and "reference" in each_step
+    _, kto, _ = planned(*command, "phases=[kto]", "kto.batch_size=64", "kto.micro_batch_size=1")
+    assert "mismatched" in kto and "128 rows an iteration" in kto
+    _, found, _ = planned("model=llama_7b", "plan.search=true", "plan.world=16", "phases=[dpo]")
+    assert re.search(r"dpo\.micro_batch_size=\d+", found)

@@ -15,20 +15,21 @@ pytest.importorskip("triton")
 import collectives
 from test_hf_architectures import SIZES, make
 
-from rlhf_engine.config import ConfigError
+from rlhf_engine.config import ConfigError, RunConfig
 from rlhf_engine.rehearse import rehearsal
 from rlhf_engine.rehearse.exchange import Exchange, Post
 from rlhf_engine.rehearse.part import chosen, is_small, settle
 from rlhf_engine.rehearse.report import lines, show, write
 
-PHASES = ("sft", "reward", "ppo", "grpo")
+PHASES = ("sft", "reward", "ppo", "grpo", "dpo", "kto")
 SMALL = [
     "+exp=hh_rlhf", "model.num_layers=2", "model.hidden_size=64", "model.intermediate_size=64", "data.num_rows=64",
     "data.num_eval_rows=8", "data.max_seq_len=96", "data.max_prompt_len=64", "rollout.max_new_tokens=8",
     "sft.batch_size=8", "sft.micro_batch_size=4", "reward.batch_size=8", "reward.micro_batch_size=2",
     "ppo.prompts_per_iteration=8", "ppo.micro_batch_size=2", "ppo.epochs=1", "ppo.num_minibatches=2",
     "ppo.eval_prompts=4", "grpo.prompts_per_iteration=2", "grpo.samples_per_prompt=4", "grpo.micro_batch_size=2",
-    "grpo.eval_prompts=4",
+    "grpo.eval_prompts=4", "dpo.batch_size=8", "dpo.micro_batch_size=2", "dpo.eval_prompts=4", "kto.batch_size=8",
+    "kto.micro_batch_size=4", "kto.eval_prompts=4", "phases=[sft,reward,dpo,kto,ppo]",
 ]  # fmt: skip
 
 
@@ -60,7 +61,8 @@ def run(ranks, tmp_path, *overrides: str, before: str | None = None) -> rehearsa
 WAITS = {
     ("sft", "train_policy"): 4, ("reward", "train_reward"): 4, ("ppo", "train_critic"): 8, ("ppo", "train_policy"): 8,
     ("ppo", "log_probs"): 1, ("ppo", "ref_log_probs"): 1, ("ppo", "score"): 1, ("ppo", "values"): 1,
-    ("ppo", "advantage"): 4, ("ppo", "rollout"): 35, ("ppo", "the save"): 12,
+    ("ppo", "advantage"): 4, ("ppo", "rollout"): 35, ("ppo", "the save"): 12, ("dpo", "train_policy"): 4,
+    ("kto", "mismatched"): 1, ("kto", "train_policy"): 4,
 }  # fmt: skip
 
 LAYOUTS = {
@@ -99,10 +101,7 @@ def test_a_run_starts_saves_stops_and_resumes(ranks, tmp_path, layout):
 def test_its_stages_and_collectives_are_those_of_a_run(ranks, worlds, tmp_path, layout, steps):
     """Of the same experiment on a CPU, on every rank. A GPU generates in other steps."""
     options = [f"{phase}.iterations=1" for phase in PHASES] + [f"phases=[{','.join(PHASES)}]"]
-    options += [
-        f"{name}.overlap=true"
-        for name in ("sft.optimizer", "reward.optimizer", "ppo.optimizer", "ppo.critic_optimizer", "grpo.optimizer")
-    ]
+    options += [f"{name}.overlap=true" for name in RunConfig().optimizers]
     counted = worlds(4).run(collectives.count, [*SMALL, *options], layout, PHASES, tmp_path / "cpu")
     tp, pp, dp, sequence_parallel = (*layout, False)[:4]
     mesh = [

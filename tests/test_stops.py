@@ -31,8 +31,8 @@ def train(
     from rlhf_engine.signals import Stop
     from rlhf_engine.trainer import train
 
-    settings = [*SMALL, f"phases=[{phase}]", "export_hf=false", *OPTIONS[phase], f"{phase}.iterations={iterations}"]
-    settings += [f"output_dir={folder}", *options]
+    settings = [*SMALL, f"phases=[{phase}]", "export_hf=false", *OPTIONS.get(phase, [])]
+    settings += [f"{phase}.iterations={iterations}", f"output_dir={folder}", *options]
     ctx, passed = cases.context(settings, layout), 0
 
     def stop_if_asked() -> None:
@@ -68,6 +68,23 @@ def test_stopped_again_and_again(small_run, worlds, whole, tmp_path, phase, poin
         stops += 1
     assert stops == points * iterations // stop_at
     assert figures(folder / phase) == figures(whole / phase)[:iterations]
+
+
+@pytest.mark.parametrize(
+    ("phase", "options", "points"),
+    # a pass of the reference, then a stage and an update; a stage more, or two; without a reference none
+    [("dpo", [], 3), ("dpo", ["dpo.reference=each_step"], 3), ("dpo", ["dpo.loss=simpo"], 2), ("kto", [], 4)],
+    ids=str,
+)
+def test_offline_phases_stopped_again_and_again(small_run, worlds, tmp_path, phase, options, points):
+    """At each point where they can be, the pass over all rows before the first iteration among them."""
+    straight, folder, stops = tmp_path / "straight", tmp_path / "run", 0
+    for each in (straight, folder):
+        shutil.copytree(small_run, each)
+    assert worlds(2).run(train, straight, (1, 1, 2), None, 1, options, phase) == [True, True]
+    while not worlds(2).run(train, folder, (1, 1, 2), 1, 1, options, phase)[0]:
+        stops += 1
+    assert stops == points and figures(folder / phase) == figures(straight / phase)
 
 
 def test_stopped_and_gone_on_with_on_other_meshes(small_run, worlds, whole, tmp_path):

@@ -24,7 +24,7 @@ from rlhf_engine.verify.policy import batch_independence
 from rlhf_engine.verify.rounding import moved
 from rlhf_engine.verify.subject import Sampled
 
-PHASES = ("sft", "reward", "ppo", "grpo")
+PHASES = ("sft", "reward", "ppo", "grpo", "dpo", "kto")
 
 
 def lines(folder: Path) -> dict[str, dict]:
@@ -160,6 +160,20 @@ def test_a_fault_of_sampling_is_caught_by_name(worlds, tmp_path, fault, check):
 def test_choices_of_a_phase_that_samples_pass(worlds, tmp_path, choices):
     settings = [*SMALL, "phases=[grpo]", "reward.fns=[rewards:all_alike]", f"output_dir={tmp_path}"]
     assert worlds(1).run(cases.verify, [*settings, *(f"grpo.{choice}" for choice in choices)]) == [0], failed(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fault", "phase", "check"),
+    [
+        ("pairs_swapped", "dpo", "loss against plain"),
+        ("prompts_in_the_sum", "dpo", "prompts carry no loss"),
+        ("kl_of_a_micro_batch", "kto", "loss against plain"),
+    ],
+)
+def test_a_fault_of_preference_optimisation_is_caught_by_name(worlds, tmp_path, fault, phase, check):
+    settings = [*SMALL, f"phases=[{phase}]", f"output_dir={tmp_path}"]
+    assert worlds(1).run(cases.verify, settings, fault) == [1]
+    assert f"{phase}: {check}" in failed(tmp_path)
 
 
 def test_a_layout_that_learns_something_else_is_caught(worlds, tmp_path):

@@ -35,10 +35,14 @@ def cross_entropy(role: RoleModel) -> LossFn:
     return loss
 
 
-def text_work(policy: RoleModel, x, fn: InferFn | LossFn, micro_batch_size: int) -> Work:
-    """`fn` of the policy's output for rows of text, where it reads the log-probs of the tokens in `loss_mask`."""
-    batch = {"tokens": x.tokens, "lengths": x.lengths, "loss_mask": x.loss_mask}
-    return Work(policy, batch, fn, micro_batch_size, prepare=functools.partial(choose, policy, mask="loss_mask"))
+def text_work(
+    policy: RoleModel, x, fn: InferFn | LossFn, micro_batch_size: int, together: int = 1, fields: Batch | None = None
+) -> Work:
+    """`fn` of the policy's output for rows of text, where it reads the log-probs of the tokens in `loss_mask`, and
+    further fields of the rows."""
+    batch = {"tokens": x.tokens, "lengths": x.lengths, "loss_mask": x.loss_mask, **(fields or {})}
+    prepare = functools.partial(choose, policy, mask="loss_mask")
+    return Work(policy, batch, fn, micro_batch_size, together, prepare=prepare)
 
 
 def train_policy(ctx: Context, policy: RoleModel, x) -> Works:

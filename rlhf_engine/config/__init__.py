@@ -6,8 +6,10 @@ type or an impossible combination is a `ConfigError`, one line that names the ke
 
 from .algorithms import (
     CodeConfig,
+    DPOConfig,
     GRPOConfig,
     JudgeConfig,
+    KTOConfig,
     OptimizerConfig,
     PPOConfig,
     PTXConfig,
@@ -22,15 +24,15 @@ from .observing import LogConfig, WandBConfig
 from .planning import DeviceName, PlanConfig, RehearseConfig
 from .reading import NEEDED, ConfigError, from_dict, keys, nearest
 from .rollout import RolloutConfig
-from .run import BUILDS_ON, JOBS, PAIRED, SAMPLING, Phase, RunConfig, check
+from .run import BUILDS_ON, JOBS, LABELLED, PAIRED, SAMPLING, Phase, RunConfig, check
 from .schedule import ROLES, Recompute, ScheduleConfig
 from .surviving import CheckpointConfig, GuardConfig, TimeoutConfig
 
 __all__ = [
-    "BUILDS_ON", "JOBS", "NEEDED", "PAIRED", "ROLES", "SAMPLING", "Base", "CheckpointConfig", "CodeConfig",
-    "ConfigError", "DataConfig", "DeviceName", "GRPOConfig", "GuardConfig", "JudgeConfig", "LogConfig", "MeshConfig",
-    "ModelConfig", "OptimizerConfig", "PPOConfig", "PTXConfig", "Phase", "PlanConfig", "PolicyConfig", "Recompute",
-    "RehearseConfig", "RewardConfig", "RolloutConfig", "RopeScaling", "RunConfig", "SFTConfig", "SamplingConfig",
-    "ScheduleConfig", "TimeoutConfig", "TokenizerConfig", "WandBConfig", "check", "check_model", "from_dict", "keys",
-    "nearest", "resolve_mesh",
+    "BUILDS_ON", "JOBS", "LABELLED", "NEEDED", "PAIRED", "ROLES", "SAMPLING", "Base", "CheckpointConfig", "CodeConfig",
+    "ConfigError", "DPOConfig", "DataConfig", "DeviceName", "GRPOConfig", "GuardConfig", "JudgeConfig", "KTOConfig",
+    "LogConfig", "MeshConfig", "ModelConfig", "OptimizerConfig", "PPOConfig", "PTXConfig", "Phase", "PlanConfig",
+    "PolicyConfig", "Recompute", "RehearseConfig", "RewardConfig", "RolloutConfig", "RopeScaling", "RunConfig",
+    "SFTConfig", "SamplingConfig", "ScheduleConfig", "TimeoutConfig", "TokenizerConfig", "WandBConfig", "check",
+    "check_model", "from_dict", "keys", "nearest", "resolve_mesh",
 ]  # fmt: skip

@@ -280,3 +280,63 @@ def check_batch(key: str, rows: int, dp: int) -> None:
         lower, upper = rows // dp * dp, (rows // dp + 1) * dp
         fits = f"{lower} or {upper}" if lower else upper
         raise ConfigError(f"{key}={rows} is not a multiple of mesh.dp={dp}: use {fits}")
+
+
+@dataclass
+class DPOConfig:
+    # dpo, ipo, cdpo (labels that may be wrong), or without a reference simpo and orpo (docs/preference.md)
+    loss: Literal["dpo", "ipo", "cdpo", "simpo", "orpo"] = "dpo"
+    beta: float | None = None  # how near to the reference; orpo's lambda; null: 0.1, and 2 for simpo
+    label_smoothing: float = 0.0  # cdpo's share of pairs whose answers are taken to be the wrong way round
+    margin: float = 1.0  # simpo's gamma, by which the chosen answer is to be ahead
+    # what a loss takes of an answer's tokens; null: as its authors, the mean for ipo, simpo and orpo, else the sum
+    log_probs: Literal["sum", "mean"] | None = None
+    # the reference's log-probs: of all rows before the first iteration, kept in OUTPUT_DIR/dpo/reference.json, or of
+    # each iteration's with the reference beside the policy
+    reference: Literal["cached", "each_step"] = "cached"
+    iterations: int = 100
+    batch_size: int = size(32)  # pairs per optimizer step, over all replicas
+    micro_batch_size: int = size(8)  # pairs, likewise
+    eval_every: int = 50
+    eval_prompts: int = 128  # answered at the end, by the policy and by that which it began as
+    save_every: int = 100
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-4))
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the loss asks for one."""
+        return self.loss not in ("simpo", "orpo")
+
+    @property
+    def takes_means(self) -> bool:
+        """Of an answer's tokens, not their sum."""
+        return (self.log_probs or ("mean" if self.loss in ("ipo", "simpo", "orpo") else "sum")) == "mean"
+
+    @property
+    def strength(self) -> float:
+        """Beta, with its default."""
+        return self.beta if self.beta is not None else 2.0 if self.loss == "simpo" else 0.1
+
+
+@dataclass
+class KTOConfig:
+    beta: float = 0.1  # how near to the reference
+    desirable_weight: float = 1.0  # of the loss of good answers (lambda_D)
+    undesirable_weight: float = 1.0  # and of bad ones (lambda_U)
+    reference: Literal["cached", "each_step"] = "cached"  # as dpo.reference
+    iterations: int = 100
+    batch_size: int = size(64)  # answers per optimizer step, over all replicas
+    micro_batch_size: int = size(16)  # rows, likewise
+    eval_every: int = 50
+    eval_prompts: int = 128  # as dpo.eval_prompts
+    save_every: int = 100
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-4))
+
+
+def check_dpo(dpo: DPOConfig) -> None:
+    """Refuses a share of wrong labels that the loss has no use for, or that turns it round."""
+    share = dpo.label_smoothing
+    if dpo.loss == "cdpo" and not 0 < share < 0.5:
+        raise ConfigError(f"dpo.label_smoothing={share} must lie between 0 and 0.5 for dpo.loss=cdpo")
+    if dpo.loss != "cdpo" and share:
+        raise ConfigError(f"dpo.label_smoothing={share} has no use with dpo.loss={dpo.loss}: use dpo.loss=cdpo")

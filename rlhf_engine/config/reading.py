@@ -42,12 +42,14 @@ _AT_LEAST: dict[str, float] = {
         ("iterations", "eval_every", "critic_warmup_iterations", "warmup_steps", "top_k", "min_p", "min_new_tokens",
          "seed", "end_id", "lr", "min_lr", "weight_decay", "beta1", "beta2", "eps", "clip_grad", "kl_coef", "gamma",
          "gae_lambda", "critic_lambda", "max_log_prob_gap", "clip_ratio", "clip_ratio_high", "clip_value", "processes",
-         "retries", "std_eps", "overlong_buffer", "overlong_penalty", "redraws", "coef", "init_std", "max_restarts"),
+         "retries", "std_eps", "overlong_buffer", "overlong_penalty", "redraws", "coef", "init_std", "max_restarts",
+         "margin", "label_smoothing", "desirable_weight", "undesirable_weight"),
         0,
     ),
 }  # fmt: skip
 _POSITIVE = {
-    "gae_alpha", "kl_target", "kl_horizon", "max_kl", "max_log_prob_gap", "stage", "temperature", "timeout", "top_p",
+    "beta", "gae_alpha", "kl_target", "kl_horizon", "max_kl", "max_log_prob_gap", "stage", "temperature", "timeout",
+    "top_p",
     "rope_theta", "rms_norm_eps", "memory", "factor", "low_freq_factor", "high_freq_factor",
     "original_max_position_embeddings",
 }  # fmt: skip

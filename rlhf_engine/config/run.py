@@ -7,13 +7,16 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from .algorithms import (
+    DPOConfig,
     GRPOConfig,
+    KTOConfig,
     OptimizerConfig,
     PPOConfig,
     RewardConfig,
     SamplingConfig,
     SFTConfig,
     check_batch,
+    check_dpo,
     check_optimizer,
 )
 from .data import DataConfig, TokenizerConfig
@@ -26,13 +29,15 @@ from .rollout import RolloutConfig, check_rollout, check_sampled_from
 from .schedule import ScheduleConfig, check_offload
 from .surviving import CheckpointConfig, GuardConfig, TimeoutConfig
 
-Phase = Literal["sft", "reward", "ppo", "grpo", "score", "generate"]
+Phase = Literal["sft", "reward", "ppo", "grpo", "dpo", "kto", "score", "generate"]
 JOBS = frozenset({"score", "generate"})  # phases that read a file and write a file
 SAMPLING = frozenset({"ppo", "grpo"})  # phases that draw prompts and sample the answers
-PAIRED = frozenset({"reward"})  # phases that draw two answers to each prompt
+PAIRED = frozenset({"reward", "dpo"})  # phases that draw two answers to each prompt
+LABELLED = frozenset({"kto"})  # phases that draw answers one by one, good and bad
 # the phases that train, each with those whose end it builds on
 BUILDS_ON: dict[str, tuple[str, ...]] = {
     "sft": (), "reward": ("sft",), **dict.fromkeys(("ppo", "grpo"), ("sft", "reward")),
+    **dict.fromkeys(("dpo", "kto"), ("sft",)),
 }  # fmt: skip
 
 
@@ -56,6 +61,8 @@ class RunConfig:
     reward: RewardConfig = field(default_factory=RewardConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    dpo: DPOConfig = field(default_factory=DPOConfig)
+    kto: KTOConfig = field(default_factory=KTOConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
@@ -110,10 +117,13 @@ def check(config: RunConfig, mesh: MeshConfig, model: ModelConfig, reward: Model
         check_model(mesh, each)
     assert mesh.dp is not None
     phases = set(config.phases)
-    if "sft" in phases:
-        check_batch("sft.batch_size", config.sft.batch_size, mesh.dp)
-    if "reward" in phases:
-        check_batch("reward.batch_size", config.reward.batch_size, mesh.dp)
+    for phase in config.phases:
+        if (rows := getattr(getattr(config, phase, None), "batch_size", None)) is not None:
+            check_batch(f"{phase}.batch_size", rows, mesh.dp)
+    if "dpo" in phases:
+        check_dpo(config.dpo)
+    if "kto" in phases and config.kto.batch_size < 2:
+        raise ConfigError("kto.batch_size=1 has no other answer to estimate the KL with: use 2 at least")
     for name, section in config.sampling.items():
         section.check(name, config.reward, config.rollout, mesh.dp)
         check_sampled_from(config.rollout)

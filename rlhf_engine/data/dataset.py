@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config import PAIRED, SAMPLING, ConfigError, RunConfig
+from ..config import LABELLED, PAIRED, SAMPLING, ConfigError, RunConfig
 from .chat import Messages
 from .order import deal, shuffled
 from .prepare import prepare
@@ -143,15 +143,16 @@ def _dataset(phase: str, found: list[tuple[Source, Prepared, int, int]], config:
 
 def _of_use(prepared: Prepared, first: int, last: int, phase: str, config: RunConfig) -> tuple[Rows, Counter[str]]:
     """Of the rows from `first` to `last` those that a phase can use, and how many of the others it cannot use for which
-    reason. Plain text is cut into pieces of `data.max_seq_len`."""
+    reason. Plain text is cut into pieces of `data.max_seq_len`, and a pair into its answers where they are drawn one by
+    one."""
     data, lengths = config.data, {name: found[first:last] for name, found in prepared.lengths.items()}
     is_text = (lengths["prompt"] == 0) & (lengths["chosen"] >= 0)
     pieces = np.where(is_text, -(-lengths["chosen"] // data.max_seq_len), 1)
     rows = np.repeat(np.arange(last - first), pieces)
     starts = data.max_seq_len * (np.arange(len(rows)) - np.repeat(np.cumsum(pieces) - pieces, pieces))
     prompt = np.maximum(lengths["prompt"], lengths["reward_prompt"])[rows]
-    sides = ("chosen", "rejected") if phase in PAIRED else ("chosen",)
-    answer = np.max([lengths[side] for side in sides], axis=0)
+    answers = np.stack([lengths[side] for side in ("chosen", "rejected")])
+    answer = np.max(answers if phase in PAIRED | LABELLED else answers[:1], axis=0)
     room = config.rollout.max_new_tokens if phase in SAMPLING else np.where(is_text, 0, answer)[rows]
     obstacles = {
         f"without {KINDS[kind_of(phase)]}": (prepared.serves[first:last][rows] & bit(phase)) == 0,
@@ -162,6 +163,9 @@ def _of_use(prepared: Prepared, first: int, last: int, phase: str, config: RunCo
     reason = np.select(list(obstacles.values()), range(1, 5), 0)
     names, counts = np.unique(reason[reason > 0], return_counts=True)
     left_out = Counter({list(obstacles)[name - 1]: int(count) for name, count in zip(names, counts, strict=True)})
-    kept = reason == 0
-    found = Rows(prepared, (first + rows[kept]).astype(np.int32), starts[kept].astype(np.int32), data.max_seq_len)
-    return found, left_out
+    kept, is_bad = np.flatnonzero(reason == 0), None
+    if phase in LABELLED:
+        of, side = np.nonzero(answers.T[rows[kept]] > 0)
+        kept, is_bad = kept[of], side == 1
+    where = (first + rows[kept]).astype(np.int32), starts[kept].astype(np.int32)
+    return Rows(prepared, *where, data.max_seq_len, is_bad), left_out

@@ -33,8 +33,8 @@ class Row:
     Args:
         where: its place, for errors.
         prompt: a dialogue that ends with a user turn; empty for plain text.
-        chosen: an answer to learn from, or the plain text; None where there is only a prompt.
-        rejected: a worse answer to the same prompt, or None.
+        chosen: an answer to learn from, or the plain text; None where there is only a prompt, or a bad answer.
+        rejected: a worse answer to the same prompt, or a bad one; or None.
         fields: what else the row says, as the file has it: all but its dialogues.
     """
 
@@ -107,10 +107,9 @@ def _dialogue(row: dict[str, Any], key: str, where: str) -> Row:
 
 
 def _question(row: dict[str, Any], asked: str, answer: str, where: str) -> Row:
-    """A prompt and what answers it, unless a KTO row's `label` says that it is a bad answer."""
-    prompt = _prompt(row, asked, where)
-    said = [] if row.get("label") is False else _answer(row, asked, answer, where)
-    return _answered([*prompt, *said], where, answer)
+    """A prompt and what answers it, which a KTO row's `label` may say to be a bad answer."""
+    found = _answered([*_prompt(row, asked, where), *_answer(row, asked, answer, where)], where, answer)
+    return replace(found, chosen=None, rejected=found.chosen) if row.get("label") is False else found
 
 
 def _prompt(row: dict[str, Any], asked: str, where: str) -> Messages:

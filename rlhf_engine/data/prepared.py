@@ -8,7 +8,7 @@ import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -200,12 +200,14 @@ class Rows(Sequence[Example]):
         rows: `(n,)`, which.
         starts: `(n,)`, the token at which a piece of text begins.
         length: tokens of a piece, at most.
+        is_bad: `(n,)`, for rows of one answer each: whether it is the rejected one. None: rows are whole.
     """
 
     prepared: Prepared
     rows: np.ndarray
     starts: np.ndarray
     length: int
+    is_bad: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -213,12 +215,15 @@ class Rows(Sequence[Example]):
     def digest(self) -> bytes:
         """Of what the rows say."""
         found = hashlib.sha256(f"{self.prepared.digest} {self.length}".encode())
-        for part in (self.rows, self.starts):
-            found.update(part.tobytes())
+        for part in (self.rows, self.starts, self.is_bad):
+            found.update(part.tobytes() if part is not None else b"")
         return found.digest()
 
     def __getitem__(self, i):  # type: ignore[override]
         if isinstance(i, slice):
             return [self[k] for k in range(*i.indices(len(self)))]
         start = int(self.starts[i])
-        return self.prepared.example(int(self.rows[i]), slice(start, start + self.length))
+        found = self.prepared.example(int(self.rows[i]), slice(start, start + self.length))
+        if self.is_bad is None:
+            return found
+        return replace(found, chosen=None) if self.is_bad[i] else replace(found, rejected=None)

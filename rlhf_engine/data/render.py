@@ -33,14 +33,15 @@ def example(row: Row, presets: tuple[str | None, str | None], kinds: frozenset[s
 def _dialogue(row: Row, presets: tuple[str | None, str | None], kinds: frozenset[str], tokenizer: Tokenizer) -> Example:
     (system, reward), learned = presets, kinds - {"prompt"}
     messages, rewarded = _under(system, row.prompt), _under(reward, row.prompt)
-    if not learned or row.chosen is None:  # a prompt alone, of which no more is asked
+    texts = [text for text in (row.chosen, row.rejected) if text is not None]
+    is_bad = row.chosen is None and bool(texts)
+    if not learned or not texts or (is_bad and "label" not in learned):  # a prompt alone, of which no more is asked
         prompt = tokenizer.render_prompt(messages)
         reward_prompt = prompt if reward == system else tokenizer.render_prompt(rewarded)
         nothing = [False] * len(prompt)
         return Example(prompt, prompt, nothing, None, None, reward_prompt, reward_prompt, messages, row.fields)
     try:
-        texts = [row.chosen] if row.rejected is None else [row.chosen, row.rejected]
-        before, spoken, chosen, *rejected = _answered(messages, texts, tokenizer, "answer" in learned)
+        before, spoken, *answers = _answered(messages, texts, tokenizer, "answer" in learned)
         reward_before = before
         if reward != system and "pair" in kinds:
             reward_before, *_ = _answered(rewarded, texts[:1], tokenizer, marks=False)
@@ -48,8 +49,8 @@ def _dialogue(row: Row, presets: tuple[str | None, str | None], kinds: frozenset
         raise ConfigError(f"answers are to be learned from, and {error}") from None
     prompt = before if tokenizer.template.goes_turn_by_turn else tokenizer.render_prompt(messages)
     reward_prompt = prompt if reward == system else tokenizer.render_prompt(rewarded)
-    said = rejected[0] if rejected else None
-    return Example(prompt, before, spoken, chosen, said, reward_prompt, reward_before, messages, row.fields)
+    chosen, rejected = [None, *answers] if is_bad else [*answers, None][:2]
+    return Example(prompt, before, spoken, chosen, rejected, reward_prompt, reward_before, messages, row.fields)
 
 
 def _answered(messages: Messages, texts: Sequence[str], tokenizer: Tokenizer, marks: bool) -> tuple:

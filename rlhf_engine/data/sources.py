@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import PAIRED, SAMPLING, ConfigError, nearest
+from ..config import LABELLED, PAIRED, SAMPLING, ConfigError, nearest
 from . import hh_mini
 from .files import Meter, read_rows
 from .formats import Row, read_row
@@ -193,19 +193,26 @@ def mixture(
 
 
 # What a phase learns from; a row has a bit for each
-KINDS = {"prompt": "a prompt", "pair": "two different answers to one prompt", "answer": "an answer or text"}
+KINDS = {
+    "prompt": "a prompt",
+    "pair": "two different answers to one prompt",
+    "answer": "an answer or text",
+    "label": "a prompt and an answer",  # good or bad
+}
 
 
 def kind_of(phase: str) -> str:
     """Of `KINDS`, what a phase learns from."""
-    return "pair" if phase in PAIRED else "prompt" if phase in SAMPLING else "answer"
+    if phase in PAIRED | LABELLED:
+        return "pair" if phase in PAIRED else "label"
+    return "prompt" if phase in SAMPLING else "answer"
 
 
 def serves(row: Row, kind: str) -> bool:
     """Whether a row has what is learned from."""
-    if kind == "pair":
-        answers = {(answer or "").strip() for answer in (row.chosen, row.rejected)}
-        return bool(row.prompt) and len(answers - {""}) == 2
+    if kind in ("pair", "label"):
+        given = [answer.strip() for answer in (row.chosen, row.rejected) if answer is not None]
+        return bool(row.prompt) and len({*given} - {""}) == (2 if kind == "pair" else max(1, len(given)))
     if kind == "prompt":
         return bool(row.prompt and row.prompt[-1]["content"].strip())
     return bool(row.chosen and row.chosen.strip())

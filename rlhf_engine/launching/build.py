@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +41,9 @@ def build_context(plan: Plan, mesh: ParallelMesh) -> Context:
     }
     datasets = datasets_of(plan, tokenizer, is_checking=False)
     rewards = Rewards(config) if config.reward.fns and config.sampling else None
-    return Context(config, bases, mesh, tokenizer, datasets, gold_rule(plan.sources), rewards, trace=Trace(mesh.device))
+    ctx = Context(config, bases, mesh, tokenizer, datasets, gold_rule(plan.sources), rewards, trace=Trace(mesh.device))
+    ctx.build = functools.partial(build_role, ctx)
+    return ctx
 
 
 def begin(ctx: Context, phase: str, specs: Mapping[str, RoleSpec]) -> None:

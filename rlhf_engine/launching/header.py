@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..config import JOBS, PAIRED, SAMPLING
 from ..context import Context
 from ..data.dataset import Dataset
 from ..data.folders import look_into
@@ -31,7 +32,7 @@ def show_run(plan: Plan, ctx: Context) -> None:
     if config.reward.path is not None:
         table.add_row("reward", config.reward.path)
     table.add_row("template", escape(ctx.tokenizer.template.about))
-    sft, reward, length = config.sft, config.reward, config.data.max_seq_len
+    length = config.data.max_seq_len
 
     def split(rows: int, what: str, micro_batch_size: int, tokens: int) -> str:
         """How `rows` of an optimizer step reach the replicas, and the most tokens of one micro-batch."""
@@ -40,12 +41,10 @@ def show_run(plan: Plan, ctx: Context) -> None:
             f"{rows} {what} a step = {mesh.dp} replicas x {rows // mesh.dp}, in micro-batches of at most {most} tokens"
         )
 
-    if "sft" in config.phases:
-        steps = split(sft.batch_size, "dialogues", sft.micro_batch_size, length)
-        table.add_row("sft", f"{sft.iterations} iterations, {steps}")
-    if "reward" in config.phases:
-        steps = split(reward.batch_size, "pairs", reward.micro_batch_size, 2 * length)
-        table.add_row("reward", f"{reward.iterations} iterations, {steps}")
+    for phase in (phase for phase in config.phases if phase not in SAMPLING | JOBS):
+        section, what = getattr(config, phase), "pairs" if phase in PAIRED else "dialogues"
+        steps = split(section.batch_size, what, section.micro_batch_size, (1 + (phase in PAIRED)) * length)
+        table.add_row(phase, f"{section.iterations} iterations, {steps}")
     for name, section in config.sampling.items():
         table.add_row(
             name,

@@ -231,7 +231,7 @@ def _highest_rates(phase: str, optimizer: str) -> tuple[float, float]:
     """Of a pretrained model: the highest that is not unusual, and a usual one."""
     if phase in SAMPLING:
         return (1e-4, 5e-6) if optimizer == "critic_optimizer" else (3e-5, 1e-6)
-    return 1e-4, 1e-5
+    return (2e-5, 1e-6) if phase in ("dpo", "kto") else (1e-4, 1e-5)
 
 
 def check_job_rows(config: RunConfig, tokenizer: Tokenizer | None) -> None:

@@ -9,7 +9,7 @@ import dataclasses
 
 import psutil
 
-from ..config import SAMPLING, MeshConfig, ModelConfig, RunConfig
+from ..config import BUILDS_ON, PAIRED, SAMPLING, MeshConfig, ModelConfig, RunConfig
 from ..config.devices import GPUS, gpu_here
 
 _LONGEST = {"cpu": 512, "cuda": 2048}  # tokens of a dialogue
@@ -46,13 +46,13 @@ def settle(config: RunConfig, mesh: MeshConfig, model: ModelConfig, context: int
         answer = data.max_seq_len // 2 if "rollout.max_new_tokens" in is_open else rollout.max_new_tokens
         fill(max(1, data.max_seq_len - answer), "data.max_prompt_len")
     fill(max(1, data.max_seq_len - data.max_prompt_len), "rollout.max_new_tokens")
-    fill(_BATCH[device], "sft.batch_size", "reward.batch_size")
+    fill(_BATCH[device], *(f"{phase}.batch_size" for phase in BUILDS_ON.keys() - SAMPLING))
     for phase in SAMPLING:
         fill(max(1, 2 * _BATCH[device] // getattr(config, phase).samples_per_prompt), f"{phase}.prompts_per_iteration")
     row = _BYTES[device] * data.max_seq_len * model.hidden_size * model.num_layers / (mesh.tp * mesh.pp)
     rows = min(_MOST_ROWS, max(1, int(_SHARE * _memory(config, mesh, device) / row)))
-    fill(rows, *(f"{phase}.micro_batch_size" for phase in ("sft", *SAMPLING)))
-    fill(max(1, rows // 2), "reward.micro_batch_size")  # of pairs
+    fill(rows, *(f"{phase}.micro_batch_size" for phase in BUILDS_ON.keys() - PAIRED))
+    fill(max(1, rows // 2), *(f"{phase}.micro_batch_size" for phase in PAIRED))  # of pairs
     return {key: found[key] for key in sorted(found)}
 
 

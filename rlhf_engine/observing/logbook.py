@@ -13,7 +13,8 @@ from .sinks import Dialogues, Sinks
 
 # figures of a progress line, in order; those that an iteration lacks are left out
 _SHOWN = {
-    "policy/loss": "loss", "reward/loss": "loss", "reward/accuracy": "accuracy", "score/mean": "score",
+    "policy/loss": "loss", "reward/loss": "loss", "reward/accuracy": "accuracy", "policy/accuracy": "accuracy",
+    "policy/margin": "margin", "score/mean": "score",
     "gold/mean": "gold", "kl/mean": "kl", "rollout/response_length": "length", "eval/loss": "eval loss",
     "eval/accuracy": "eval accuracy", "throughput/generated_tokens_per_second": "tokens/s",
 }  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..config import SAMPLING, RunConfig
+from ..config import LABELLED, PAIRED, SAMPLING, RunConfig
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Rows:
 
 
 def rows_of(phase: str, config: RunConfig) -> Rows:
-    """Of a training phase. The rows of a reward model are the two sides of its pairs."""
+    """Of a training phase. The rows of pairs are their two sides."""
     plan, data = config.plan, config.data
     new = config.rollout.max_new_tokens
     prompt, response = plan.prompt_tokens or data.max_prompt_len, plan.response_tokens or new
@@ -45,10 +45,11 @@ def rows_of(phase: str, config: RunConfig) -> Rows:
         other_text = part.ptx.rows if part.other_text else 0
         return Rows(*sizes, *shapes, part.prompts_per_iteration, new, (prompt, response), other_text)
     answer = plan.response_tokens or data.max_seq_len - min(prompt, data.max_seq_len - 1)
-    sides, section = (2, config.reward) if phase == "reward" else (1, config.sft)
+    sides, section = 2 if phase in PAIRED else 1, getattr(config, phase)
     size, longest = sides * section.batch_size, data.max_seq_len
     shapes = _shapes(config, section.micro_batch_size, longest, prompt + answer, sides)
-    return Rows(size, size, 1, *shapes, size, longest, (prompt, answer))
+    passed = 2 * size if phase in LABELLED else size  # the reference's, which reads each prompt with two answers
+    return Rows(passed, size, 1, *shapes, size, longest, (prompt, answer))
 
 
 def _shapes(

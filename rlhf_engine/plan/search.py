@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import ROLES, ConfigError, MeshConfig, ModelConfig, RunConfig, check, resolve_mesh
+from ..config import ROLES, SAMPLING, ConfigError, MeshConfig, ModelConfig, RunConfig, check, resolve_mesh
 from ..config.devices import GPUS, Device
 from .forecast import Forecaster, forecast, training_phases
 
@@ -62,9 +62,9 @@ def meshes(world: int, model: ModelConfig, device: Device) -> Iterator[Changes]:
 
 def micro_batches(config: RunConfig, rows: int, dp: int) -> Changes:
     """Micro-batches of so many rows, or of all that a replica has of each phase's batch."""
-    sizes = {"sft": config.sft.batch_size, "reward": config.reward.batch_size}
+    sizes = {p: getattr(config, p).batch_size for p in training_phases(config) if p not in SAMPLING}
     sizes |= {phase: part.samples // part.num_minibatches for phase, part in config.sampling.items()}
-    shares = {phase: sizes[phase] // dp for phase in config.phases if phase in sizes}
+    shares = {phase: size // dp for phase, size in sizes.items()}
     return {f"{phase}.micro_batch_size": min(rows, share) for phase, share in shares.items() if share}
 
 

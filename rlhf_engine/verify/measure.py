@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..algorithms import ALGORITHMS
 from ..algorithms.heads import policy_log_probs
-from ..config import OptimizerConfig, RunConfig
+from ..config import BUILDS_ON, SAMPLING, OptimizerConfig, RunConfig
 from ..context import Context
 from ..data.dataset import Dataset, Example
 from ..experience import Experience
@@ -43,9 +43,10 @@ def small(config: RunConfig, world: int) -> RunConfig:
     """The experiment with batches of a few rows, which any mesh of the world divides, and one step an iteration."""
     config = copy.deepcopy(config)
     rows = 2 * world * math.ceil(4 / world)
-    sft, reward, sampling = config.sft, config.reward, config.rollout
-    sft.batch_size = reward.batch_size = rows
-    sft.micro_batch_size = reward.micro_batch_size = MICRO_BATCH
+    sampling = config.rollout
+    for offline in (getattr(config, phase) for phase in BUILDS_ON.keys() - SAMPLING):
+        offline.batch_size, offline.micro_batch_size = rows, MICRO_BATCH
+    config.dpo.reference = config.kto.reference = "each_step"  # of every mesh its own
     for section in config.sampling.values():
         section.shrink(rows, MICRO_BATCH)
     config.schedule.micro_batch_tokens = None

@@ -9,9 +9,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..algorithms import grpo, policy, ppo, reward, rollouts, sft
+from ..algorithms import dpo, grpo, kto, policy, ppo, reward, rollouts, sft
 from ..algorithms.heads import choose, policy_log_probs
-from ..config import SAMPLING
+from ..config import PAIRED, SAMPLING
 from ..experience import spans
 from ..models.stream import infer
 from ..models.work import Work
@@ -57,12 +57,16 @@ def against_plain(role: str, found: float, terms: Tensor, it: Iteration, conditi
 
 
 def answers(it: Iteration, work: Work) -> Tensor:
-    """What the assistant says in the rows of an SFT step, `(B, T)`, by the examples alone."""
+    """What a step learns of the assistant in its rows, `(B, T)`, by the examples alone."""
     mask = torch.zeros(work.batch["tokens"].shape, dtype=torch.bool)
-    for row, example in enumerate(it.examples):
+    sides = [(e, answer) for e in it.examples for answer in (e.chosen, e.rejected)]
+    if it.phase not in PAIRED:
+        sides = [(e, e.rejected if e.chosen is None else e.chosen) for e in it.examples]
+    for row, (example, answer) in enumerate(sides):
         start = len(example.before)
-        mask[row, start : start + len(example.chosen or ())] = True
-        mask[row, :start] = torch.tensor(example.before_spoken, dtype=torch.bool)
+        mask[row, start : start + len(answer or ())] = True
+        if it.phase == "sft":  # earlier turns as well
+            mask[row, :start] = torch.tensor(example.before_spoken, dtype=torch.bool)
     mask[:, 0] = False  # nothing speaks of the first token
     return mask
 
@@ -80,6 +84,32 @@ def reward_loss(it: Iteration) -> Finding:
     (work, *_) = it.works["reward"]
     scores = raw_outputs(work)[torch.arange(len(work.batch["lengths"])), work.batch["lengths"] - 1]
     return against_plain("reward", it.figures["reward/loss"], plain.pair_losses(scores), it)
+
+
+def pairs_loss(it: Iteration) -> Finding:
+    """The loss of pairs, as if the policy had moved since its reference, against the plain one of plain log-probs."""
+    work, sums, counts = plain_answers(it)
+    config, refs = it.ctx.config.dpo, work.batch.get("ref_answer_log_probs")
+    terms = plain.preference_losses(sums, refs, counts, config)
+    return against_plain("policy", whole_loss([work]), terms, it)
+
+
+def answers_loss(it: Iteration) -> Finding:
+    """The same of answers one by one."""
+    (work, sums, _), x, config = plain_answers(it), it.experience, it.ctx.config.kto
+    assert x.answer_log_probs is not None and x.ref_answer_log_probs is not None and x.desirable is not None
+    others = x.answer_log_probs - x.ref_answer_log_probs[len(x.desirable) :]
+    terms = plain.kto_losses(sums - work.batch["ref_answer_log_probs"], x.desirable, others, config)
+    return against_plain("policy", whole_loss([work]), terms, it)
+
+
+def plain_answers(it: Iteration) -> tuple[Work, Tensor, Tensor]:
+    """The policy's work, its reference some way off if it has one; log-probs of its answers, and their tokens."""
+    (work, *_) = it.works["policy"]
+    mask = answers(it, work)
+    log_probs, _ = plain_log_probs(it, replace(work, batch={**work.batch, "answers": mask}), "answers")
+    name = "ref_answer_log_probs"
+    return later(work, name) if name in work.batch else work, log_probs.sum(1), mask.sum(1)
 
 
 def later(work: Work, old: str) -> Work:
@@ -245,6 +275,8 @@ OF_BODIES: dict[Body, dict[str, Check]] = {
     ppo.train_critic: {"value loss against plain": value_loss},
     ppo.train_policy: _SAMPLED,
     policy.train_policy: _SAMPLED,
+    dpo.train_pairs: {"loss against plain": pairs_loss, "prompts carry no loss": masked_prompts},
+    kto.train_answers: {"loss against plain": answers_loss, "prompts carry no loss": masked_prompts},
 }
 
 

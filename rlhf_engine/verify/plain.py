@@ -3,11 +3,12 @@
 Shapes: B rows, T positions, V the vocabulary. Position t of a result speaks of token t, as everywhere.
 Sources: Schulman et al. 2015, arXiv:1506.02438, eq. 16 (advantages); Schulman et al. 2017, arXiv:1707.06347, eq. 7
 (policy loss); Ziegler et al. 2019, arXiv:1909.08593, eq. 2 (rewards); Ouyang et al. 2022, arXiv:2203.02155, eq. 1
-(pairs).
+(pairs); for preference losses the papers that rlhf_kernels.preference_loss and kto_loss name.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..config import GRPOConfig, PPOConfig, SamplingConfig
+from ..config import DPOConfig, GRPOConfig, KTOConfig, PPOConfig, SamplingConfig
 from ..mesh import ParallelMesh
 from ..models.role import RoleModel, head_weight
 
@@ -197,3 +198,31 @@ def pair_losses(scores: Tensor) -> Tensor:
     """log(1 + exp(rejected - chosen)) of each pair `(N,)`, from scores `(2 N,)`, chosen before rejected."""
     pairs = scores.double().view(-1, 2)
     return torch.log1p((pairs[:, 1] - pairs[:, 0]).exp())
+
+
+def preference_losses(sums: Tensor, refs: Tensor | None, counts: Tensor, config: DPOConfig) -> Tensor:
+    """Of each pair `(P,)`, from log-probs of answers `(2 P,)`, the reference's, and their tokens; chosen before
+    rejected."""
+    found = []
+    scale = counts.double() if config.takes_means else torch.ones_like(sums)
+    scores = ((sums - (refs if refs is not None else 0.0)) / scale).tolist()
+    beta, share = config.strength, config.label_smoothing
+    for good, bad in zip(scores[::2], scores[1::2], strict=True):
+        if config.loss == "ipo":
+            found.append((good - bad - 0.5 / beta) ** 2)
+        elif config.loss == "orpo":
+            odds = math.exp(good) / (1 - math.exp(good)), math.exp(bad) / (1 - math.exp(bad))
+            found.append(-good + beta * math.log1p(odds[1] / odds[0]))
+        else:
+            ahead = beta * (good - bad) - (config.margin if config.loss == "simpo" else 0.0)
+            found.append((1 - share) * math.log1p(math.exp(-ahead)) + share * math.log1p(math.exp(ahead)))
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def kto_losses(log_ratios: Tensor, desirable: Tensor, others: Tensor, config: KTOConfig) -> Tensor:
+    """Of each answer `(B,)`, by its log-ratio and those of answers behind prompts that are not theirs."""
+    found, kl = [], max(0.0, float(others.double().mean()))
+    for ratio, is_good in zip(log_ratios.tolist(), desirable.tolist(), strict=True):
+        sign, weight = (1, config.desirable_weight) if is_good else (-1, config.undesirable_weight)
+        found.append(weight * (1 - 1 / (1 + math.exp(-sign * config.beta * (ratio - kl)))))
+    return torch.tensor(found, dtype=torch.float64)
