@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import takewhile
 
 from ..config import ConfigError
 from .chat import Messages
@@ -61,13 +60,18 @@ def _answered(messages: Messages, texts: Sequence[str], tokenizer: Tokenizer, ma
     whole = [tokenizer.render(first, marks)]
     if not is_regular:  # what stands before may differ, and is what both have
         whole += [tokenizer.render(other, marks=False) for other in others]
-    start = min(len(said) - len(list(takewhile(bool, reversed(said)))) for _, said in whole)
+    start = min(_behind_others(said) for _, said in whole)
     before, spoken = (row[:start] for row in whole[0])
     answers = [row[start:] for row, _ in whole]
     answers += [tokenizer.render_answer(other, before) for other in others[len(whole) - 1 :]]
     if is_regular and not template.goes_turn_by_turn:  # as this row has shown
         return _answered(messages, texts, tokenizer, marks)
     return before, spoken, *answers
+
+
+def _behind_others(said: list[bool]) -> int:
+    """Where in a dialogue the assistant's last words begin."""
+    return len(said) - said[::-1].index(False) if False in said else 0
 
 
 def _under(preset: str | None, prompt: Messages) -> Messages:
