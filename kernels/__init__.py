@@ -6,6 +6,7 @@ forces one.
 
 from .advantage import kl_advantages
 from .attention import cached_attention
+from .divergence import linear_kl
 from .groups import group_advantages, importance_weights
 from .linear_log_prob import linear_log_probs, wide_mm
 from .log_prob import check_tokens, token_log_probs
@@ -26,6 +27,7 @@ __all__ = [
     "kl_advantages",
     "kl_estimate",
     "kto_loss",
+    "linear_kl",
     "linear_log_probs",
     "pairwise_loss",
     "preference_loss",

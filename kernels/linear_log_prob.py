@@ -44,10 +44,10 @@ def wide_mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.mm(a.float(), b.float(), out=out)
 
 
-class _Head:
+class Head:
     """The selected hidden states and the slices of the weight that they are multiplied with."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, rows: Tensor | None, options: _Options):
+    def __init__(self, hidden: Tensor, weight: Tensor, rows: Tensor | None, options: Options):
         self.weight = weight
         if options.sequence_parallel:
             hidden = _gather(hidden, options.vocabulary.group)
@@ -69,18 +69,43 @@ class _Head:
         return self._buffers[dtype][: num_rows * width].view(num_rows, width)
 
 
-class _Options(NamedTuple):
+class Options(NamedTuple):
     vocabulary: Vocabulary
     sequence_parallel: bool
     chunk_bytes: int
     keep_bytes: int
 
 
+class Gradients:
+    """Of the hidden states and of the weight, each if it is needed, from those of one slice of logits after another."""
+
+    def __init__(self, head: Head, needs_hidden: bool, needs_weight: bool):
+        self.head = head
+        self.x = torch.zeros_like(head.x, dtype=head.wide) if needs_hidden else None
+        self.weight = torch.empty_like(head.weight) if needs_weight else None
+
+    def add(self, columns: slice, grad: Tensor) -> None:
+        """The gradient of a slice `(N, slice)`, in the type of the hidden states."""
+        if self.weight is not None:
+            torch.mm(grad.T, self.head.x, out=self.weight[columns])
+        if self.x is not None and self.head.wide is grad.dtype:
+            self.x.addmm_(grad, self.head.weight[columns])
+        elif self.x is not None:
+            self.x += wide_mm(grad, self.head.weight[columns])
+
+    def finish(self, rows: Tensor | None, options: Options) -> tuple[Tensor | None, Tensor | None]:
+        """Both as those of what was given."""
+        if self.weight is not None:
+            self.weight[options.vocabulary.num_valid :] = 0
+        x = None if self.x is None else self.x.to(self.head.x.dtype)
+        return None if x is None else _scatter(x, rows, self.head.num_rows, options), self.weight
+
+
 class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, tokens, rows, banned, options):
         vocabulary, temperature = options.vocabulary, options.vocabulary.temperature
-        head = _Head(hidden, weight, rows, options)
+        head = Head(hidden, weight, rows, options)
         run = implementation(hidden)
         room = options.keep_bytes
         kept: list[Tensor | None] = []
@@ -95,7 +120,7 @@ class _LinearLogProbs(torch.autograd.Function):
             parts.append(run.token_stats(logits, tokens - start, None, _from(banned, start), temperature))
         if not parts:  # all of this rank's columns are padding
             parts.append(run.token_stats(head.x[:, :0].to(head.wide), tokens, None, None, temperature))
-        stats = gather_stats(torch.cat(parts), vocabulary, run)
+        stats = gather_stats(torch.cat(parts), vocabulary, run.merge_stats)
         log_probs, entropy, maximum, log_total = run.combine_stats(stats, temperature)
         ctx.save_for_backward(hidden, weight, tokens, rows, maximum, log_total, entropy, *(banned or ()))
         ctx.options, ctx.kept = options, kept
@@ -104,17 +129,15 @@ class _LinearLogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         nothing = (None,) * 6
         if all(grad is None for grad in grads):
             return nothing
         hidden, weight, tokens, rows, maximum, log_total, entropy, *banned = ctx.saved_tensors
         options, vocabulary = ctx.options, ctx.options.vocabulary
-        head = _Head(hidden, weight, rows, options)
+        head = Head(hidden, weight, rows, options)
         run = implementation(hidden)
         kept, ctx.kept = ctx.kept or [None] * len(head.slices), None  # they become gradients: good for once
-        grad_x = torch.zeros_like(head.x, dtype=head.wide) if needs_hidden else None
-        grad_weight = torch.empty_like(weight) if needs_weight else None
+        found = Gradients(head, *ctx.needs_input_grad[:2])
         for i, columns in enumerate(head.slices):
             logits, kept[i] = head.logits(columns) if kept[i] is None else kept[i], None
             # over the logits, or where the products that follow take a narrower type, beside them
@@ -124,17 +147,9 @@ class _LinearLogProbs(torch.autograd.Function):
                 logits, logits.shape[1], tokens - start, None, _from(tuple(banned) or None, start),
                 vocabulary.temperature, (maximum, log_total, entropy), grads, out=grad,
             )  # fmt: skip
-            if grad_weight is not None:
-                torch.mm(grad.T, head.x, out=grad_weight[columns])
-            if grad_x is not None and head.wide is hidden.dtype:
-                grad_x.addmm_(grad, weight[columns])
-            elif grad_x is not None:
-                grad_x += wide_mm(grad, weight[columns])
+            found.add(columns, grad)
             del logits, grad
-        if grad_weight is not None:
-            grad_weight[vocabulary.num_valid :] = 0
-        grad_hidden = None if grad_x is None else _scatter(grad_x.to(hidden.dtype), rows, head.num_rows, options)
-        return grad_hidden, grad_weight, *nothing[2:]
+        return *found.finish(rows, options), *nothing[2:]
 
 
 def _from(banned: Banned | None, start: int) -> Banned | None:
@@ -149,7 +164,7 @@ def _gather(hidden: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return whole
 
 
-def _scatter(grad: Tensor, rows: Tensor | None, num_rows: int, options: _Options) -> Tensor:
+def _scatter(grad: Tensor, rows: Tensor | None, num_rows: int, options: Options) -> Tensor:
     """The gradient `(N, H)` of selected rows, summed over the ranks, as that of the hidden states given."""
     group = options.vocabulary.group
     if group is not None and not options.sequence_parallel:
@@ -219,7 +234,7 @@ def linear_log_probs(
     chunk_bytes = CHUNK_BYTES[kind] if chunk_bytes is None else chunk_bytes
     keep_bytes = KEEP_BYTES[kind] if keep_bytes is None else keep_bytes
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    options = _Options(vocabulary, sequence_parallel, chunk_bytes, keep_bytes if needs_grad else 0)
+    options = Options(vocabulary, sequence_parallel, chunk_bytes, keep_bytes if needs_grad else 0)
     x = hidden.reshape(-1, hidden.shape[-1])
     log_probs, entropy = _LinearLogProbs.apply(x, weight, flat, rows, banned, options)
     return log_probs.view(tokens.shape), entropy.view(tokens.shape)

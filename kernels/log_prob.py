@@ -12,6 +12,7 @@ logits once more and needs of forward only the log-sum-exp and the entropy of ea
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -99,12 +100,13 @@ def check_shapes(tokens: Tensor, rows: Tensor | None, num_rows: int, banned: Ban
         raise ValueError(f"banned rows have shape {tuple(banned[0].shape)}, tokens {tuple(tokens.shape)}")
 
 
-def gather_stats(parts: Tensor, vocabulary: Vocabulary, run: Any) -> Tensor:
-    """Parts `(P, 4, N)` of this rank as `(ranks, 4, N)` of all ranks in their order; without a group as they are."""
+def gather_stats(parts: Tensor, vocabulary: Vocabulary, merge: Callable[[Tensor, float], Tensor]) -> Tensor:
+    """Parts `(P, K, N)` of this rank, which `merge` makes one of, as `(ranks, K, N)` of all ranks in their order;
+    without a group as they are."""
     group = vocabulary.group
     if group is None or not parts.shape[-1]:
         return parts
-    mine = run.merge_stats(parts, vocabulary.temperature)
+    mine = merge(parts, vocabulary.temperature)
     everyone = mine.new_empty(dist.get_world_size(group), *mine.shape)
     dist.all_gather_into_tensor(everyone.view(-1, mine.shape[1]), mine, group=group)
     return everyone
@@ -118,7 +120,7 @@ class _TokenLogProbs(torch.autograd.Function):
         ids = None if banned is None else (banned[0], banned[1] - vocabulary.start)
         valid = logits[:, : vocabulary.num_valid]
         parts = run.token_stats(valid, local, rows, ids, vocabulary.temperature)
-        stats = gather_stats(parts, vocabulary, run)
+        stats = gather_stats(parts, vocabulary, run.merge_stats)
         log_probs, entropy, maximum, log_total = run.combine_stats(stats, vocabulary.temperature)
         ctx.save_for_backward(logits, local, rows, maximum, log_total, entropy, *(ids or ()))
         ctx.vocabulary, ctx.inplace_grad = vocabulary, inplace_grad

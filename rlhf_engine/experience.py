@@ -40,7 +40,9 @@ class Experience:
     # measurements of them
     sampler_log_probs: Tensor | None = None  # (B, T) float32, as the sampler computed them
     log_probs: Tensor | None = None  # (B, T) float32, the policy before this iteration's updates
-    ref_log_probs: Tensor | None = None  # (B, T) float32
+    ref_log_probs: Tensor | None = None  # (B, T) float32, of the policy that the KL is taken to
+    # (B, R, H of the teacher) in its type, its outputs before each of at most R response tokens of a row
+    teacher_hidden: Tensor | None = None
     answer_log_probs: Tensor | None = None  # (B,) float64, the policy's of all tokens of loss_mask together
     ref_answer_log_probs: Tensor | None = None  # (B,) float64, likewise
     values: Tensor | None = None  # (B, T) float32, the critic before this iteration's updates
@@ -83,12 +85,20 @@ def spans(start: Tensor, stop: Tensor, width: int) -> Tensor:
     return (position >= start.unsqueeze(1)) & (position < stop.unsqueeze(1))
 
 
+def packed(x: Tensor, mask: Tensor) -> Tensor:
+    """`(B, R, H)`, the columns of `(B, H, T)` that a mask `(B, T)` selects, of each row from its start, then 0."""
+    lengths = mask.sum(1)
+    found = x.new_zeros(len(x), int(lengths.max()), x.shape[1])
+    found[spans(torch.zeros_like(lengths), lengths, found.shape[1])] = x.transpose(1, 2)[mask]
+    return found
+
+
 def to_next_token(outputs: Tensor) -> Tensor:
     """Outputs of the model at position t - 1 moved to t, where the token is that they speak of; 0 at t = 0.
 
-    The only place where the shift between a causal model's outputs and its tokens is made. `(B, T)` to `(B, T)`.
+    The only place where the shift between a causal model's outputs and its tokens is made. `(B, ..., T)` to the same.
     """
-    return F.pad(outputs[:, :-1], (1, 0))
+    return F.pad(outputs[..., :-1], (1, 0))
 
 
 _NAMED = 8  # samples that a line names

@@ -39,6 +39,9 @@ class Stage:
     Kinds: "rollout" generates, "infer" runs a role forward, "train" updates it, "local" computes on the
     Experience alone and has no role. Bodies of "infer" and "train" yield `Work` for their role and leave its running
     to the schedule, which may do that of several stages at once.
+
+    Args:
+        beside: a role whose head the body reads besides, which it sees to itself.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Stage:
     role: str | None = None
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
+    beside: str | None = None
 
 
 class ScheduleError(ValueError):
@@ -71,8 +75,9 @@ class Schedule:
         for stage in stages:
             if (stage.role is None) != (stage.kind == "local"):
                 raise ScheduleError(f"stage {stage.name}: a {stage.kind} stage has {'a' if stage.role else 'no'} role")
-            if stage.role is not None and stage.role not in roles:
-                raise ScheduleError(f"stage {stage.name} runs on {stage.role}; there are {', '.join(sorted(roles))}")
+            for role in filter(None, (stage.role, stage.beside)):
+                if role not in roles:
+                    raise ScheduleError(f"stage {stage.name} runs on {role}; there are {', '.join(sorted(roles))}")
             for name in (*stage.reads, *stage.writes):
                 if name not in FIELDS:
                     raise ScheduleError(f"stage {stage.name}: Experience has no field {name}")

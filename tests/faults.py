@@ -56,6 +56,27 @@ def groups_mixed(patch) -> None:
     wrap(patch, grpo, "group_advantages", change)
 
 
+def teacher_a_token_late(patch) -> None:
+    """What is kept of a teacher is its output at each token, and not before it."""
+    from rlhf_engine.algorithms import distill
+
+    wrap(patch, distill, "outputs_before", lambda original, *args: original(*args).roll(-1, 2))
+
+
+def teacher_unheard(patch) -> None:
+    """The teacher's log-probs are the policy's own, up to a hundredth."""
+    from rlhf_engine.algorithms import distill
+
+    wrap(patch, distill, "kl_estimate", lambda original, ours, theirs: 0.01 * original(ours, theirs))
+
+
+def forward_kl(patch) -> None:
+    """The KL's slices weigh differences by the teacher's probabilities."""
+    from rlhf_kernels import divergence
+
+    wrap(patch, divergence, "_logits", lambda original, *args: original(*args)[::-1])
+
+
 def bias_lost_while_loading(patch) -> None:
     """Biases of queries, keys and values stay 0."""
     from rlhf_engine.hf.weights import Table

@@ -366,6 +366,127 @@ def test_linear_wants_a_group_for_sequence_parallelism(device):
         kernels.linear_log_probs(x, weight, tokens, sequence_parallel=True)
 
 
+# -- linear_kl -----------------------------------------------------------------------------------------------------
+
+
+def kl_case(dtype, device, vocab=300, hidden=24, teacher_hidden=40):
+    """A ragged mask's rows, and those of a teacher of another width that holds them in another order."""
+    x, weight, rows, _ = linear_case(dtype, device, vocab, hidden)
+    y = random(3, 5, teacher_hidden, seed=5, dtype=dtype, device=device)
+    teacher = random(vocab + 20, teacher_hidden, seed=6, dtype=dtype, device=device, scale=0.2)
+    return x, weight, y, teacher, rows, torch.tensor([14, 0, 7, 3, 8, 1, 2], device=device)
+
+
+def kl_oracle(x, weight, y, teacher, rows, teacher_rows, temperature=1.0, forbidden=None):
+    """Sum of p (log p - log q) of materialised logits."""
+    logits = x.view(-1, x.shape[-1])[rows] @ weight[:300].T, y.view(-1, y.shape[-1])[teacher_rows] @ teacher[:300].T
+    if forbidden is not None:
+        logits = tuple(z.masked_fill(forbidden, -1e30) for z in logits)
+    log_p, log_q = ((z / temperature).log_softmax(-1) for z in logits)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+@pytest.mark.parametrize("chunk_bytes, keep_bytes", ((None, None), (1, 0), (6000, 0), (6000, 9000), (1 << 20, 0)))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kl_agrees_with_materialised_logits(dtype, chunk_bytes, keep_bytes, device):
+    x, weight, y, teacher, rows, teacher_rows = kl_case(dtype, device)
+    early, ids = torch.arange(7, device=device) % 2 == 0, torch.tensor([299, 250], device=device)
+    kl = kernels.linear_kl(
+        x, weight, y, teacher, rows=rows, teacher_rows=teacher_rows, vocab_size=300, temperature=0.8,
+        banned=(early, ids), chunk_bytes=chunk_bytes, keep_bytes=keep_bytes,
+    )  # fmt: skip
+    exact = [t.detach().double().requires_grad_(t.requires_grad) for t in (x, weight, y, teacher)]
+    forbidden = early.unsqueeze(1) & torch.isin(torch.arange(300, device=device), ids)
+    expected = kl_oracle(*exact, rows, teacher_rows, 0.8, forbidden)
+    assert expected.min() > 0.1 and kl.dtype is torch.promote_types(dtype, torch.float32)
+    assert close(kl, expected, LINEAR[kl.dtype])
+    incoming = random(7, seed=3, device=device)
+    for _ in range(2):  # the second time nothing kept is left
+        for leaf in (x, weight, *exact):
+            leaf.grad = None
+        kl.backward(incoming.to(kl.dtype), retain_graph=True)
+        expected.backward(incoming.double(), retain_graph=True)
+        for leaf, want in zip((x, weight), exact, strict=False):
+            assert leaf.grad.dtype is dtype and close(leaf.grad, want.grad, LINEAR[dtype])
+        assert not weight.grad[300:].any()
+
+
+@pytest.mark.parametrize("offset", (0.0, 3e4))
+def test_kl_of_what_is_nearly_equal_keeps_its_digits(offset, device):
+    """It is of the second order in the difference, and none is lost to what all logits have in common."""
+    y = torch.cat([random(5, 16, device=device), torch.ones(5, 1, device=device)], 1)
+    teacher = torch.cat([random(300, 16, seed=1, device=device), torch.full((300, 1), offset, device=device)], 1)
+    x = y.clone()
+    x[:, 3] += 1 / 64
+    every = torch.arange(5, device=device)
+    kl = kernels.linear_kl(x, teacher, y, teacher, chunk_bytes=1)
+    want = kl_oracle(x.double(), teacher.double(), y.double(), teacher.double(), every, every)
+    assert want.max() < 2e-4
+    if offset:  # logits between 16384 and 32768 are 1 / 512 apart
+        assert close(kl, want, 2.0**-9)
+    else:
+        assert close(kl * 1e4, want * 1e4, 1e-2)
+    assert close(kernels.linear_kl(y, teacher, y, teacher), torch.zeros(5), 1e-6)
+
+
+def test_kl_to_a_teacher_without_a_column(device):
+    """By hand: p = (1/2, 1/2), q = (1, 0), for which the log of 0 has its stand-in; and the other way about log 2."""
+    states = torch.ones(1, 1, device=device)
+    even, first = (torch.tensor(x, device=device).unsqueeze(1) for x in ([0.0, 0.0], [0.0, -torch.inf]))
+    assert float(kernels.linear_kl(states, even, states, first)) == pytest.approx(0.5e5, rel=1e-4)
+    assert float(kernels.linear_kl(states, first, states, even)) == pytest.approx(0.6931472, rel=1e-6)
+
+
+def test_kl_without_rows_is_shaped_as_the_states(device):
+    x, weight, _, teacher, _, _ = kl_case(torch.float32, device)
+    kl = kernels.linear_kl(x, weight, random(4, 6, 40, device=device), teacher)
+    empty = torch.empty(0, dtype=torch.int64, device=device)
+    none = kernels.linear_kl(x, weight, random(4, 6, 40, device=device), teacher, rows=empty, teacher_rows=empty)
+    none.sum().backward()
+    assert kl.shape == (4, 6) and none.shape == (0,) and not x.grad.any() and not weight.grad.any()
+
+
+@pytest.mark.parametrize("frozen", ("hidden", "weight", "both"))
+def test_kl_with_frozen_inputs(frozen, device):
+    x, weight, y, teacher, rows, teacher_rows = kl_case(torch.float64, device)
+    options = {"rows": rows, "teacher_rows": teacher_rows}
+    kernels.linear_kl(x, weight, y.requires_grad_(), teacher.requires_grad_(), **options).sum().backward()
+    assert y.grad is None and teacher.grad is None
+    expected = x.grad, weight.grad
+    leaves = [
+        t.detach().requires_grad_(frozen not in (name, "both")) for t, name in ((x, "hidden"), (weight, "weight"))
+    ]
+    kl = kernels.linear_kl(*leaves, y, teacher, **options)
+    assert kl.requires_grad == (frozen != "both")
+    if frozen == "both":
+        return
+    kl.sum().backward()
+    for leaf, want in zip(leaves, expected, strict=True):
+        assert leaf.grad is None if not leaf.requires_grad else close(leaf.grad, want, 1e-12)
+
+
+def test_kl_never_holds_the_logits_of_either(device):
+    x = random(12, 2, device=device).requires_grad_()
+    weight = random(5000, 2, seed=1, device=device).requires_grad_()
+    y, teacher = random(12, 3, device=device), random(5000, 3, seed=2, device=device)
+    with _Largest() as largest:
+        kernels.linear_kl(x, weight, y, teacher, chunk_bytes=1 << 15, keep_bytes=1 << 16).sum().backward()
+    assert largest.num_bytes < 100_000  # the logits take 240,000
+
+
+def test_kl_refusals(device):
+    x, weight, y, teacher, rows, teacher_rows = kl_case(torch.float32, device)
+    for change, message in (
+        ((x, weight, y, teacher[1:]), "320 columns .* 319"),
+        ((x, weight, y.double(), teacher), "float32 .*float64 must be of one vocabulary and type"),
+        ((x, weight, y, teacher), "7 rows of the policy for 15 of the teacher"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kernels.linear_kl(*change, rows=rows)
+    with pytest.raises(ValueError, match="needs the group"):
+        kernels.linear_kl(x, weight, y, teacher, rows=rows, teacher_rows=teacher_rows, sequence_parallel=True)
+
+
 @pytest.mark.parametrize("seed", (0, 1))
 def test_gradcheck_in_float64(seed, device):
     logits = random(3, 7, seed=seed, dtype=torch.float64, device=device).requires_grad_()
@@ -376,6 +497,8 @@ def test_gradcheck_in_float64(seed, device):
     assert torch.autograd.gradcheck(lambda z: kernels.token_log_probs(z, tokens, **options), logits)
     options |= {"keep_bytes": 0, "chunk_bytes": 1}
     assert torch.autograd.gradcheck(lambda a, b: kernels.linear_log_probs(a, b, tokens, **options), (x, weight))
+    y, teacher = (random(n, 2, seed=seed + 5, dtype=torch.float64, device=device) for n in (3, 7))
+    assert torch.autograd.gradcheck(lambda a, b: kernels.linear_kl(a, b, y, teacher, **options), (x, weight))
 
 
 # -- tensor parallelism --------------------------------------------------------------------------------------------
@@ -424,6 +547,17 @@ def _check_tensor_parallel(tp, group, place, dtype, tolerance):
             assert all(torch.equal(x, got) for x in everyone), "ranks differ"
         for shard, leaf, part in zip(shards, full, parts, strict=True):
             assert close(shard.grad, leaf.grad[part], tolerance), (tp, together)
+    y, teacher = random(6, 5, seed=2, dtype=dtype), random(TP_COLUMNS, 5, seed=3, dtype=dtype)
+    full = [x.clone().requires_grad_() for x in (hidden, weight)]
+    expected = kernels.linear_kl(*full, y, teacher, **common, chunk_bytes=1, keep_bytes=0)
+    expected.backward(incoming[0])
+    for parallel, part in ((False, whole), (True, sequence)):
+        shards = [hidden[part].clone().requires_grad_(), weight[columns].clone().requires_grad_()]
+        kl = kernels.linear_kl(*shards, y, teacher[columns], **mine, sequence_parallel=parallel)
+        kl.backward(incoming[0])
+        assert close(kl, expected, tolerance), (tp, parallel)
+        for shard, leaf, place_of in zip(shards, full, (part, columns), strict=True):
+            assert close(shard.grad, leaf.grad[place_of], tolerance), (tp, parallel)
     # every rank refuses a token of the padding, wherever its columns are
     with pytest.raises(ValueError, match="outside the vocabulary"):
         kernels.token_log_probs(logits[..., columns], tokens + 12, **mine)

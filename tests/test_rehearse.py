@@ -16,6 +16,7 @@ import collectives
 from test_hf_architectures import SIZES, make
 
 from rlhf_engine.config import ConfigError, RunConfig
+from rlhf_engine.data.tokenizer import Tokenizer
 from rlhf_engine.rehearse import rehearsal
 from rlhf_engine.rehearse.exchange import Exchange, Post
 from rlhf_engine.rehearse.part import chosen, is_small, settle
@@ -137,6 +138,21 @@ def test_folders_need_no_weights(ranks, tmp_path, small_run):
         ranks, tmp_path, f"policy.path={policy}", f"reward.path={reward}", f"tokenizer.path={tokenizer}", "phases=[ppo]"
     )
     assert found.faults == [] and len(found.attempts) == 2
+
+
+@pytest.mark.parametrize("layout", ["one", "sequence", "chunks", "offload"])
+def test_a_teacher_of_another_size(ranks, tmp_path, small_run, layout):
+    """Its states and its head are where the policy's loss is, also as the role comes and goes; stopped and resumed."""
+    tokenizer = small_run / "tokenizer" / "tokenizer.model"
+    sizes = SIZES | dict(vocab_size=Tokenizer(str(tokenizer)).vocab_size, max_position_embeddings=256)
+    teacher = make(tmp_path / "teacher", "LlamaForCausalLM", sizes)
+    options = [f"teacher.path={teacher}", f"tokenizer.path={tokenizer}", "phases=[distill]", "distill.kl=full"]
+    options += ["distill.prompts_per_iteration=8", "distill.micro_batch_size=2", "distill.eval_prompts=4"]
+    found = run(ranks, tmp_path, *LAYOUTS[layout], *options)
+    assert found.faults == [] and len(found.attempts) == 2
+    waits = {line.stage: sum(line.waits.values()) for line in lines(found)}
+    if layout == "one":
+        assert waits["train_policy"] <= 8, waits  # of two updates
 
 
 def test_eight_ranks(ranks, tmp_path):

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from ..config import RunConfig
 from .algorithm import Algorithm
+from .distill import Distill
 from .dpo import DPO
 from .grpo import GRPO
 from .kto import KTO
@@ -16,6 +17,7 @@ ALGORITHMS: dict[str, Callable[[RunConfig], Algorithm]] = {
     "reward": Reward,
     "ppo": PPO,
     "grpo": GRPO,
+    "distill": Distill,
     "dpo": DPO,
     "kto": KTO,
 }

@@ -28,11 +28,13 @@ Where it deviates from the papers:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from rlhf_kernels import group_advantages, kl_estimate
 
-from ..config import RunConfig
+from ..config import GroupConfig, RunConfig
 from ..context import Context
 from ..schedule import Stage
 from . import greedy, records, redraw, rollouts
@@ -74,18 +76,25 @@ def advantage(ctx: Context, _, x) -> dict[str, Tensor]:
     return {"advantages": found.unsqueeze(1) * x.response_mask}
 
 
+def compared(settings: GroupConfig, sampled: Sequence[Stage]) -> tuple[list[Stage], tuple[str, ...]]:
+    """The rows of `rollouts.stages` with those that a comparison of scores asks for besides, and the fields that
+    `advantage` reads of them."""
+    rollout, *infer, score = sampled
+    measured: tuple[str, ...] = ("scores", "sample_ids", "finished", "response_mask")
+    if any("ref_log_probs" in stage.writes for stage in infer):
+        measured += ("log_probs", "ref_log_probs")
+    table = list(sampled)
+    if settings.redraws:
+        table = [rollout, score, *redraw.stages(settings.redraws, rollout, score), *infer]
+    if settings.advantage == "remax":
+        table += greedy.stages(score)
+        measured += ("baselines", "greedy_response_mask", "greedy_finished")
+    return table, measured
+
+
 def stage_table(config: RunConfig) -> tuple[Stage, ...]:
     """GRPO's stages."""
-    has_reference = config.grpo.kl_coef > 0
-    of_kl = ("log_probs", "ref_log_probs") if has_reference else ()
-    measured: tuple[str, ...] = ("scores", "sample_ids", "finished", "response_mask", *of_kl)
-    rollout, *infer, score = rollouts.stages(config, has_reference)
-    sampled = [rollout, *infer, score]
-    if config.grpo.redraws:
-        sampled = [rollout, score, *redraw.stages(config.grpo.redraws, rollout, score), *infer]
-    if config.grpo.advantage == "remax":
-        sampled += greedy.stages(score)
-        measured += ("baselines", "greedy_response_mask", "greedy_finished")
+    sampled, measured = compared(config.grpo, rollouts.stages(config, config.grpo.kl_coef > 0))
     table = [
         *sampled,
         Stage("advantage", "local", advantage, None, measured, ("advantages",)),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from rlhf_kernels import check_tokens, linear_log_probs
+from rlhf_kernels import check_tokens, linear_kl, linear_log_probs
 
 from ..experience import to_next_token
 from ..models.role import RoleModel, head_weight
@@ -58,25 +60,61 @@ def policy_log_probs(role: RoleModel, hidden: Tensor, batch: Batch, temperature:
     Returns:
         `(B, T)` each, float32.
     """
-    mesh, weight, rows = role.mesh, head_weight(role.chunks[-1]), batch["chosen_rows"]
-    num_rows, length = batch["tokens"].shape
-    found = linear_log_probs(
-        hidden.transpose(0, 1),
-        weight,
-        batch["chosen_tokens"],
-        rows=rows,
-        vocab_start=mesh.tp_rank * len(weight),
-        vocab_size=role.model.vocab_size,
-        temperature=temperature,
-        group=mesh.tp_group if mesh.tp > 1 else None,
-        sequence_parallel=mesh.config.sequence_parallel,
-        banned=_banned(batch),
-        checked=True,
-    )
-    log_probs, entropy = (
-        x.new_zeros(length * num_rows).index_copy(0, rows + num_rows, x).view(length, num_rows).T for x in found
-    )
+    weight, options = head_weight(role.chunks[-1]), _options(role, batch, temperature)
+    found = linear_log_probs(hidden.transpose(0, 1), weight, batch["chosen_tokens"], checked=True, **options)
+    log_probs, entropy = (_at_tokens(x, batch) for x in found)
     return log_probs, entropy
+
+
+def _options(role: RoleModel, batch: Batch, temperature: float) -> dict[str, Any]:
+    """What kernels are told of a role's head."""
+    mesh = role.mesh
+    return {
+        "rows": batch["chosen_rows"],
+        "vocab_start": mesh.tp_rank * len(head_weight(role.chunks[-1])),
+        "vocab_size": role.model.vocab_size,
+        "temperature": temperature,
+        "group": mesh.tp_group if mesh.tp > 1 else None,
+        "sequence_parallel": mesh.config.sequence_parallel,
+        "banned": _banned(batch),
+    }
+
+
+def _at_tokens(found: Tensor, batch: Batch) -> Tensor:
+    """`(N,)` of the chosen tokens as `(B, T)`, 0 elsewhere."""
+    num_rows, length = batch["tokens"].shape
+    places = batch["chosen_rows"] + num_rows
+    return found.new_zeros(length * num_rows).index_copy(0, places, found).view(length, num_rows).T
+
+
+def teacher_kl(role: RoleModel, hidden: Tensor, batch: Batch, teacher_weight: Tensor, temperature: float) -> Tensor:
+    """KL(policy || teacher) over the whole vocabulary before each token that `choose` has found, `(B, T)` float32, 0
+    elsewhere.
+
+    Args:
+        hidden, batch: as for `policy_log_probs`; the batch with `teacher_hidden`, and `taught_rows` of `choose_taught`.
+        teacher_weight: this rank's part of the teacher's head.
+    """
+    weight, options = head_weight(role.chunks[-1]), _options(role, batch, temperature)
+    teacher_hidden, rows = batch["teacher_hidden"], batch["taught_rows"]
+    found = linear_kl(hidden.transpose(0, 1), weight, teacher_hidden, teacher_weight, teacher_rows=rows, **options)
+    return _at_tokens(found, batch)
+
+
+def choose_taught(batch: Batch, mask: str) -> dict[str, Tensor]:
+    """Where `teacher_hidden` `(B, R, H)`, flattened, has what stands before each token that `choose` finds, in its
+    order. Position 0 is none of them."""
+    ranks = batch[mask].long().cumsum(1) - 1
+    first = torch.arange(len(ranks), device=ranks.device).unsqueeze(1) * batch["teacher_hidden"].shape[1]
+    return {**batch, "taught_rows": (first + ranks).T[batch[mask].T]}
+
+
+def outputs_before(role: RoleModel, hidden: Tensor) -> Tensor:
+    """`(B, H, T)` float32, the output before each token, whole on every rank, of hidden states as a stage has them."""
+    hidden = hidden.transpose(0, 1)
+    if role.mesh.config.sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+    return to_next_token(hidden.permute(1, 2, 0).float())
 
 
 def token_values(output: Tensor, batch: Batch) -> Tensor:

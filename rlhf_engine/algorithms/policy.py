@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import typing
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from rlhf_kernels import clipped_policy_loss, kl_estimate, whiten
+from rlhf_kernels.reference import KLTerm
 
 from ..config import RunConfig
 from ..context import Context
@@ -29,19 +31,22 @@ def train_policy(ctx: Context, policy: RoleModel, x) -> Works:
     return None
 
 
-def update_stage(config: RunConfig, name: str, body: Body = train_policy, also: Sequence[str] = ()) -> Stage:
+def update_stage(
+    config: RunConfig, name: str, body: Body = train_policy, also: Sequence[str] = (), beside: str | None = None
+) -> Stage:
     """The row of the policy's update, which reads what its loss needs.
 
     Args:
         name: of the phase.
         also: fields that it reads besides.
+        beside: see `Stage`.
     """
     section, reads = getattr(config, name), [*SEQUENCE, "log_probs", "advantages", *also]
-    if section.kl != "reward" and section.kl_coef > 0:  # it is in the loss
+    if section.kl in typing.get_args(KLTerm) and section.kl_coef > 0:  # it is in the loss
         reads.append("ref_log_probs")
     if section.importance != "none":
         reads.append("importance")
-    return Stage("train_policy", "train", body, "policy", tuple(reads))
+    return Stage("train_policy", "train", body, "policy", tuple(reads), beside=beside)
 
 
 def policy_works(ctx: Context, policy: RoleModel, x) -> Iterator[tuple[int, Work, Tensor]]:

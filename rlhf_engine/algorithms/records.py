@@ -28,7 +28,8 @@ def stages(settings: SamplingConfig, before: Sequence[Stage]) -> list[Stage]:
     """Rows at the end of a table; what is written is what the rows before give."""
     given = {field for stage in before for field in stage.writes}
     reference = ("ref_log_probs",) if "ref_log_probs" in given else ()
-    recorded = ("prompts", "tokens", "lengths", "scores", "golds", "log_probs", *reference)
+    scores = ("scores",) if "scores" in given else ()
+    recorded = ("prompts", "tokens", "lengths", *scores, "golds", "log_probs", *reference)
     arrays = tuple(field for field in _OF_TOKENS if field in given)
     table = [Stage("gold", "local", gold, None, ("prompts", "tokens", "lengths"), ("golds",))]
     if settings.write_rollouts:
@@ -51,19 +52,20 @@ def gold(ctx: Context, _, x) -> Fields:
 def write(ctx: Context, _, x) -> None:
     """The responses and what was found of them, OUTPUT_DIR/PHASE/rollouts/ITERATION.jsonl: an object for each.
 
-    Keys: prompt, response, score, gold (null where it is not known), kl (nats, of each response token; null without a
-    reference).
+    Keys: prompt, response, score and gold (null where there is none), kl (nats, of each response token, to the
+    reference or the teacher; null without one).
     """
     if not ctx.mesh.is_main:
         return
     kl = kl_estimate(x.log_probs, x.ref_log_probs).tolist() if hasattr(x, "ref_log_probs") else None
-    golds = x.golds.tolist() if x.golds is not None else [None] * len(x.scores)
+    golds = x.golds.tolist() if x.golds is not None else [None] * len(x.lengths)
+    scores = x.scores.tolist() if hasattr(x, "scores") else [None] * len(x.lengths)
     lines = []
     for i, (prompt, n) in enumerate(zip(x.prompts, x.lengths.tolist(), strict=True)):
         row = {
             "prompt": ctx.tokenizer.decode(prompt),
             "response": ctx.tokenizer.decode(x.tokens[i, len(prompt) : n].tolist()),
-            "score": float(x.scores[i]),
+            "score": scores[i],
             "gold": golds[i],
             "kl": kl[i][len(prompt) : n] if kl is not None else None,
         }

@@ -92,7 +92,8 @@ def row_fields(examples: Sequence[Example]) -> list[str]:
 def rollout(ctx: Context, policy: RoleModel, x) -> dict[str, Tensor]:
     """Samples a response to every prompt from the training weights; functions that can begin to score, do."""
     started = time.perf_counter()
-    begin = _scoring(ctx, x) if ctx.mesh.is_main and ctx.rewards is not None and ctx.rewards.apart else None
+    begins = ctx.settings.is_scored and ctx.mesh.is_main and ctx.rewards is not None and ctx.rewards.apart
+    begin = _scoring(ctx, x) if begins else None
     fields, progress = respond(ctx, policy, x, ctx.config.rollout, begin)
     seconds = time.perf_counter() - started
     record_responses(ctx, fields["response_mask"], fields["finished"])

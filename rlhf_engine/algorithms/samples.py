@@ -58,15 +58,20 @@ def sample_dialogues(ctx: Context, policy: RoleModel, examples: list[Example]) -
     return Samples(examples, responses, texts, golds)
 
 
-def compare(ctx: Context) -> Evaluation:
+def compare(ctx: Context, to: str = "reference") -> Evaluation:
     """After, and with a reference before, on held-out prompts: gold and reward model's scores, win rate, KL per
-    response."""
+    response.
+
+    Args:
+        to: the role that the KL is taken to, if there is one.
+    """
     examples = ctx.datasets[ctx.phase].held_out[: ctx.settings.eval_prompts]
     names = {"before": "reference", "after": "policy"}
     said = {when: sample_dialogues(ctx, ctx.roles[role], examples) for when, role in names.items() if role in ctx.roles}
     cards, figures = said["after"].cards(), {}
+    if to in ctx.roles:
+        figures["eval/kl"] = float(_kl(ctx, to, _experience(ctx, examples, said["after"].responses)).mean())
     if "before" in said:
-        figures["eval/kl"] = float(_kl(ctx, _experience(ctx, examples, said["after"].responses)).mean())
         for i, card in enumerate(cards):
             card["before"] = said["before"].texts[i].strip()
     for when, found in said.items():
@@ -102,9 +107,9 @@ def _experience(ctx: Context, examples: Sequence[Example], responses: Sequence[R
     return Experience(prompts, reward_prompts, row_fields(examples), tokens=tokens, lengths=lengths, response_mask=mask)
 
 
-def _kl(ctx: Context, x: Experience) -> Tensor:
-    """Sum over each response of k1 between policy and reference, `(B,)`."""
-    works = [log_probs_work(ctx, ctx.roles[name], x) for name in ("policy", "reference")]
+def _kl(ctx: Context, to: str, x: Experience) -> Tensor:
+    """Sum over each response of k1 between the policy and a role, `(B,)`."""
+    works = [log_probs_work(ctx, ctx.roles[name], x) for name in ("policy", to)]
     policy, reference = (infer([work])[0][:, 0] for work in works)
     assert x.response_mask is not None
     return (kl_estimate(policy, reference) * x.response_mask).sum(1)

@@ -6,7 +6,9 @@ type or an impossible combination is a `ConfigError`, one line that names the ke
 
 from .algorithms import (
     CodeConfig,
+    DistillConfig,
     DPOConfig,
+    GroupConfig,
     GRPOConfig,
     JudgeConfig,
     KTOConfig,
@@ -16,6 +18,7 @@ from .algorithms import (
     RewardConfig,
     SamplingConfig,
     SFTConfig,
+    TeacherConfig,
 )
 from .data import DataConfig, TokenizerConfig
 from .mesh import MeshConfig, resolve_mesh
@@ -24,15 +27,15 @@ from .observing import LogConfig, WandBConfig
 from .planning import DeviceName, PlanConfig, RehearseConfig
 from .reading import NEEDED, ConfigError, from_dict, keys, nearest
 from .rollout import RolloutConfig
-from .run import BUILDS_ON, JOBS, LABELLED, PAIRED, SAMPLING, Phase, RunConfig, check
+from .run import BUILDS_ON, JOBS, LABELLED, PAIRED, SAMPLING, TAUGHT, Phase, RunConfig, check
 from .schedule import ROLES, Recompute, ScheduleConfig
 from .surviving import CheckpointConfig, GuardConfig, TimeoutConfig
 
 __all__ = [
-    "BUILDS_ON", "JOBS", "LABELLED", "NEEDED", "PAIRED", "ROLES", "SAMPLING", "Base", "CheckpointConfig", "CodeConfig",
-    "ConfigError", "DPOConfig", "DataConfig", "DeviceName", "GRPOConfig", "GuardConfig", "JudgeConfig", "KTOConfig",
-    "LogConfig", "MeshConfig", "ModelConfig", "OptimizerConfig", "PPOConfig", "PTXConfig", "Phase", "PlanConfig",
-    "PolicyConfig", "Recompute", "RehearseConfig", "RewardConfig", "RolloutConfig", "RopeScaling", "RunConfig",
-    "SFTConfig", "SamplingConfig", "ScheduleConfig", "TimeoutConfig", "TokenizerConfig", "WandBConfig", "check",
-    "check_model", "from_dict", "keys", "nearest", "resolve_mesh",
+    "BUILDS_ON", "JOBS", "LABELLED", "NEEDED", "PAIRED", "ROLES", "SAMPLING", "TAUGHT", "Base", "CheckpointConfig",
+    "CodeConfig", "ConfigError", "DPOConfig", "DataConfig", "DeviceName", "DistillConfig", "GRPOConfig", "GroupConfig",
+    "GuardConfig", "JudgeConfig", "KTOConfig", "LogConfig", "MeshConfig", "ModelConfig", "OptimizerConfig", "PPOConfig",
+    "PTXConfig", "Phase", "PlanConfig", "PolicyConfig", "Recompute", "RehearseConfig", "RewardConfig", "RolloutConfig",
+    "RopeScaling", "RunConfig", "SFTConfig", "SamplingConfig", "ScheduleConfig", "TeacherConfig", "TimeoutConfig",
+    "TokenizerConfig", "WandBConfig", "check", "check_model", "from_dict", "keys", "nearest", "resolve_mesh",
 ]  # fmt: skip

@@ -107,8 +107,7 @@ class SamplingConfig:
     num_minibatches: int = 2  # optimizer steps per epoch
     micro_batch_size: int = size(16)  # rows, likewise
     kl_coef: float = 0.05
-    # where the KL to the reference is: in the reward, or in the loss by one of its estimates (docs/algorithms.md)
-    kl: Literal["reward", "k1", "k2", "k3", "k3+"] = "reward"
+    kl: str = "reward"  # where the KL to another policy is, which each phase has its choices of
     # what the ratio is taken to: log-probs of the trainer's forward, or the sampler's own, which saves that forward
     old_log_probs: Literal["trainer", "sampler"] = "trainer"
     # nats between the two above which the trainer's are taken all the same; null: 1e-4 in float32, 0.5 in bfloat16
@@ -145,6 +144,11 @@ class SamplingConfig:
     def samples(self) -> int:
         """Of an iteration."""
         return self.prompts_per_iteration * self.samples_per_prompt
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether responses have scores that something is learned from."""
+        return True
 
     @property
     def other_text(self) -> list[str]:
@@ -192,6 +196,8 @@ class SamplingConfig:
 
 @dataclass
 class PPOConfig(SamplingConfig):
+    # where the KL to the reference is: in the reward, or in the loss by one of its estimates (docs/algorithms.md)
+    kl: Literal["reward", "k1", "k2", "k3", "k3+"] = "reward"
     kl_controller: Literal["fixed", "adaptive"] = "fixed"
     kl_target: float = 6.0  # nats per response, for the adaptive controller
     kl_horizon: int = 10000  # samples, for the adaptive controller
@@ -237,12 +243,9 @@ class PPOConfig(SamplingConfig):
 
 
 @dataclass
-class GRPOConfig(SamplingConfig):
-    samples_per_prompt: int = 8
-    epochs: int = 1
-    kl_coef: float = 0.04  # 0: no reference model
-    kl: Literal["reward", "k1", "k2", "k3", "k3+"] = "k3"
-    loss_mean: Literal["tokens", "sequences", "constant"] = "sequences"
+class GroupConfig(SamplingConfig):
+    """What phases have besides that compare a score with those of other responses to the prompt."""
+
     # what a score is compared with (docs/algorithms.md)
     advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++_baseline", "remax", "none"] = "grpo"
     std_correction: int = 1  # taken off the count in a standard deviation: 1 as most, 0 as numpy
@@ -261,11 +264,51 @@ class GRPOConfig(SamplingConfig):
             raise ConfigError(f"{name}.std_correction={self.std_correction} must be 0 or 1")
         if self.samples_per_prompt == 1 and self.redraws:
             raise ConfigError(f"{name}.redraws={self.redraws} needs {name}.samples_per_prompt of 2 or more")
-        if self.samples_per_prompt == 1 and self.advantage not in ("reinforce++", "remax", "none"):
+        is_alone = self.is_scored and self.samples_per_prompt == 1
+        if is_alone and self.advantage not in ("reinforce++", "remax", "none"):
             raise ConfigError(
                 f"{name}.samples_per_prompt=1 leaves {name}.advantage={self.advantage} nothing to compare a response"
                 f" with: use 2 or more, or {name}.advantage=reinforce++"
             )
+
+
+@dataclass
+class GRPOConfig(GroupConfig):
+    samples_per_prompt: int = 8
+    epochs: int = 1
+    kl_coef: float = 0.04  # 0: no reference model
+    kl: Literal["reward", "k1", "k2", "k3", "k3+"] = "k3"  # as ppo.kl
+    loss_mean: Literal["tokens", "sequences", "constant"] = "sequences"
+
+
+@dataclass
+class TeacherConfig:
+    # HF folder, or what tools/convert_hf made of one, of the model that `distill` learns from: of any size, its token
+    # ids those of the policy
+    path: str | None = None
+    ignore_keys: list[str] = field(default_factory=list)  # of its config.json, read as if they were not there
+
+
+@dataclass
+class DistillConfig(GroupConfig):
+    epochs: int = 1
+    kl_coef: float = 1.0  # of the KL to the teacher
+    # how the KL is learned: by the tokens that were sampled, as their advantages, or in the loss over all of the
+    # vocabulary (docs/algorithms.md)
+    kl: Literal["token", "full"] = "token"
+    reward_coef: float = 0.0  # of the scores' advantages beside it, as grpo's; 0: nothing is scored
+
+    @property
+    def is_scored(self) -> bool:
+        """Where scores count."""
+        return self.reward_coef > 0
+
+    def check(self, name: str, reward: RewardConfig, rollout: RolloutConfig, dp: int) -> None:
+        """The same, and that scores which something is done with are there."""
+        super().check(name, reward, rollout, dp)
+        what = f"redraws={self.redraws}" if self.redraws else f"advantage={self.advantage}"
+        if not self.is_scored and (self.redraws or self.advantage == "remax"):
+            raise ConfigError(f"{name}.{what} needs scores, and {name}.reward_coef=0 asks for none: use 1")
 
 
 def check_optimizer(key: str, optimizer: OptimizerConfig) -> None:

@@ -43,7 +43,7 @@ _AT_LEAST: dict[str, float] = {
          "seed", "end_id", "lr", "min_lr", "weight_decay", "beta1", "beta2", "eps", "clip_grad", "kl_coef", "gamma",
          "gae_lambda", "critic_lambda", "max_log_prob_gap", "clip_ratio", "clip_ratio_high", "clip_value", "processes",
          "retries", "std_eps", "overlong_buffer", "overlong_penalty", "redraws", "coef", "init_std", "max_restarts",
-         "margin", "label_smoothing", "desirable_weight", "undesirable_weight"),
+         "margin", "label_smoothing", "reward_coef", "desirable_weight", "undesirable_weight"),
         0,
     ),
 }  # fmt: skip

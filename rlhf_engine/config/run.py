@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from .algorithms import (
+    DistillConfig,
     DPOConfig,
     GRPOConfig,
     KTOConfig,
@@ -15,6 +17,7 @@ from .algorithms import (
     RewardConfig,
     SamplingConfig,
     SFTConfig,
+    TeacherConfig,
     check_batch,
     check_dpo,
     check_optimizer,
@@ -29,14 +32,15 @@ from .rollout import RolloutConfig, check_rollout, check_sampled_from
 from .schedule import ScheduleConfig, check_offload
 from .surviving import CheckpointConfig, GuardConfig, TimeoutConfig
 
-Phase = Literal["sft", "reward", "ppo", "grpo", "dpo", "kto", "score", "generate"]
+Phase = Literal["sft", "reward", "ppo", "grpo", "distill", "dpo", "kto", "score", "generate"]
 JOBS = frozenset({"score", "generate"})  # phases that read a file and write a file
-SAMPLING = frozenset({"ppo", "grpo"})  # phases that draw prompts and sample the answers
+SAMPLING = frozenset({"ppo", "grpo", "distill"})  # phases that draw prompts and sample the answers
 PAIRED = frozenset({"reward", "dpo"})  # phases that draw two answers to each prompt
+TAUGHT = frozenset({"distill"})  # phases that learn from a teacher
 LABELLED = frozenset({"kto"})  # phases that draw answers one by one, good and bad
 # the phases that train, each with those whose end it builds on
 BUILDS_ON: dict[str, tuple[str, ...]] = {
-    "sft": (), "reward": ("sft",), **dict.fromkeys(("ppo", "grpo"), ("sft", "reward")),
+    "sft": (), "reward": ("sft",), **dict.fromkeys(("ppo", "grpo", "distill"), ("sft", "reward")),
     **dict.fromkeys(("dpo", "kto"), ("sft",)),
 }  # fmt: skip
 
@@ -61,6 +65,8 @@ class RunConfig:
     reward: RewardConfig = field(default_factory=RewardConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     dpo: DPOConfig = field(default_factory=DPOConfig)
     kto: KTOConfig = field(default_factory=KTOConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -101,19 +107,19 @@ class RunConfig:
         }
 
 
-def check(config: RunConfig, mesh: MeshConfig, model: ModelConfig, reward: ModelConfig) -> None:
+def check(config: RunConfig, mesh: MeshConfig, *models: ModelConfig) -> None:
     """Refuses a run that could not work, before anything expensive starts.
 
     Args:
         mesh: resolved (`resolve_mesh`).
-        model, reward: the policy's and the reward model's, from their checkpoints where there are some.
+        models: of the run's roles, from their checkpoints where there are some.
 
     Raises:
         ConfigError: names the keys and what would be right.
     """
     if not config.phases:
         raise ConfigError(f"phases is empty: choose from {', '.join(typing.get_args(Phase))}")
-    for each in (model, reward):
+    for each in models:
         check_model(mesh, each)
     assert mesh.dp is not None
     phases = set(config.phases)
@@ -131,7 +137,7 @@ def check(config: RunConfig, mesh: MeshConfig, model: ModelConfig, reward: Model
     if phases & JOBS:
         _check_job(config)
     else:
-        _check_lengths(config, mesh, model, reward)
+        _check_lengths(config, mesh, models)
     check_rollout(config.rollout)
     for key, optimizer in config.optimizers.items():
         check_optimizer(key, optimizer)
@@ -146,13 +152,13 @@ def _check_job(config: RunConfig) -> None:
         raise ConfigError("policy.path is not set: policy.path=DIR names an HF folder")
 
 
-def _check_lengths(config: RunConfig, mesh: MeshConfig, model: ModelConfig, reward: ModelConfig) -> None:
-    """Of rows in training, against both models' contexts."""
-    for each in (model, reward):
+def _check_lengths(config: RunConfig, mesh: MeshConfig, models: Sequence[ModelConfig]) -> None:
+    """Of rows in training, against the models' contexts."""
+    for each in models:
         if each.num_experts is not None and mesh.tp > 1 and not mesh.sequence_parallel:
             raise ConfigError(f"mesh.tp={mesh.tp} trains experts with mesh.sequence_parallel=true only")
-    context = reward.max_position_embeddings - (reward.score_token is not None)
-    length, budget = min(model.max_position_embeddings, context), config.rollout.max_new_tokens
+    length = min(each.max_position_embeddings - (each.score_token is not None) for each in models)
+    budget = config.rollout.max_new_tokens
     if config.data.max_seq_len > length:
         raise ConfigError(f"data.max_seq_len={config.data.max_seq_len} exceeds the context of {length}")
     if not config.sampling:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..config import Base, ConfigError, RunConfig
+from ..config import TAUGHT, Base, ConfigError, RunConfig
 from ..data.tokenizer import Tokenizer
 from ..data.vocabulary import has_tokenizer, read_vocabulary
 from ..hf.config import ARCHITECTURES, family, read_json, read_model_config
@@ -23,8 +23,8 @@ def read_base(path: str, section: str = "policy", ignore_keys: Sequence[str] = (
     """
     check_adapter(path)
     model = read_model_config(path, ignore_keys, f"{section}.ignore_keys")
-    if section == "policy" and has_score(path):
-        raise ConfigError(f"policy.path={path} is a reward model: reward.path={path} scores with it, or trains it")
+    if section != "reward" and has_score(path):
+        raise ConfigError(f"{section}.path={path} is a reward model: reward.path={path} scores with it, or trains it")
     if is_checkpoint(path):
         read_index(path, is_wanted=False)
     else:
@@ -68,9 +68,10 @@ def check_reward(config: RunConfig, reward: Base) -> None:
         ConfigError: there is no reward model, or it gives no scores.
     """
     trained = "reward" in config.phases or (Path(config.output_dir) / "reward" / SUMMARY).is_file()
-    if not config.sampling or config.reward.fns or trained:
+    scored = [phase for phase, section in config.sampling.items() if section.is_scored]
+    if not scored or config.reward.fns or trained:
         return
-    phase = next(iter(config.sampling))
+    phase = scored[0]
     if config.reward.path is None:
         raise ConfigError(
             f"{phase} needs a reward model, and no reward phase is finished in {config.output_dir}:"
@@ -113,17 +114,56 @@ def read_tokenizer(config: RunConfig, policy: Base) -> Tokenizer | None:
     return tokenizer
 
 
-def check_vocabulary(tokenizer: Tokenizer | None, reward: Base) -> None:
-    """A reward model reads the token ids that the policy writes.
+def check_vocabulary(tokenizer: Tokenizer | None, base: Base, section: str) -> None:
+    """A reward model, or a teacher, reads the token ids that the policy writes.
 
     Raises:
         ConfigError: it would take them for other words.
     """
-    assert reward.path is not None and reward.model.vocab_size is not None
+    assert base.path is not None and base.model.vocab_size is not None
     if tokenizer is None:
-        raise ConfigError("reward.path needs the tokenizer that it was trained with: set policy.path or tokenizer.path")
-    tokenizer.fit(reward.model.vocab_size, f"the vocabulary of reward.path={reward.path}")
-    if has_tokenizer(Path(reward.path)):
-        own, text = read_vocabulary(Path(reward.path)), "Which words are these? 1, 2, 3: naïve\n\nAssistant: tokens."
+        raise ConfigError(
+            f"{section}.path needs the tokenizer that it was trained with: set policy.path or tokenizer.path"
+        )
+    tokenizer.fit(base.model.vocab_size, f"the vocabulary of {section}.path={base.path}")
+    if has_tokenizer(Path(base.path)):
+        own, text = read_vocabulary(Path(base.path)), "Which words are these? 1, 2, 3: naïve\n\nAssistant: tokens."
         if [*own.begin, *own.encode(text)] != tokenizer.encode(text):
-            raise ConfigError(f"reward.path={reward.path} has another tokenizer than the policy")
+            raise ConfigError(f"{section}.path={base.path} has another tokenizer than the policy")
+
+
+def read_teacher(config: RunConfig) -> Base | None:
+    """What a phase of the run learns from; None where none does.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if not (taught := [phase for phase in config.phases if phase in TAUGHT]):
+        return None
+    if config.teacher.path is None:
+        raise ConfigError(f"{taught[0]} has nobody to learn from: teacher.path=DIR names an HF folder, as RUN/PHASE/hf")
+    return read_base(config.teacher.path, "teacher", config.teacher.ignore_keys)
+
+
+def check_teacher(config: RunConfig, tokenizer: Tokenizer | None, policy: Base, teacher: Base) -> None:
+    """A teacher knows every token that the policy may sample.
+
+    Raises:
+        ConfigError: its vocabulary is another.
+    """
+    check_vocabulary(tokenizer, teacher, "teacher")
+    assert tokenizer is not None and teacher.model.vocab_size is not None
+    size, own = teacher.model.vocab_size, policy.model.vocab_size or tokenizer.vocab_size
+    if has_tokenizer(folder := Path(teacher.path)):  # type: ignore[arg-type]
+        mine, theirs = tokenizer.vocabulary, read_vocabulary(folder)
+        controls = {*mine.controls.values(), *theirs.controls.values()}  # which have other names in versions of a model
+        for i in sorted(set(range(min(mine.size, theirs.size))) - controls):
+            if mine.name(i) != theirs.name(i):
+                raise ConfigError(
+                    f"teacher.path={teacher.path} has another tokenizer than the policy: token {i} is"
+                    f" {theirs.name(i)!r}, and {mine.name(i)!r} to the policy"
+                )
+    whole = [phase for phase in config.phases if phase in TAUGHT and getattr(config, phase).kl == "full"]
+    if size < own or (size > own and whole):
+        advice = "" if size < own else f": {whole[0]}.kl=token compares the sampled tokens alone"
+        raise ConfigError(f"teacher.path={teacher.path} has {size} token ids, and the policy {own}{advice}")

@@ -31,6 +31,8 @@ def show_run(plan: Plan, ctx: Context) -> None:
     table.add_row("policy", config.policy.path or "random weights")
     if config.reward.path is not None:
         table.add_row("reward", config.reward.path)
+    if "teacher" in plan.bases:
+        table.add_row("teacher", config.teacher.path)
     table.add_row("template", escape(ctx.tokenizer.template.about))
     length = config.data.max_seq_len
 

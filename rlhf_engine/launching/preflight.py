@@ -23,7 +23,15 @@ from ..surviving.parts import Parts, folder_digest, rows_digest
 from ..surviving.places import Lock, try_folder
 from .earlier import check_finished, check_output_dir
 from .environment import check_graphs, cores
-from .folders import check_reward, check_vocabulary, folder_notes, read_base, read_tokenizer
+from .folders import (
+    check_reward,
+    check_teacher,
+    check_vocabulary,
+    folder_notes,
+    read_base,
+    read_teacher,
+    read_tokenizer,
+)
 from .sizes import settle
 
 _NO_DIFFERENCE = {"path", "kv_tokens", "cuda_graphs", "vocab_size"}  # to the rows of a job
@@ -35,7 +43,7 @@ class Plan:
 
     config: RunConfig
     mesh: MeshConfig
-    bases: dict[str, Base]  # "policy" and "reward"
+    bases: dict[str, Base]  # "policy", "reward", and "teacher" where there is one
     device: str
     tokenizer: Tokenizer | None  # None: one is trained on the data
     sources: list[Source]  # of the training phases; empty for a job
@@ -100,13 +108,18 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
     reward = policy
     if config.reward.path:
         reward = read_base(config.reward.path, "reward", config.reward.ignore_keys)
-    context = min(base.model.max_position_embeddings for base in (policy, reward))
+    bases = {"policy": policy, "reward": reward}
+    if teacher := read_teacher(config):
+        bases["teacher"] = teacher
+    context = min(base.model.max_position_embeddings for base in bases.values())
     settled = settle(config, mesh, policy.model, context, device)
     if not config.plan.search:  # which looks at other meshes, and checks each
-        check(config, mesh, policy.model, reward.model)
+        check(config, mesh, *(base.model for base in bases.values()))
     tokenizer = read_tokenizer(config, policy)
     if reward is not policy:
-        check_vocabulary(tokenizer, reward)
+        check_vocabulary(tokenizer, reward, "reward")
+    if teacher:
+        check_teacher(config, tokenizer, policy, teacher)
     sources: list[Source] = []
     ptx_sources: list[Source] = []
     made_with: dict[str, Any] = {}
@@ -124,7 +137,6 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
     notes += _notes_of_the_machine(config, device, is_main)
     if config.reward.fns and config.sampling:
         check_functions(config, [row for source in sources for row in source.first_rows(LOOKED_AT)[0]], is_main)
-    bases = {"policy": policy, "reward": reward}
     if is_main:
         place, key = (config.output, "output") if jobs else (config.output_dir, "output_dir")
         assert place is not None

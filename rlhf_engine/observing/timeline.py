@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-COLOURS = {"policy": 0, "critic": 1, "reference": 2, "reward": 3, "backward": 4}  # of report.css
+COLOURS = {"policy": 0, "critic": 1, "reference": 2, "reward": 3, "backward": 4, "teacher": 5}  # of report.css
 
 
 class Timeline:

@@ -30,6 +30,7 @@ from .memory import (
     kv_positions,
     resident,
     saved,
+    second_head,
     stage_activations,
     workspace,
 )
@@ -207,7 +208,7 @@ class Forecaster:
         if kind == "rollout":
             return self._generating(group, stage)
         kept = most = step = 0.0
-        for name in (s.role for s in group):
+        for name, beside in ((s.role, s.beside) for s in group):
             assert name is not None
             shape = (self.models[name], self.specs[name].head, *rows.largest)
             if kind == "train":
@@ -218,9 +219,13 @@ class Forecaster:
                 if (optimizer := self.specs[name].optimizer) is not None:
                     step = max(step, at_a_step(self._held(name, stage), optimizer, self.mesh, self.numbers))
             outputs = rows.largest[0] * rows.response
-            most = max(most, workspace(
+            within = workspace(
                 *shape, outputs, self.mesh, self.numbers, stage, kind == "train", self.config.schedule.recompute
-            ))  # fmt: skip
+            )
+            if beside is not None and stage == self.mesh.pp - 1:
+                copies = self.config.schedule.moves(beside)
+                within += second_head(self.models[beside], outputs, self.mesh, self.numbers, copies)
+            most = max(most, within)
         within = self.numbers.holes * (kept + most)
         # a heap does not give back what it held before the step
         return Memory(activations=within + step if self.numbers.device == "cpu" else max(within, step))

@@ -177,6 +177,16 @@ def workspace(
     return max(layer, ends)
 
 
+def second_head(model: ModelConfig, outputs: int, mesh: MeshConfig, numbers: Numbers, copies: bool) -> float:
+    """What a loss adds to that which reads the head of another model: its outputs, as they came and as they are
+    selected, slices of both models' logits and those that are kept, and a copy of the head where the role has left."""
+    assert model.vocab_size is not None
+    whole, states = 2 * logits(model, outputs, mesh), 2 * outputs * model.hidden_size * numbers.itemsize
+    head = padded_vocab_size(model.vocab_size, mesh.tp) / mesh.tp * model.hidden_size * numbers.itemsize
+    slices = min(CHUNK_BYTES[numbers.device], whole) + min(KEEP_BYTES[numbers.device], whole)
+    return states + slices + head * copies
+
+
 def at_a_step(held: Parameters, optimizer: OptimizerConfig, mesh: MeshConfig, numbers: Numbers) -> float:
     """What comes and goes in an optimizer step, at most: torch's Adam on a GPU takes the roots of all second moments at
     once, and gloo copies the buffer that it reduces or gathers."""

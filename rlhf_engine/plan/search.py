@@ -14,7 +14,7 @@ from .forecast import Forecaster, forecast, training_phases
 
 _SHOWN = 5
 _MOST_RANKS = 4096
-_ROLES_THAT_LEAVE = (["reference"], ["reward"], ["reference", "reward"], ROLES)
+_ROLES_THAT_LEAVE = (["reference"], ["teacher"], ["reward"], ["reference", "reward"], ROLES)
 Changes = dict[str, Any]  # dotted key to value
 
 
@@ -85,7 +85,7 @@ def evaluate(
     other = changed(config, changes)
     try:
         mesh = resolve_mesh(other.mesh, world)
-        check(other, mesh, models["policy"], models["reward"])
+        check(other, mesh, *models.values())
     except ConfigError:
         return None
     if not all(Forecaster(phase, other, mesh, models, device).fits for phase in training_phases(config)):

@@ -182,10 +182,9 @@ class Iteration:
 
     def of_responses(self, role: str) -> Work:
         """The work of a role with the responses of a rollout, all of them in their order."""
-        x = self.experience
-        assert x.tokens is not None and x.lengths is not None and x.response_mask is not None
-        batch = {"tokens": x.tokens, "lengths": x.lengths, "response_mask": x.response_mask}
-        return replace(self.works[role][0], batch=batch)
+        work = self.works[role][0]
+        batch = {name: getattr(self.experience, name) for name in work.batch if name != "samples"}
+        return replace(work, batch=batch)
 
     @contextlib.contextmanager
     def moved(self, role: str) -> Iterator[Work]:

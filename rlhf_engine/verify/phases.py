@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..algorithms import dpo, grpo, kto, policy, ppo, reward, rollouts, sft
+from ..algorithms import distill, dpo, grpo, kto, policy, ppo, reward, rollouts, sft
 from ..algorithms.heads import choose, policy_log_probs
 from ..config import PAIRED, SAMPLING
 from ..experience import spans
@@ -19,6 +19,7 @@ from ..schedule import Body, Stage
 from . import plain
 from .findings import Finding, bound, rms
 from .measure import Iteration
+from .rounding import moved
 from .updates import Check, complete, loss_finding, micro_batches, reported_loss, slope, whole_loss
 
 # -- losses ----------------------------------------------------------------------------------------------------
@@ -122,8 +123,30 @@ def later(work: Work, old: str) -> Work:
 
 def policy_loss(it: Iteration) -> Finding:
     """The policy's loss after a made-up update against its formula."""
-    x, config = it.experience, it.ctx.settings
     work = later(later(it.works["policy"][0], "log_probs"), "ref_log_probs")
+    terms, condition = policy_terms(it, work)
+    return against_plain("policy", whole_loss([work]), terms, it, condition)
+
+
+def taught_loss(it: Iteration) -> Finding:
+    """The same, with the KL to a teacher over the whole vocabulary in it."""
+    work, config, teacher = later(it.works["policy"][0], "log_probs"), it.ctx.settings, it.ctx.roles["teacher"]
+
+    def fn(output: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        ours = plain.whole_hidden(work.role, output), plain.whole_head(work.role)
+        theirs = batch["teacher_hidden"], plain.whole_head(teacher)
+        return plain.divergences(*ours, *theirs, batch["response_mask"], *sampling(it))
+
+    with teacher.on_device():
+        kl = config.kl_coef * infer([replace(work, fn=fn)])[0]
+    terms, condition = policy_terms(it, work)
+    terms = terms + plain.averaged(kl, work.batch["response_mask"], config, it.ctx.config.rollout.max_new_tokens)
+    return against_plain("policy", whole_loss([work]), terms, it, condition)
+
+
+def policy_terms(it: Iteration, work: Work) -> tuple[Tensor, float]:
+    """What each response token has in the policy's loss, and how much larger its advantages were before whitening."""
+    x, config = it.experience, it.ctx.settings
     rows, mask, old = (work.batch[name] for name in ("samples", "response_mask", "log_probs"))
     assert x.advantages is not None and x.response_mask is not None
     advantages, selected, condition = x.advantages[rows].double(), x.advantages[x.response_mask].double(), 1.0
@@ -134,8 +157,7 @@ def policy_loss(it: Iteration) -> Finding:
         advantages = advantages * x.importance[rows]
     both, reference = plain_log_probs(it, work, "response_mask"), work.batch.get("ref_log_probs")
     longest = it.ctx.config.rollout.max_new_tokens
-    terms = plain.policy_losses(*both, old, reference, advantages, mask, config, longest)
-    return against_plain("policy", whole_loss([work]), terms, it, condition)
+    return plain.policy_losses(*both, old, reference, advantages, mask, config, longest), condition
 
 
 def value_loss(it: Iteration) -> Finding:
@@ -163,7 +185,10 @@ def masked_prompts(it: Iteration) -> Finding:
         said = spans(starts, work.batch["lengths"], work.batch["tokens"].shape[1])
     fields = {"said": said}
     if prompts is not None:  # that are nowhere 0
-        fields["advantages"] = torch.randn(said.shape, generator=torch.Generator().manual_seed(1))
+        noise = torch.Generator().manual_seed(1)
+        fields["advantages"] = torch.randn(said.shape, generator=noise)
+        if (states := work.batch.get("teacher_hidden")) is not None:  # of one who agrees nowhere
+            fields["teacher_hidden"] = torch.randn(states.shape, generator=noise).to(states.dtype)
 
     def fn(output: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         with torch.enable_grad():
@@ -206,6 +231,33 @@ def sampler_gap(it: Iteration) -> Finding:
     return Finding(gap, it.log_prob_bound, "nats of a token")
 
 
+def teacher_log_probs(it: Iteration) -> Finding:
+    """A teacher's log-probs of the responses against plain ones."""
+    x, work = it.experience, replace(it.of_responses("policy"), role=it.ctx.roles["teacher"])
+    assert x.ref_log_probs is not None and x.response_mask is not None
+    found = plain_log_probs(it, work, "response_mask")[0]
+    with work.role.on_device(), moved(work.role):
+        again = plain_log_probs(it, work, "response_mask")[0]
+    found, again = found[x.response_mask], again[x.response_mask]
+    return Finding(rms(x.ref_log_probs[x.response_mask] - found), bound(rms(again - found), rms(found)))
+
+
+def teacher_states(it: Iteration) -> Finding:
+    """What is kept of a teacher's outputs, by the log-probs that its head gives of them, against plain ones."""
+    x, work = it.experience, replace(it.of_responses("policy"), role=it.ctx.roles["teacher"])
+    assert x.ref_log_probs is not None and x.response_mask is not None
+
+    def fn(output: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        hidden, mask = torch.zeros_like(plain.whole_hidden(work.role, output)), batch["response_mask"]
+        for row, states in enumerate(batch["teacher_hidden"]):
+            positions = mask[row].nonzero().flatten() - 1
+            hidden[row, positions] = states[: len(positions)]
+        return plain.log_probs(hidden, plain.whole_head(work.role), batch["tokens"], mask, *sampling(it))[:, 0]
+
+    found = infer([replace(work, fn=fn)])[0][x.response_mask]
+    return Finding(rms(x.ref_log_probs[x.response_mask] - found), it.log_prob_bound, "nats of a token")
+
+
 def values(it: Iteration) -> Finding:
     """The critic's value of a token against its output one position before."""
     x = it.experience
@@ -234,6 +286,38 @@ def advantages(it: Iteration) -> Finding:
 
 def group_advantages(it: Iteration) -> Finding:
     """Advantages of groups against their formula, response by response, as a share of the largest."""
+    return advantage_finding(it, *compared(it))
+
+
+def taught_advantages(it: Iteration) -> Finding:
+    """Advantages of tokens that a teacher judges, and of groups if there are scores, against their formulas."""
+    x, config = it.experience, it.ctx.settings
+    assert x.log_probs is not None and x.ref_log_probs is not None and x.response_mask is not None
+    wanted, size, condition = torch.zeros(x.response_mask.shape, dtype=torch.float64), 0.0, 0.0
+    if config.kl == "token":
+        wanted = config.kl_coef * (x.ref_log_probs.double() - x.log_probs.double()).clamp(-20, 20)
+    if config.is_scored:
+        groups, size, condition = compared(it)
+        wanted = wanted + config.reward_coef * groups
+    return advantage_finding(it, wanted * x.response_mask, size, 1.0 + condition)
+
+
+def advantage_finding(it: Iteration, wanted: Tensor, size: float, condition: float) -> Finding:
+    """How far advantages are from wanted ones `(B, T)`, or of whole responses `(B, 1)`, as a share of the largest.
+
+    Args:
+        size: of the numbers that they are made of.
+        condition: how many times larger they are than those that they are differences of.
+    """
+    x = it.experience
+    assert x.advantages is not None and x.response_mask is not None
+    size = max(size, float(wanted.abs().max())) or 1.0
+    return Finding(rms((x.advantages - wanted)[x.response_mask]) / size, bound(0.0, condition))
+
+
+def compared(it: Iteration) -> tuple[Tensor, float, float]:
+    """Advantages of groups by their formula, `(B, 1)`, the largest score, and how much larger they are than the scores'
+    differences."""
     x, config = it.experience, it.ctx.settings
     assert x.scores is not None and x.finished is not None and x.response_mask is not None
     scores = plain.shaped_scores(
@@ -247,10 +331,9 @@ def group_advantages(it: Iteration) -> Finding:
         said = x.greedy_finished, x.greedy_response_mask.sum(1)
         greedy = plain.shaped_scores(x.baselines, *said, config, it.ctx.config.rollout.max_new_tokens, x.scores)
     wanted = plain.group_advantages(scores, x.response_mask.sum(1), greedy, config)
-    size = max(float(wanted.abs().max()), float(scores.abs().max()))
-    gap = rms((x.advantages - wanted.unsqueeze(1))[x.response_mask])  # type: ignore[operator]
     # scores are float32, and their differences are divided by what may be much smaller than they
-    return Finding(gap / (size or 1.0), bound(0.0, float(wanted.abs().max() / scores.std().clamp_min(1e-6))))
+    condition = float(wanted.abs().max() / scores.std().clamp_min(1e-6))
+    return wanted.unsqueeze(1), float(scores.abs().max()), condition
 
 
 _EVERY: dict[str, Check] = {
@@ -272,6 +355,13 @@ OF_BODIES: dict[Body, dict[str, Check]] = {
     ppo.values: {"values at their tokens": values},
     ppo.advantage: {"advantages against plain": advantages},
     grpo.advantage: {"advantages against plain": group_advantages},
+    distill.ask_teacher: {"teacher's log-probs against plain": teacher_log_probs},
+    distill.ask_teacher_all: {
+        "teacher's log-probs against plain": teacher_log_probs,
+        "teacher's states against its log-probs": teacher_states,
+    },
+    distill.advantage: {"advantages against plain": taught_advantages},
+    distill.train_full: {**_SAMPLED, "policy loss against plain": taught_loss},
     ppo.train_critic: {"value loss against plain": value_loss},
     ppo.train_policy: _SAMPLED,
     policy.train_policy: _SAMPLED,

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..config import DPOConfig, GRPOConfig, KTOConfig, PPOConfig, SamplingConfig
+from ..config import DPOConfig, GroupConfig, KTOConfig, PPOConfig, SamplingConfig
 from ..mesh import ParallelMesh
 from ..models.role import RoleModel, head_weight
 
@@ -129,7 +129,7 @@ def advantages(
     return found
 
 
-def group_advantages(scores: Tensor, counts: Tensor, greedy: Tensor | None, config: GRPOConfig) -> Tensor:
+def group_advantages(scores: Tensor, counts: Tensor, greedy: Tensor | None, config: GroupConfig) -> Tensor:
     """Advantages `(B,)` of groups that stand one after the other.
 
     Args:
@@ -151,6 +151,25 @@ def group_advantages(scores: Tensor, counts: Tensor, greedy: Tensor | None, conf
     if config.advantage.startswith("reinforce++"):
         tokens = found.repeat_interleave(counts)
         found = (found - tokens.mean()) / (tokens.std(correction=config.std_correction) + config.std_eps)
+    return found
+
+
+def divergences(
+    hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor, mask: Tensor, temperature: float,
+    ban: tuple[Sequence[int], int],
+) -> Tensor:  # fmt: skip
+    """KL(policy || teacher) before each token that the mask selects, `(B, T)`, 0 elsewhere.
+
+    Args:
+        hidden, head, temperature, ban: as for `distributions`, the policy's.
+        teacher_hidden: `(B, R, H)`, the teacher's outputs before a row's first such token, its second, and so on.
+    """
+    found = torch.zeros(mask.shape, dtype=torch.float64, device=mask.device)
+    for row, positions, ours in distributions(hidden, head, mask, temperature, ban):
+        logits = teacher_hidden[row, : len(positions)].double() @ teacher_head.double().T
+        logits[: ban[1], list(ban[0])] = -torch.inf
+        gaps = (ours - (logits / temperature).log_softmax(1)).masked_fill(ours.isinf(), 0.0)
+        found[row, positions] = (ours.exp() * gaps).sum(1)
     return found
 
 
@@ -182,7 +201,12 @@ def policy_losses(
         distance = log_probs - reference.double()
         estimates = {"k1": distance, "k2": distance**2 / 2, "k3": (-distance).exp() - 1 + distance}
         terms = terms + config.kl_coef * estimates[config.kl.rstrip("+")]
-    terms = terms - config.entropy_coef * entropy
+    return averaged(terms - config.entropy_coef * entropy, mask, config, longest)
+
+
+def averaged(terms: Tensor, mask: Tensor, config: SamplingConfig, longest: int) -> Tensor:
+    """Of terms `(B, T)` those of tokens, `(N,)`, of which the mean is what `loss_mean` says."""
+    lengths = mask.sum(1, keepdim=True)
     if config.loss_mean != "tokens":
         terms = terms * lengths.sum() / len(mask) / (lengths if config.loss_mean == "sequences" else longest)
     return terms[mask]
