@@ -10,6 +10,7 @@ from pathlib import Path
 from . import signals
 from .algorithms import ALGORITHMS, jobs
 from .algorithms.algorithm import Algorithm
+from .algorithms.passing import evaluate
 from .config import JOBS
 from .context import Context
 from .launching.build import base_policy, build_context
@@ -118,7 +119,7 @@ def iterate(phase: Phase) -> bool:
         seconds = time.perf_counter() - started
         phase.logbook.write({"iteration": state.iteration - 1, **figures, "time/iteration": seconds})
         is_last = is_stopping or reason is not None
-        is_saved = save(phase, is_last or state.iteration == algorithm.iterations, is_writing)
+        is_saved = save(phase, is_last or state.iteration == algorithm.iterations, is_writing, figures)
         if is_last:
             phase.logbook.stop(state.iteration, is_saved)
         if reason is not None:
@@ -152,7 +153,7 @@ def look(phase: Phase, peak: float | None) -> tuple[dict[str, float], str | None
     figures |= skipped
     if algorithm.eval_every and done % algorithm.eval_every == 0 and done < algorithm.iterations:
         with ctx.watch(f"the evaluation behind iteration {done - 1}"):
-            figures |= algorithm.evaluate(ctx, final=False).figures
+            figures |= evaluate(ctx, algorithm, final=False).figures
     return figures, reason, is_stopping, is_writing
 
 

@@ -188,7 +188,7 @@ def test_a_source_with_nothing_for_a_phase_is_said(tokenizer, cache, tmp_path):
     config = RunConfig(data=DataConfig(sources=["pairs", str(tmp_path)], cache_dir=cache))
     sources = [Source(Spec(HELPFUL), 1.0, 1, generated=(5, 1)), replace(prompts, spec=Spec(str(tmp_path)))]
     found = build_datasets(["sft", "reward", "ppo"], sources, tokenizer, config)
-    plan = SimpleNamespace(config=config, sources=sources, ptx_sources=[])
+    plan = SimpleNamespace(config=config, sources=sources, beside={})
     assert list(remarks(plan, found)) == [
         f"{tmp_path}: read train.jsonl; not read: test.jsonl (called a test split)",
         f"{tmp_path}: no row has an answer or text: sft draws from the other sources alone",

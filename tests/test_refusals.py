@@ -18,6 +18,8 @@ from rlhf_engine.launching.compose import compose
 
 GOOD = {"chosen": "\n\nHuman: Hi?\n\nAssistant: Hello.", "rejected": "\n\nHuman: Hi?\n\nAssistant: No."}
 
+ASKED = ["data.sources=[sums]", "phases=[sft,grpo]", "reward.fns=[exact]", "eval.samples=4"]
+
 
 @pytest.fixture(scope="module")
 def run():
@@ -75,6 +77,20 @@ def refused(run, capsys, monkeypatch):
         (["phases=[grpo]", "grpo.num_minibatches=3"], ["grpo.num_minibatches=3", "512 samples"]),
         (["phases=[grpo]", "grpo.std_correction=2"], ["grpo.std_correction=2", "0 or 1"]),
         (["phases=[grpo]", "output_dir=nowhere"], ["reward model", "phases=[reward,grpo]"]),
+        (["eval.samples=4"], ["eval.samples=4 needs reward.fns"]),
+        (["eval.sources=[sums]"], ["eval.sources=['sums']", "eval.samples=N"]),
+        ([*ASKED, "eval.k=[1,8]"], ["eval.k=8", "between 1 and eval.samples=4"]),
+        ([*ASKED, "eval.k=[0]"], ["eval.k=0"]),
+        ([*ASKED, "eval.top_p=2"], ["eval.top_p=2"]),
+        ([*ASKED, "eval.temperature=0"], ["eval.temperature=0", "positive"]),
+        ([*ASKED, "eval.sources=[sums::2]"], ["eval.sources=sums::2", "weight"]),
+        ([*ASKED, "eval.sources=[hh_mini/harmless-base]"], ["exact needs 'answer'", "hh_mini/harmless-base:1"]),
+        ([*ASKED, "eval.sources=[a/b.jsonl]", "data.sources=[a/b.jsonl::2]"], ["eval.sources=a/b.jsonl", "trained on"]),
+        (["checkpoint.best=eval/loss", "phases=[grpo]"], ["checkpoint.best=eval/loss: no phase", "eval.samples=N"]),
+        ([*ASKED, "checkpoint.best=eval/pas@1"], ["checkpoint.best=eval/pas@1", "did you mean eval/pass@1?"]),
+        ([*ASKED, "checkpoint.best=eval/pass@1", "phases=[grpo]"], ["at the end alone", "grpo.eval_every"]),
+        (["checkpoint.build_on=best"], ["checkpoint.build_on=best needs checkpoint.best=FIGURE"]),
+        (["tokenizer.template=chatml"], ["tokenizer.template=chatml", "tokenizer.path"]),
         (["grpo.advantage=gpro"], ["grpo.advantage=gpro", "grpo, dr_grpo, rloo, reinforce++"]),
         (["grpo.gae_lambda=1"], ["unknown key grpo.gae_lambda"]),
         (["ppo.loss=gppo"], ["ppo.loss=gppo", "ppo, gspo, cispo, reinforce"]),

@@ -187,21 +187,25 @@ def test_files_that_cannot_be_read(tmp_path, case):
 
 
 def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
-    """A name that is neither a file nor a folder goes to `datasets`, its parts from the third on as a folder."""
+    """A name that is neither a file nor a folder goes to `datasets`, its parts from the third on as a configuration, if
+    there is one of that name, or as a folder."""
     asked = []
 
-    def load_dataset(name, data_dir, split):
-        asked.append((name, data_dir, split))
-        if name != "Anthropic/hh-rlhf":
+    def load_dataset(path, split, name=None, data_dir=None):
+        asked.append((path, name, data_dir, split))
+        if path != "Anthropic/hh-rlhf":
             raise ConnectionError("no route\nto the hub")
         return [{"chosen": HH + "A", "rejected": HH + "B"}] * 5
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    configs = {"get_dataset_config_names": lambda path: ["main"]}
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset, **configs))
     monkeypatch.chdir(tmp_path)
     (source,) = read("Anthropic/hh-rlhf/helpful-base::1.0", num_eval_rows=2)
     assert len(source.train) == 3 and source.train[0] == Row("Anthropic/hh-rlhf/helpful-base:1", [USER], "A", "B")
-    list(read_rows("Anthropic/hh-rlhf"))
-    assert asked == [("Anthropic/hh-rlhf", "helpful-base", "train"), ("Anthropic/hh-rlhf", None, "train")]
+    for name in ("Anthropic/hh-rlhf", "Anthropic/hh-rlhf/main"):
+        list(read_rows(name))
+    where = [(None, "helpful-base"), (None, None), ("main", None)]
+    assert asked == [("Anthropic/hh-rlhf", *each, "train") for each in where]
     with pytest.raises(ConfigError) as error:
         list(read_rows("Anthropic/hh-rlfh"))
     assert "Anthropic/hh-rlfh" in str(error.value) and "ConnectionError: no route to the hub" in str(error.value)

@@ -142,7 +142,7 @@ class Distill(SamplingAlgorithm):
             roles["reward"] = scorer
         return roles
 
-    def evaluate(self, ctx: Context, final: bool) -> Evaluation:
+    def compare(self, ctx: Context) -> Evaluation:
         """The policy beside what it began as; the KL is that to the teacher."""
         roles = ctx.roles
         ctx.roles = {**roles, "reference": ctx.build("reference", RoleSpec("lm", rollouts.BEFORE))}

@@ -116,12 +116,12 @@ class SamplingAlgorithm:
     name: str
     provided = PROVIDED
     changes_at_end = False
-    eval_every = 0
     stages: Sequence[Stage]
 
     def __init__(self, config: RunConfig):
         self.run, self.config = config, getattr(config, self.name)
         self.iterations, self.save_every = self.config.iterations, self.config.save_every
+        self.eval_every = self.config.eval_every
         self.steps = self.iterations * self.config.epochs * self.config.num_minibatches
 
     def batch(self, ctx: Context) -> Experience:
@@ -131,5 +131,9 @@ class SamplingAlgorithm:
         return draw(ctx)
 
     def evaluate(self, ctx: Context, final: bool) -> Evaluation:
-        """The policy, beside the reference where there is one."""
+        """The policy, beside the reference where there is one; while it trains `eval.samples` may say enough."""
+        return Evaluation({}) if self.run.eval.samples and not final else self.compare(ctx)
+
+    def compare(self, ctx: Context) -> Evaluation:
+        """Responses to held-out prompts, of the policy and of the reference where there is one."""
         return compare(ctx)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlhf_kernels import kl_estimate
 
+from ..config import RolloutConfig
 from ..context import Context
 from ..data.dataset import Example
 from ..experience import Experience, pad_rows, spans
@@ -47,15 +48,21 @@ class Samples:
 
 def sample_dialogues(ctx: Context, policy: RoleModel, examples: list[Example]) -> Samples:
     """One response to each prompt, with the same noise whichever policy speaks."""
-    keys = sample_keys(ctx.config.seed, EVAL_ITERATION, torch.arange(len(examples)))
-    prompts = [example.prompt for example in examples]
-    tokenizer = ctx.tokenizer
-    responses = rollout(policy, prompts, keys, ctx.config.rollout, tokenizer.end_ids, decode=tokenizer.decode)
-    texts = [tokenizer.decode(response.tokens) for response in responses]
+    responses = respond(ctx, policy, examples, EVAL_ITERATION, ctx.config.rollout)
+    texts = [ctx.tokenizer.decode(response.tokens) for response in responses]
     golds = None
     if ctx.gold is not None:
         golds = [ctx.gold(e.prompt_text, text) for e, text in zip(examples, texts, strict=True)]
     return Samples(examples, responses, texts, golds)
+
+
+def respond(
+    ctx: Context, policy: RoleModel, examples: Sequence[Example], iteration: int, config: RolloutConfig
+) -> list[Response]:
+    """A response to each prompt, with the noise of an iteration."""
+    keys, tokenizer = sample_keys(ctx.config.seed, iteration, torch.arange(len(examples))), ctx.tokenizer
+    prompts = [example.prompt for example in examples]
+    return rollout(policy, prompts, keys, config, tokenizer.end_ids, decode=tokenizer.decode)
 
 
 def compare(ctx: Context, to: str = "reference") -> Evaluation:
@@ -70,12 +77,12 @@ def compare(ctx: Context, to: str = "reference") -> Evaluation:
     said = {when: sample_dialogues(ctx, ctx.roles[role], examples) for when, role in names.items() if role in ctx.roles}
     cards, figures = said["after"].cards(), {}
     if to in ctx.roles:
-        figures["eval/kl"] = float(_kl(ctx, to, _experience(ctx, examples, said["after"].responses)).mean())
+        figures["eval/kl"] = float(_kl(ctx, to, experience(ctx, examples, said["after"].responses)).mean())
     if "before" in said:
         for i, card in enumerate(cards):
             card["before"] = said["before"].texts[i].strip()
     for when, found in said.items():
-        scores, means = _scores(ctx, _experience(ctx, examples, found.responses))
+        scores, means = _scores(ctx, experience(ctx, examples, found.responses))
         figures |= {f"eval/score_{when}/{label}": mean for label, mean in means.items()}
         if scores is not None:
             figures[f"eval/score_{when}"] = float(scores.mean())
@@ -99,7 +106,8 @@ def _scores(ctx: Context, x: Experience) -> tuple[Tensor | None, dict[str, float
     return function_scores(ctx, x) if ctx.rewards is not None else (None, {})
 
 
-def _experience(ctx: Context, examples: Sequence[Example], responses: Sequence[Response]) -> Experience:
+def experience(ctx: Context, examples: Sequence[Example], responses: Sequence[Response]) -> Experience:
+    """Responses behind their prompts, to be scored."""
     prompts = [example.prompt for example in examples]
     tokens, lengths = pad_rows([p + r.tokens for p, r in zip(prompts, responses, strict=True)], ctx.mesh.tp)
     mask = spans(torch.tensor([len(p) for p in prompts]), lengths, tokens.shape[1])

@@ -21,21 +21,23 @@ from .algorithms import (
     TeacherConfig,
 )
 from .data import DataConfig, TokenizerConfig
+from .evaluating import EvalConfig
 from .mesh import MeshConfig, resolve_mesh
 from .model import Base, ModelConfig, PolicyConfig, RopeScaling, check_model
 from .observing import LogConfig, WandBConfig
 from .planning import DeviceName, PlanConfig, RehearseConfig
 from .reading import NEEDED, ConfigError, from_dict, keys, nearest
 from .rollout import RolloutConfig
-from .run import BUILDS_ON, JOBS, LABELLED, PAIRED, SAMPLING, TAUGHT, Phase, RunConfig, check
+from .run import ASKING, BUILDS_ON, JOBS, LABELLED, PAIRED, SAMPLING, TAUGHT, Phase, RunConfig, check
 from .schedule import ROLES, Recompute, ScheduleConfig
 from .surviving import CheckpointConfig, GuardConfig, TimeoutConfig
 
 __all__ = [
-    "BUILDS_ON", "JOBS", "LABELLED", "NEEDED", "PAIRED", "ROLES", "SAMPLING", "TAUGHT", "Base", "CheckpointConfig",
-    "CodeConfig", "ConfigError", "DPOConfig", "DataConfig", "DeviceName", "DistillConfig", "GRPOConfig", "GroupConfig",
-    "GuardConfig", "JudgeConfig", "KTOConfig", "LogConfig", "MeshConfig", "ModelConfig", "OptimizerConfig", "PPOConfig",
-    "PTXConfig", "Phase", "PlanConfig", "PolicyConfig", "Recompute", "RehearseConfig", "RewardConfig", "RolloutConfig",
-    "RopeScaling", "RunConfig", "SFTConfig", "SamplingConfig", "ScheduleConfig", "TeacherConfig", "TimeoutConfig",
-    "TokenizerConfig", "WandBConfig", "check", "check_model", "from_dict", "keys", "nearest", "resolve_mesh",
+    "ASKING", "BUILDS_ON", "JOBS", "LABELLED", "NEEDED", "PAIRED", "ROLES", "SAMPLING", "TAUGHT", "Base",
+    "CheckpointConfig", "CodeConfig", "ConfigError", "DPOConfig", "DataConfig", "DeviceName", "DistillConfig",
+    "EvalConfig", "GRPOConfig", "GroupConfig", "GuardConfig", "JudgeConfig", "KTOConfig", "LogConfig", "MeshConfig",
+    "ModelConfig", "OptimizerConfig", "PPOConfig", "PTXConfig", "Phase", "PlanConfig", "PolicyConfig", "Recompute",
+    "RehearseConfig", "RewardConfig", "RolloutConfig", "RopeScaling", "RunConfig", "SFTConfig", "SamplingConfig",
+    "ScheduleConfig", "TeacherConfig", "TimeoutConfig", "TokenizerConfig", "WandBConfig", "check", "check_model",
+    "from_dict", "keys", "nearest", "resolve_mesh",
 ]  # fmt: skip

@@ -137,6 +137,7 @@ class SamplingConfig:
     write_rollouts: bool = False  # every iteration's responses, in OUTPUT_DIR/PHASE/rollouts/ITERATION.jsonl
     write_arrays: bool = False  # and all that its updates were computed from, in ITERATION.npz (docs/data.md)
     eval_prompts: int = 128
+    eval_every: int = 0  # iterations; 0: at the end alone
     save_every: int = 10
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-4))
 

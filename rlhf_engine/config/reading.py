@@ -35,7 +35,7 @@ _AT_LEAST: dict[str, float] = {
          "num_minibatches", "eval_prompts", "max_new_tokens", "micro_batch_tokens", "rows", "slots", "kv_tokens",
          "num_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "head_dim",
          "vocab_size", "max_position_embeddings", "max_bad_steps", "tp", "pp", "dp", "ep", "virtual_pp", "world",
-         "prompt_tokens", "response_tokens", "measure_gap_every", "concurrency", "max_tokens"),
+         "prompt_tokens", "response_tokens", "measure_gap_every", "concurrency", "max_tokens", "prompts"),
         1,
     ),
     **dict.fromkeys(
@@ -43,7 +43,7 @@ _AT_LEAST: dict[str, float] = {
          "seed", "end_id", "lr", "min_lr", "weight_decay", "beta1", "beta2", "eps", "clip_grad", "kl_coef", "gamma",
          "gae_lambda", "critic_lambda", "max_log_prob_gap", "clip_ratio", "clip_ratio_high", "clip_value", "processes",
          "retries", "std_eps", "overlong_buffer", "overlong_penalty", "redraws", "coef", "init_std", "max_restarts",
-         "margin", "label_smoothing", "reward_coef", "desirable_weight", "undesirable_weight"),
+         "samples", "margin", "label_smoothing", "reward_coef", "desirable_weight", "undesirable_weight"),
         0,
     ),
 }  # fmt: skip

@@ -23,6 +23,7 @@ from .algorithms import (
     check_optimizer,
 )
 from .data import DataConfig, TokenizerConfig
+from .evaluating import EvalConfig, check_best, check_eval
 from .mesh import MeshConfig
 from .model import ModelConfig, PolicyConfig, check_model
 from .observing import LogConfig
@@ -35,6 +36,7 @@ from .surviving import CheckpointConfig, GuardConfig, TimeoutConfig
 Phase = Literal["sft", "reward", "ppo", "grpo", "distill", "dpo", "kto", "score", "generate"]
 JOBS = frozenset({"score", "generate"})  # phases that read a file and write a file
 SAMPLING = frozenset({"ppo", "grpo", "distill"})  # phases that draw prompts and sample the answers
+ASKING = SAMPLING | {"eval"}  # what reads a prompt of each row alone
 PAIRED = frozenset({"reward", "dpo"})  # phases that draw two answers to each prompt
 TAUGHT = frozenset({"distill"})  # phases that learn from a teacher
 LABELLED = frozenset({"kto"})  # phases that draw answers one by one, good and bad
@@ -43,6 +45,8 @@ BUILDS_ON: dict[str, tuple[str, ...]] = {
     "sft": (), "reward": ("sft",), **dict.fromkeys(("ppo", "grpo", "distill"), ("sft", "reward")),
     **dict.fromkeys(("dpo", "kto"), ("sft",)),
 }  # fmt: skip
+
+TRAINS_POLICY = BUILDS_ON.keys() - {"reward"}
 
 
 @dataclass
@@ -70,6 +74,7 @@ class RunConfig:
     dpo: DPOConfig = field(default_factory=DPOConfig)
     kto: KTOConfig = field(default_factory=KTOConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     rehearse: RehearseConfig = field(default_factory=RehearseConfig)
@@ -90,6 +95,11 @@ class RunConfig:
     def sampling(self) -> dict[str, SamplingConfig]:
         """The sections of this run's phases that sample, by phase."""
         return {phase: getattr(self, phase) for phase in self.phases if phase in SAMPLING}
+
+    @property
+    def calls_functions(self) -> bool:
+        """Reward functions score responses, to learn from them or to evaluate."""
+        return bool(self.reward.fns and (self.sampling or self.eval.samples))
 
     @property
     def samples_like(self) -> SamplingConfig:
@@ -139,8 +149,23 @@ def check(config: RunConfig, mesh: MeshConfig, *models: ModelConfig) -> None:
     else:
         _check_lengths(config, mesh, models)
     check_rollout(config.rollout)
+    check_eval(config.eval, config.data.sources, config.reward.fns)
+    check_best(config.checkpoint, _figures(config))
     for key, optimizer in config.optimizers.items():
         check_optimizer(key, optimizer)
+
+
+def _figures(config: RunConfig) -> dict[str, str | None]:
+    """The figures of evaluations by which a checkpoint can be the best, each with the key that has it measured while a
+    phase trains; None where that is so already."""
+    found: dict[str, str | None] = {}
+    for phase in config.phases:
+        names = config.eval.figures if phase in TRAINS_POLICY else []
+        if phase in BUILDS_ON and phase not in SAMPLING:
+            names = [*names, "eval/loss", *(["eval/accuracy"] if phase in PAIRED | LABELLED else [])]
+        every = getattr(getattr(config, phase, None), "eval_every", 0)
+        found |= {name: None if every else f"{phase}.eval_every" for name in names if found.get(name, "") is not None}
+    return found
 
 
 def _check_job(config: RunConfig) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass
 class CheckpointConfig:
     keep_last: int = 2  # the newest so many
     keep_every: int | None = None  # and those of iterations that are a multiple of it; null: none
+    best: str | None = None  # a figure of the evaluations, as eval/pass@1: the one where it was best stays besides
+    best_is: Literal["max", "min"] = "max"
+    build_on: Literal["last", "best"] = "last"  # which of a finished phase is exported, and what later ones begin from
     async_save: bool = True  # written while training goes on, from a copy in host memory
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config import LABELLED, PAIRED, SAMPLING, ConfigError, RunConfig
+from ..config import ASKING, LABELLED, PAIRED, ConfigError, RunConfig
 from .chat import Messages
 from .order import deal, shuffled
 from .prepare import prepare
@@ -127,7 +127,7 @@ def _dataset(phase: str, found: list[tuple[Source, Prepared, int, int]], config:
             raise ConfigError(
                 f"no row of {source.spec.name} fits data.max_seq_len={data.max_seq_len}, data.max_prompt_len="
                 f"{data.max_prompt_len} and data.min_prompt_len={data.min_prompt_len} in phase {phase}"
-                + (f" with rollout.max_new_tokens={config.rollout.max_new_tokens}" if phase in SAMPLING else "")
+                + (f" with rollout.max_new_tokens={config.rollout.max_new_tokens}" if phase in ASKING else "")
             )
         num_rows = (split, len(prepared) - split)
         parts.append(Part(source, source.share / total, train, held_out, left_out, num_rows))
@@ -153,7 +153,7 @@ def _of_use(prepared: Prepared, first: int, last: int, phase: str, config: RunCo
     prompt = np.maximum(lengths["prompt"], lengths["reward_prompt"])[rows]
     answers = np.stack([lengths[side] for side in ("chosen", "rejected")])
     answer = np.max(answers if phase in PAIRED | LABELLED else answers[:1], axis=0)
-    room = config.rollout.max_new_tokens if phase in SAMPLING else np.where(is_text, 0, answer)[rows]
+    room = config.rollout.max_new_tokens if phase in ASKING else np.where(is_text, 0, answer)[rows]
     obstacles = {
         f"without {KINDS[kind_of(phase)]}": (prepared.serves[first:last][rows] & bit(phase)) == 0,
         "prompt too short": ~is_text[rows] & (prompt < data.min_prompt_len),

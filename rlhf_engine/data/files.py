@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, cast
 from ..config import ConfigError
 from .folders import KINDS, TEST_SPLIT, Folder, kind, look_into
 
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)+")  # OWNER/NAME or OWNER/NAME/FOLDER
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)+")  # OWNER/NAME, with a configuration or a folder of it behind
 _SAMPLES, _SAMPLE = 16, 1 << 16  # of a file, and bytes of each
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -216,8 +216,10 @@ def _hub(name: str, key: str) -> Any:
             " pip install -e '.[data]'"
         ) from None
     owner, repository, *folder = name.split("/")
+    path, part = f"{owner}/{repository}", "/".join(folder) or None
     try:
-        return datasets.load_dataset(f"{owner}/{repository}", data_dir="/".join(folder) or None, split="train")
+        is_config = part is not None and part in datasets.get_dataset_config_names(path)
+        return datasets.load_dataset(path, **{"name" if is_config else "data_dir": part}, split="train")
     except Exception as error:  # of whatever kind the network, the hub and the data set raise
         reason = f"{type(error).__name__}: {error}"
         raise ConfigError(

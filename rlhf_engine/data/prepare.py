@@ -57,6 +57,7 @@ class Recipe:
     def about(self, source: Source) -> dict[str, Any]:
         """All of it, and the source, as a record."""
         recipe = [_FORM, self.tokenizer.digest(), *self.presets, *sorted(self.kinds)]
+        recipe += [source.split] if source.generated and source.split != "train" else []
         files = [*source.generated, source.held_out] if source.generated else identity(source.spec.name, source.key)
         return {"source": source.spec.name, "recipe": recipe, "content": files}
 

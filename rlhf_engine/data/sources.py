@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import LABELLED, PAIRED, SAMPLING, ConfigError, nearest
-from . import hh_mini
+from ..config import ASKING, LABELLED, PAIRED, ConfigError, nearest
+from . import hh_mini, sums
 from .files import Meter, read_rows
 from .formats import Row, read_row
 
@@ -21,7 +21,12 @@ NUM_EVAL_ROWS = 256
 LOOKED_AT = 1000  # rows of a source, before a run starts
 GoldFn = Callable[[str, str], float]  # prompt text, response text -> score
 
-HH_MINI = tuple(f"hh_mini/{subset}" for subset in hh_mini.SUBSETS)  # the embedded sources
+HH_MINI = tuple(f"hh_mini/{subset}" for subset in hh_mini.SUBSETS)
+# the embedded sources: split, number of rows and seed to rows
+EMBEDDED: dict[str, Callable[[str, int, int], Iterator[dict[str, str]]]] = {
+    **{name: functools.partial(hh_mini.pairs, name.removeprefix("hh_mini/")) for name in HH_MINI},
+    "sums": sums.rows,
+}
 
 # System messages that a source can have in front of its dialogues. `default` leaves them as they are.
 PRESETS = {
@@ -41,7 +46,7 @@ class Spec:
     """What `name::weight[system=PRESET][reward=PRESET]` says.
 
     Args:
-        name: a file, a folder, a data set of the hub, or one of `HH_MINI`.
+        name: a file, a folder, a data set of the hub, or one of `EMBEDDED`.
         system: preset that the policy reads in front of each dialogue.
         reward: preset that the reward model reads instead; None: it reads what the policy reads.
     """
@@ -60,8 +65,9 @@ class Source:
         share: of the mixture.
         held_out: rows that are not trained on: the last ones.
         at_most_a_tenth: of its rows.
-        generated: number of rows to train on and seed, of one of `HH_MINI`.
+        generated: number of rows and seed, of one of `EMBEDDED`.
         key: of the configuration, that errors name.
+        split: of those rows; what is held out is of the test split.
     """
 
     spec: Spec
@@ -70,6 +76,7 @@ class Source:
     at_most_a_tenth: bool = False
     generated: tuple[int, int] | None = None
     key: str = "data.sources"
+    split: str = "train"
 
     def raw_rows(self, meter: Meter | None = None) -> Iterator[tuple[str, Any]]:
         """Every row as it is written, with its place; those held out are the last ones.
@@ -81,9 +88,9 @@ class Source:
             yield from read_rows(self.spec.name, self.key, meter)
         else:
             count, seed = self.generated
-            for split, rows in (("train", count), ("test", self.held_out)):
-                pairs = hh_mini.pairs(self.spec.name.removeprefix("hh_mini/"), split, rows, seed)
-                yield from ((f"{self.spec.name}:{i}", row) for i, row in enumerate(pairs, 1))
+            for split, rows in ((self.split, count), ("test", self.held_out)):
+                made = EMBEDDED[self.spec.name](split, rows, seed)
+                yield from ((f"{self.spec.name}:{i}", row) for i, row in enumerate(made, 1))
 
     def rows(self) -> Iterator[Row]:
         """Every row, read and checked.
@@ -167,14 +174,14 @@ def mixture(
 
     Args:
         names: as `parse_spec` reads them.
-        num_rows: generated for all of `HH_MINI` together.
-        num_eval_rows: held out of all sources together: the test split of `HH_MINI`, the last rows of others. May be 0.
-            None: `NUM_EVAL_ROWS`, but of no file more than a tenth.
+        num_rows: generated for all of `EMBEDDED` together.
+        num_eval_rows: held out of all sources together: the test split of `EMBEDDED`, the last rows of others. May be
+            0. None: `NUM_EVAL_ROWS`, but of no file more than a tenth.
 
     Raises:
         ConfigError: names the source and what would be right.
     """
-    specs = [parse_spec(name, key) for name in names]
+    specs = [_known(parse_spec(name, key), key) for name in names]
     if num_eval_rows is not None and 0 < num_eval_rows < len(specs):
         raise ConfigError(f"data.num_eval_rows={num_eval_rows}: each source needs one row held out at least")
     total = sum(spec.weight for spec in specs)
@@ -183,13 +190,34 @@ def mixture(
     for spec in specs:
         share = spec.weight / total
         held_out = max(1, round(wanted * share)) if wanted else 0
-        if spec.name.split("/")[0] != "hh_mini":
-            sources.append(Source(spec, share, held_out, num_eval_rows is None, None, key))
-        elif spec.name in HH_MINI:
-            sources.append(Source(spec, share, held_out, False, (max(1, round(num_rows * share)), seed), key))
-        else:
-            raise ConfigError(f"{key}={spec.name}: {nearest(spec.name, HH_MINI)}")
+        generated = (max(1, round(num_rows * share)), seed) if spec.name in EMBEDDED else None
+        sources.append(Source(spec, share, held_out, num_eval_rows is None and not generated, generated, key))
     return sources
+
+
+def held_out_sets(names: Sequence[str], num_rows: int, seed: int, key: str = "eval.sources") -> list[Source]:
+    """Sources of which nothing is trained on: files as a whole, and the test split of `EMBEDDED`.
+
+    Args:
+        num_rows: generated for each of `EMBEDDED`.
+
+    Raises:
+        ConfigError: names the source and what would be right.
+    """
+    sources = []
+    for text in names:
+        spec = _known(parse_spec(text, key), key)
+        if spec.weight != 1:
+            raise ConfigError(f"{key}={text}: all rows are answered, so that a weight says nothing: leave it out")
+        generated = (num_rows, seed) if spec.name in EMBEDDED else None
+        sources.append(Source(spec, 1 / len(names), 0, False, generated, key, "test"))
+    return sources
+
+
+def _known(spec: Spec, key: str) -> Spec:
+    if spec.name.split("/")[0] == "hh_mini" and spec.name not in EMBEDDED:
+        raise ConfigError(f"{key}={spec.name}: {nearest(spec.name, HH_MINI)}")
+    return spec
 
 
 # What a phase learns from; a row has a bit for each
@@ -205,7 +233,7 @@ def kind_of(phase: str) -> str:
     """Of `KINDS`, what a phase learns from."""
     if phase in PAIRED | LABELLED:
         return "pair" if phase in PAIRED else "label"
-    return "prompt" if phase in SAMPLING else "answer"
+    return "prompt" if phase in ASKING else "answer"
 
 
 def serves(row: Row, kind: str) -> bool:

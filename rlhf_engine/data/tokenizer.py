@@ -243,6 +243,7 @@ def train_tokenizer(texts: Iterable[str], path: Path, vocab_size: int) -> None:
             add_dummy_prefix=False,
             byte_fallback=True,
             user_defined_symbols=["\n"],
+            split_digits=True,
             character_coverage=1.0,
             num_threads=1,
             minloglevel=2,

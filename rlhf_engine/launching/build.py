@@ -40,7 +40,7 @@ def build_context(plan: Plan, mesh: ParallelMesh) -> Context:
         for name, base in plan.bases.items()
     }
     datasets = datasets_of(plan, tokenizer, is_checking=False)
-    rewards = Rewards(config) if config.reward.fns and config.sampling else None
+    rewards = Rewards(config) if config.calls_functions else None
     ctx = Context(config, bases, mesh, tokenizer, datasets, gold_rule(plan.sources), rewards, trace=Trace(mesh.device))
     ctx.build = functools.partial(build_role, ctx)
     return ctx
@@ -109,10 +109,10 @@ def iterations_of_finished(ctx: Context, phase: str) -> int:
 
 
 def last_checkpoint(ctx: Context, phase: str) -> Path | None:
-    """Of a finished phase, for all roles that start from it: it is read whole to be sure of it."""
+    """Of a finished phase, for all roles that start from it, the last or the best, read whole to be sure."""
     if phase not in ctx.finished and iterations_of_finished(ctx, phase) >= 0:
         with ctx.watch(f"the check of {phase}'s checkpoint"):
-            ctx.finished[phase] = phase_checkpoints(ctx, phase).newest(is_finished=True)
+            ctx.finished[phase] = phase_checkpoints(ctx, phase).chosen()
     return ctx.finished.get(phase)
 
 

@@ -97,7 +97,7 @@ def read_tokenizer(config: RunConfig, policy: Base) -> Tokenizer | None:
         raise ConfigError(
             f"tokenizer.end_id={config.tokenizer.end_id} needs a tokenizer that has it: set tokenizer.path"
         )
-    if path is None and template not in (None, "hh"):
+    if path is None and template not in (None, "hh") and "{" not in template:
         raise ConfigError(
             f"tokenizer.template={template} needs control tokens, which a tokenizer trained on the data does not have:"
             " set tokenizer.path"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from ..config import JOBS, PAIRED, SAMPLING
 from ..context import Context
 from ..data.dataset import Dataset
 from ..data.folders import look_into
-from ..data.sources import HH_MINI, KINDS, kind_of, parse_spec
+from ..data.sources import EMBEDDED, KINDS, kind_of
 from .preflight import Plan
 
 
@@ -85,7 +86,7 @@ def mixture(plan: Plan, datasets: Mapping[str, Dataset]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="")
     for title in ("source", "rows", "held out", *datasets, "left out"):
         table.add_column(title, overflow="fold")
-    for source in (*plan.sources, *plan.ptx_sources):
+    for source in itertools.chain(plan.sources, *plan.beside.values()):
         spec, used, reasons = source.spec, [], []
         for phase, dataset in datasets.items():
             part = next((part for part in dataset.parts if part.source is source), None)
@@ -96,19 +97,19 @@ def mixture(plan: Plan, datasets: Mapping[str, Dataset]) -> Table:
         name = spec.name + "".join(f" [{key}={preset}]" for key, preset in presets.items() if preset != "default")
         parts = (part for dataset in datasets.values() for part in dataset.parts if part.source is source)
         rows, held_out = next((part.num_rows for part in parts), (0, 0))
-        of_all = f" ({held_out / (rows + held_out):.1%})" if held_out and spec.name not in HH_MINI else ""
+        of_all = f" ({held_out / (rows + held_out):.1%})" if held_out and spec.name not in EMBEDDED else ""
         table.add_row(escape(name), str(rows), f"{held_out}{of_all}", *used, "; ".join(reasons) or "-")
     return table
 
 
 def remarks(plan: Plan, datasets: Mapping[str, Dataset]) -> Iterator[str]:
     """What was read of folders, and which source has nothing for a phase that draws from others."""
-    for name in (*plan.config.data.sources, *(source.spec.name for source in plan.ptx_sources)):
-        if (path := Path(parse_spec(name).name)).is_dir():
+    for source in itertools.chain(plan.sources, *plan.beside.values()):
+        if source.generated is None and (path := Path(source.spec.name)).is_dir():
             yield str(look_into(path))
     for phase, dataset in datasets.items():
         used = [part.source for part in dataset.parts]
-        for source in plan.ptx_sources if phase == "ptx" else plan.sources:
+        for source in plan.beside.get(phase, plan.sources):
             if not any(source is other for other in used):
                 wanted = KINDS[kind_of(phase)]
                 yield f"{source.spec.name}: no row has {wanted}: {phase} draws from the other sources alone"

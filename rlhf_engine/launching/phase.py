@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from ..algorithms.algorithm import Algorithm, Evaluation, RoleSpec
+from ..algorithms.passing import evaluate
 from ..config import ConfigError
 from ..context import Context, TrainState
 from ..converting.export import RunExport, export_role
@@ -117,19 +118,21 @@ def save_within(phase: Phase) -> None:
         phase.logbook.stop(done, phase.checkpoints.finish(), is_within=True)
 
 
-def save(phase: Phase, ends: bool, is_writing: bool) -> bool:
+def save(phase: Phase, ends: bool, is_writing: bool, figures: Mapping[str, float]) -> bool:
     """Behind an iteration, where it is time for it; whether what was to be on the disk is.
 
     Args:
         ends: the run stops here, or the phase has come to its end.
         is_writing: a rank's thread is still at work on the last save.
+        figures: of the iteration, which may make it the best.
     """
     ctx, started, done = phase.ctx, time.perf_counter(), phase.ctx.state.iteration
     with ctx.watch(f"the save behind iteration {done - 1}"):
         if not is_writing:
             phase.checkpoints.finish()
-        if ends or done % phase.algorithm.save_every == 0:
-            phase.checkpoints.save(done, ctx.roles, ctx.state.to_dict())
+        best = phase.checkpoints.improves(figures)
+        if ends or best is not None or done % phase.algorithm.save_every == 0:
+            phase.checkpoints.save(done, ctx.roles, ctx.state.to_dict(), best)
         is_saved = phase.checkpoints.finish() if ends else True
     ctx.metrics.record("time/save", time.perf_counter() - started)
     return is_saved
@@ -143,7 +146,7 @@ def close_phase(phase: Phase) -> None:
     """
     ctx, algorithm = phase.ctx, phase.algorithm
     with ctx.watch(f"the last evaluation of {algorithm.name}"):
-        evaluation = algorithm.evaluate(ctx, final=True)
+        evaluation = evaluate(ctx, algorithm, final=True)
     with ctx.watch(f"the last save of {algorithm.name}"):
         if algorithm.changes_at_end:
             phase.checkpoints.save(ctx.state.iteration, ctx.roles, ctx.state.to_dict())
@@ -151,11 +154,15 @@ def close_phase(phase: Phase) -> None:
             raise RunError(
                 f"{algorithm.name}: what follows needs the last checkpoint: make room and start the same again"
             )
+        if (value := phase.checkpoints.improves(evaluation.figures)) is not None:
+            phase.checkpoints.mark(value)
     if ctx.config.export_hf:
         with ctx.watch(f"the export of {algorithm.name}"):
+            if ctx.config.checkpoint.build_on == "best" and (found := phase.checkpoints.chosen()):
+                checkpoint.load(found, ctx.roles)
             export(ctx, phase.folder, phase.specs)
     if ctx.mesh.is_main:
-        finish(ctx, phase.folder, algorithm, evaluation, phase.logbook)
+        finish(phase, evaluation)
     ctx.mesh.barrier()
     ctx.roles = {}
     if ctx.mesh.is_main:
@@ -203,10 +210,11 @@ def check_cut(ctx: Context, before: Path) -> None:
             )
 
 
-def finish(ctx: Context, folder: Path, algorithm: Algorithm, evaluation: Evaluation, logbook: Logbook) -> None:
+def finish(phase: Phase, evaluation: Evaluation) -> None:
     """Writes report.html and, last, summary.json, which says that the phase is finished."""
-    mesh, figures = ctx.mesh, evaluation.figures
-    logbook.finish(figures, evaluation.samples)
+    ctx, folder, algorithm, figures = phase.ctx, phase.folder, phase.algorithm, evaluation.figures
+    mesh, best = ctx.mesh, phase.checkpoints.best
+    phase.logbook.finish(figures, evaluation.samples)
     about = {
         "data": ", ".join(part.source.spec.name for part in ctx.datasets[algorithm.name].parts),
         "policy": ctx.config.policy.path or "random weights",
@@ -215,7 +223,8 @@ def finish(ctx: Context, folder: Path, algorithm: Algorithm, evaluation: Evaluat
     title = f"{algorithm.name} · {folder.parent.name}"
     with durable.spared(folder / "report.html", Exception):  # a drawing
         write_report(folder, title=title, summary={**figures, **about}, samples=evaluation.samples)
-    durable.write(folder / SUMMARY, json.dumps({"iterations": ctx.state.iteration, **figures}, indent=1))
+    about_best = {"best": {"checkpoint": best[0], ctx.config.checkpoint.best: best[1]}} if best else {}
+    durable.write(folder / SUMMARY, json.dumps({"iterations": ctx.state.iteration, **figures, **about_best}, indent=1))
 
 
 def export(ctx: Context, folder: Path, specs: Mapping[str, RoleSpec]) -> None:

@@ -14,7 +14,7 @@ from ..data.dataset import cache_of
 from ..data.files import read_rows
 from ..data.formats import Row
 from ..data.messages import read_messages
-from ..data.sources import HH_MINI, LOOKED_AT, Source, look, mixture, parse_spec, serves
+from ..data.sources import HH_MINI, LOOKED_AT, NUM_EVAL_ROWS, Source, held_out_sets, look, mixture, parse_spec, serves
 from ..data.tokenizer import Tokenizer
 from ..observing.to_wandb import has_wandb
 from ..rewards.functions import check_rows, load
@@ -47,7 +47,7 @@ class Plan:
     device: str
     tokenizer: Tokenizer | None  # None: one is trained on the data
     sources: list[Source]  # of the training phases; empty for a job
-    ptx_sources: list[Source]  # that are mixed into the policy's update
+    beside: dict[str, list[Source]]  # "ptx": mixed into the policy's update; "eval": what it is asked while it trains
     made_with: dict[str, Any]  # what a job's rows depend on; of the main rank alone
     notes: list[str]  # that a user should read before the run starts, a line each
     settled: dict[str, int]  # sizes that were left open, as `settle` filled them in
@@ -121,7 +121,7 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
     if teacher:
         check_teacher(config, tokenizer, policy, teacher)
     sources: list[Source] = []
-    ptx_sources: list[Source] = []
+    beside: dict[str, list[Source]] = {}
     made_with: dict[str, Any] = {}
     if jobs:
         check_job_rows(config, tokenizer)
@@ -129,21 +129,22 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
             made_with = job_settings(config, device)
             Parts(Path(config.output or ""), made_with, config.rerun).check()
     else:
-        sources, ptx_sources = _sources(config)
+        sources, beside = _sources(config)
         check_output_dir(config)
         check_finished(config)
     check_reward(config, reward)
     notes = [*folder_notes(config, policy, reward, tokenizer), *unusual_rates(config)]
     notes += _notes_of_the_machine(config, device, is_main)
-    if config.reward.fns and config.sampling:
-        check_functions(config, [row for source in sources for row in source.first_rows(LOOKED_AT)[0]], is_main)
+    if config.calls_functions:
+        asked = [*(sources if config.sampling or "eval" not in beside else ()), *beside.get("eval", ())]
+        check_functions(config, [row for source in asked for row in source.first_rows(LOOKED_AT)[0]], is_main)
     if is_main:
         place, key = (config.output, "output") if jobs else (config.output_dir, "output_dir")
         assert place is not None
         try_folder(Path(place).parent if jobs else Path(place), f"{key}={place}")
         if not jobs:
             try_folder(cache := cache_of(config), f"data.cache_dir={cache}")
-    return Plan(config, mesh, bases, device, tokenizer, sources, ptx_sources, made_with, notes, settled)
+    return Plan(config, mesh, bases, device, tokenizer, sources, beside, made_with, notes, settled)
 
 
 def _device(config: RunConfig) -> str:
@@ -176,17 +177,20 @@ def _world_size(config: RunConfig, device: str) -> int:
     return world_size
 
 
-def _sources(config: RunConfig) -> tuple[list[Source], list[Source]]:
-    """Of the training phases, and of the text that one of them mixes into its update. Their first rows are read."""
+def _sources(config: RunConfig) -> tuple[list[Source], dict[str, list[Source]]]:
+    """Of the training phases, and what is read beside, as in `Plan`. Their first rows are read."""
     data = config.data
     sources = mixture(data.sources or HH_MINI, data.num_rows, data.num_eval_rows, config.seed)
     look(sources, config.phases)
-    ptx_sources: list[Source] = []
+    beside: dict[str, list[Source]] = {}
     for phase, section in config.sampling.items():
         if names := section.other_text:
-            ptx_sources = mixture(names, data.num_rows, 0, config.seed, f"{phase}.ptx.sources")
-            look(ptx_sources, ["ptx"])
-    return sources, ptx_sources
+            beside["ptx"] = mixture(names, data.num_rows, 0, config.seed, f"{phase}.ptx.sources")
+    if config.eval.sources:
+        beside["eval"] = held_out_sets(config.eval.sources, data.num_eval_rows or NUM_EVAL_ROWS, config.seed)
+    for name, found in beside.items():
+        look(found, [name])
+    return sources, beside
 
 
 def _notes_of_the_machine(config: RunConfig, device: str, is_main: bool) -> Iterator[str]:

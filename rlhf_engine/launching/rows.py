@@ -31,15 +31,15 @@ def prepare(plan: Plan, is_checking: bool = True) -> dict[str, Dataset]:
 
 
 def datasets_of(plan: Plan, tokenizer: Tokenizer, is_checking: bool) -> dict[str, Dataset]:
-    """What each phase draws from, and "ptx".
+    """What each phase draws from, and what is read beside, as "ptx" and "eval".
 
     Args:
         is_checking: reads what was prepared before once, to be sure of it.
     """
     phases = [phase for phase in plan.config.phases if phase not in JOBS]
     datasets = build_datasets(phases, plan.sources, tokenizer, plan.config, is_checking)
-    if plan.ptx_sources:
-        datasets |= build_datasets(["ptx"], plan.ptx_sources, tokenizer, plan.config, is_checking)
+    for name, sources in plan.beside.items():
+        datasets |= build_datasets([name], sources, tokenizer, plan.config, is_checking)
     return datasets
 
 
@@ -56,7 +56,7 @@ def _trained(config: RunConfig, sources: list[Source]) -> Tokenizer:
             train_tokenizer(_said(sources), path, config.tokenizer.vocab_size)
         finally:
             lock.release()
-    return Tokenizer(str(path))
+    return Tokenizer(str(path), config.tokenizer.template)
 
 
 def _said(sources: list[Source]) -> Iterator[str]:

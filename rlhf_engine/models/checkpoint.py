@@ -2,8 +2,9 @@
 
 A phase keeps folders `checkpoints/iteration_N` and a file `latest` that names the newest. A folder has that name only
 once everything in it is on the disk, with a manifest of sizes and checksums; `latest` is replaced behind it, and older
-ones are removed behind that. So a run killed at any moment finds a whole checkpoint, and one that was damaged since is
-found out before it is used.
+ones are removed behind that; with `checkpoint.best` a `best.json` in a folder says that it was better than all before,
+and the last such folder stays. So a run killed at any moment finds a whole checkpoint, and one that was damaged since
+is found out before it is used.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import json
 import logging
+import math
 import pickle
 import queue
 import re
@@ -53,6 +56,7 @@ _STRATEGY = {"async_strategy": "mcore"} if _HAS_STRATEGIES else {}
 readers.install()
 
 IMPORTED = "model"  # prefix of the keys of a converted HF folder, where a trained checkpoint has its roles
+_BEST = "best.json"  # file of a checkpoint that was better than all before: the figure's name and value
 _ALIGNED = 64  # bytes that a tensor's copy begins at a multiple of
 
 
@@ -66,6 +70,7 @@ class Checkpoints:
     def __init__(self, folder: Path, mesh: ParallelMesh, config: CheckpointConfig):
         self.folder, self.mesh, self.config = folder, mesh, config
         self._line: list[str] = []  # those that this run builds on, oldest first; whatever else there is will go
+        self.best: tuple[str, float] | None = None  # of these, and its figure
         self._writing: _Writing | None = None
         self._is_saved = True
         self._memory: dict[str, Tensor] = {}
@@ -86,6 +91,7 @@ class Checkpoints:
             damage = next((line for line in self.mesh.all_gather_object(found) if line), None)
             if damage is None:
                 self._line = names[i:][::-1]
+                self.best = self.mesh.from_main(self._marked() if self.mesh.is_main else None)
                 return self.folder / name
             if self.mesh.is_main:
                 print(f"checkpoint {self.folder / name} is damaged: {damage}", flush=True)
@@ -94,6 +100,48 @@ class Checkpoints:
             raise ConfigError(f"a finished phase has left {what}: put it back, or run the phase again (rerun=true)")
         if names:
             raise ConfigError(f"no checkpoint in {self.folder} is whole: remove it to begin the phase again")
+        return None
+
+    def chosen(self) -> Path | None:
+        """Of a finished phase the one that `checkpoint.build_on` asks for; None where there was never one.
+
+        Raises:
+            ConfigError: it is not there, or it is damaged.
+        """
+        last = self.newest(is_finished=True)
+        if last is None or self.config.build_on == "last" or self.best is None:
+            return last
+        best = self.folder / self.best[0]
+        found = self.mesh.all_gather_object(manifest.damage(best, self.mesh.rank, self.mesh.world_size))
+        if damage := next((line for line in found if line), None):
+            raise ConfigError(f"checkpoint.build_on=best: {best} is damaged: {damage}")
+        return best
+
+    def improves(self, figures: Mapping[str, float]) -> float | None:
+        """The figure of `checkpoint.best`, if it is there and better than that of any before; a save under way is
+        waited for. Every rank calls it at the same point."""
+        value = figures.get(self.config.best or "", math.nan)
+        if not math.isfinite(value):
+            return None
+        self.finish()
+        sign = 1 if self.config.best_is == "max" else -1
+        return value if self.best is None or sign * value > sign * self.best[1] else None
+
+    def mark(self, value: float) -> None:
+        """The last one, if there is any, is the best, with this figure."""
+        if not self._line:
+            return
+        self.best = (self._line[-1], value)
+        if self.mesh.is_main:
+            durable.write(self.folder / self.best[0] / _BEST, json.dumps({self.config.best: value}))
+        self._prune()
+
+    def _marked(self) -> tuple[str, float] | None:
+        """The best of the line: what is marked is better than all before it."""
+        for name in reversed(self._line):
+            value = (durable.read(self.folder / name / _BEST) or {}).get(self.config.best or "")
+            if value is not None:
+                return name, float(value)
         return None
 
     def clear(self) -> None:
@@ -111,10 +159,17 @@ class Checkpoints:
         """Whether this rank's thread is at work."""
         return self._writing is not None and self._writing.thread.is_alive()
 
-    def save(self, iteration: int, roles: Mapping[str, RoleModel], state: Mapping[str, Any]) -> None:
-        """Copies the trained roles and `state` and has them written, once an earlier save is finished."""
+    def save(
+        self, iteration: int, roles: Mapping[str, RoleModel], state: Mapping[str, Any], best: float | None = None
+    ) -> None:
+        """Copies the trained roles and `state` and has them written, once an earlier save is finished.
+
+        Args:
+            best: its figure, where that is better than any before.
+        """
         self.finish()
         self._writing = _Writing(self.folder, iteration, roles, state, self.mesh, self._memory_for)
+        self._writing.best = best
         if not self.config.async_save:
             self.finish()
 
@@ -151,17 +206,24 @@ class Checkpoints:
         name = self.mesh.from_main(name)
         self._is_saved = name is not None
         if name is not None:
-            self._line = self._kept([*self._line, name])
-            if self.mesh.is_main:
-                for other in set(_saved(self.folder)) - set(self._line):
-                    shutil.rmtree(self.folder / other, ignore_errors=True)
+            self.best = self.best if writing.best is None else (name, writing.best)
+            self._line.append(name)
+            self._prune()
         return self._is_saved
+
+    def _prune(self) -> None:
+        self._line = self._kept(self._line)
+        if self.mesh.is_main:
+            for other in set(_saved(self.folder)) - set(self._line):
+                shutil.rmtree(self.folder / other, ignore_errors=True)
 
     def _complete(self, writing: _Writing, reports: Sequence[_Report]) -> str:
         """Index and manifest of what all ranks have written, then its name and `latest`."""
         target = writing.target
         writing.plan.writer.finish(writing.plan.metadata, [results for _, results, _ in reports])
         save_config(CheckpointingConfig("torch_dist", 1), str(target))
+        if writing.best is not None:
+            (target / _BEST).write_text(json.dumps({self.config.best: writing.best}))
         own = [path for path in target.iterdir() if path.suffix != ".distcp"]
         for path in own:  # the ranks have synced theirs
             durable.sync(path)
@@ -182,14 +244,12 @@ class Checkpoints:
         return name
 
     def _kept(self, line: list[str]) -> list[str]:
-        """The last `keep_last` and one in `keep_every` iterations; of two of one iteration the later."""
+        """The last `keep_last` and one in `keep_every` iterations, of two of one iteration the later; and the best."""
         newest = list({_number(name)[0]: name for name in line}.values())
         every = self.config.keep_every
-        return [
-            name
-            for i, name in enumerate(newest)
-            if i >= len(newest) - self.config.keep_last or (every is not None and _number(name)[0] % every == 0)
-        ]
+        kept = {*newest[-self.config.keep_last :], *([self.best[0]] if self.best else [])}
+        kept |= {name for name in newest if every is not None and _number(name)[0] % every == 0}
+        return [name for name in line if name in kept]
 
 
 def _number(name: str) -> tuple[int, int]:
@@ -247,6 +307,7 @@ class _Writing:
         mesh: ParallelMesh, memory: Callable[[str, int], Tensor],
     ):  # fmt: skip
         self.iteration = iteration
+        self.best: float | None = None
         self._results: list = []
         self._written: dict[str, manifest.Entry] = {}
         self.target, self._error = mesh.from_main(_new_folder(folder) if mesh.is_main else None)

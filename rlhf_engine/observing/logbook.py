@@ -16,7 +16,7 @@ _SHOWN = {
     "policy/loss": "loss", "reward/loss": "loss", "reward/accuracy": "accuracy", "policy/accuracy": "accuracy",
     "policy/margin": "margin", "score/mean": "score",
     "gold/mean": "gold", "kl/mean": "kl", "rollout/response_length": "length", "eval/loss": "eval loss",
-    "eval/accuracy": "eval accuracy", "throughput/generated_tokens_per_second": "tokens/s",
+    "eval/accuracy": "eval accuracy", "eval/pass@1": "pass@1", "throughput/generated_tokens_per_second": "tokens/s",
 }  # fmt: skip
 _SECONDS_BETWEEN_LINES = 5.0
 

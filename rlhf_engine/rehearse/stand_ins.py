@@ -152,6 +152,7 @@ class _Stretched(Sequence[Example]):
 def _longest_rows(config: RunConfig) -> None:
     built = build.datasets_of
     data = config.data
+    config.eval.prompts = min(8, config.eval.prompts or 8)
 
     def stretched(tokens: list[int], length: int) -> list[int]:
         """From its beginning on once more, with the last token where it was."""

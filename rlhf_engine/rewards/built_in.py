@@ -24,15 +24,19 @@ def length(response_tokens: Sequence[Sequence[int]]) -> list[float]:
 
 
 def regex(config: RunConfig) -> Callable[..., list[float]]:
-    """1 where `reward.regex` matches; if it has a group, where that of its last match is the row's `answer`; else 0."""
+    """1 where `reward.regex` matches; if it has a group, where that of its last match is the row's `answer`, or that of
+    the last match in it, as in a solution; else 0."""
     pattern = compiled("reward.regex", config.reward.regex, re.DOTALL)
 
     def matches(responses: Sequence[str]) -> list[float]:
         return [float(pattern.search(said) is not None) for said in responses]
 
     def captures(responses: Sequence[str], answer: Sequence[Any]) -> list[float]:
-        last = [[match[1] for match in pattern.finditer(said)][-1:] for said in responses]
-        return [float(found == [str(right).strip()]) for found, right in zip(last, answer, strict=True)]
+        def last(text: str) -> list[str]:
+            return [match[1] for match in pattern.finditer(text)][-1:]
+
+        rights = [last(str(right)) or [str(right).strip()] for right in answer]
+        return [float(last(said) == right) for said, right in zip(responses, rights, strict=True)]
 
     return captures if pattern.groups else matches
 
