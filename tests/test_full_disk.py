@@ -138,7 +138,9 @@ def finish(disk: Path, algorithm: str = "sft") -> None:
     ctx.state = SimpleNamespace(iteration=3)
     logbook = SimpleNamespace(finish=lambda figures, samples: None)
     (disk / "sft").mkdir(exist_ok=True)
-    phase.finish(ctx, disk / "sft", SimpleNamespace(name="sft"), Evaluation({"eval/loss": 1.0}), logbook)
+    checkpoints = SimpleNamespace(best=None)
+    opened = phase.Phase(ctx, SimpleNamespace(name="sft"), {}, None, checkpoints, logbook, disk / "sft")
+    phase.finish(opened, Evaluation({"eval/loss": 1.0}))
 
 
 def test_a_drawing_never_keeps_a_phase_unfinished(disk, capsys):
