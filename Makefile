@@ -35,7 +35,7 @@ run: install
 	$(BIN)/python launch/run.py $(RUN)
 
 test: install
-	$(BIN)/python -m pytest -n 2 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder $(TESTS)
+	$(BIN)/python -m pytest -n 2 --max-worker-restart 0 --timeout 900 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 check: install
 	$(BIN)/ruff check .

@@ -10,7 +10,7 @@ import torch
 
 from rlhf_engine.algorithms import ALGORITHMS
 from rlhf_engine.algorithms.rollouts import PROVIDED
-from rlhf_engine.config import BUILDS_ON, SAMPLING, GRPOConfig, RewardConfig, RunConfig
+from rlhf_engine.config import BUILDS_ON, SAMPLING, DistillConfig, GRPOConfig, RewardConfig, RunConfig
 from rlhf_engine.experience import Experience
 from rlhf_engine.observing.metrics import Metrics
 from rlhf_engine.observing.trace import Trace
@@ -26,7 +26,7 @@ CTX = SimpleNamespace(
     state=SimpleNamespace(iteration=0),
     stop_if_asked=lambda: None,
 )
-ROLES = ("policy", "reference", "reward", "critic")
+ROLES = ("policy", "reference", "reward", "critic", "teacher")
 
 
 def local(name="s", reads=(), writes=(), body=lambda ctx, role, x: None) -> Stage:
@@ -83,8 +83,8 @@ def test_roles_are_those_that_the_table_needs(phase, sections, roles):
 
 @pytest.mark.parametrize("phase", sorted(ALGORITHMS))
 def test_a_phase_builds_on_those_that_its_roles_start_from(phase):
-    """By the configuration, which is asked before any algorithm is."""
-    roles = ALGORITHMS[phase](RunConfig()).roles().values()
+    """By the configuration, which is asked before any algorithm is; of distillation where responses are scored too."""
+    roles = ALGORITHMS[phase](RunConfig(distill=DistillConfig(reward_coef=1.0))).roles().values()
     assert set(BUILDS_ON[phase]) == {start for role in roles for start, _ in role.weights}
 
 

@@ -224,6 +224,7 @@ NAMES = {
     "math-verify": "math_verify",
     "liger-kernel": "liger_kernel",
     "pytest-xdist": "pytest -n",
+    "pytest-timeout": "--timeout",
     "ruff": "/ruff",
     "mypy": "/mypy",
     "pandas": "trl",
