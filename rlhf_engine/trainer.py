@@ -80,9 +80,7 @@ def settle_residency(ctx: Context) -> None:
     found = ctx.mesh.from_main(found)
     ctx.config.schedule.residency, ctx.config.schedule.offload = found.values()
     if ctx.mesh.is_main:
-        here = {role for phase in ctx.config.phases for role in ALGORITHMS[phase](ctx.config).roles()}
-        leaving = " and ".join(name for name in found["schedule.offload"] if name in here)
-        print(f"residency: {leaving or 'no role'} leaves between stages", flush=True)
+        print(f"residency: {' and '.join(found['schedule.offload']) or 'no role'} leaves between stages", flush=True)
 
 
 def train(ctx: Context, algorithm: Algorithm) -> bool:

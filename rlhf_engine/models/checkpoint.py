@@ -86,9 +86,7 @@ class Checkpoints:
         """
         names = self.mesh.from_main(_names(self.folder) if self.mesh.is_main else None)
         for i, name in enumerate(names[: 1 if is_finished else None]):
-            # every rank reads a part of the files: all of them are as much as a save
-            found = manifest.damage(self.folder / name, self.mesh.rank, self.mesh.world_size)
-            damage = next((line for line in self.mesh.all_gather_object(found) if line), None)
+            damage = self._damage(name)
             if damage is None:
                 self._line = names[i:][::-1]
                 self.best = self.mesh.from_main(self._marked() if self.mesh.is_main else None)
@@ -102,6 +100,11 @@ class Checkpoints:
             raise ConfigError(f"no checkpoint in {self.folder} is whole: remove it to begin the phase again")
         return None
 
+    def _damage(self, name: str) -> str | None:
+        """What is wrong with a checkpoint. Every rank reads a part of its files: all of them are as much as a save."""
+        found = manifest.damage(self.folder / name, self.mesh.rank, self.mesh.world_size)
+        return next((line for line in self.mesh.all_gather_object(found) if line), None)
+
     def chosen(self) -> Path | None:
         """Of a finished phase the one that `checkpoint.build_on` asks for; None where there was never one.
 
@@ -112,8 +115,7 @@ class Checkpoints:
         if last is None or self.config.build_on == "last" or self.best is None:
             return last
         best = self.folder / self.best[0]
-        found = self.mesh.all_gather_object(manifest.damage(best, self.mesh.rank, self.mesh.world_size))
-        if damage := next((line for line in found if line), None):
+        if damage := self._damage(self.best[0]):
             raise ConfigError(f"checkpoint.build_on=best: {best} is damaged: {damage}")
         return best
 

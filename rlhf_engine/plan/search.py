@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..algorithms import ALGORITHMS
 from ..config import ROLES, SAMPLING, ConfigError, MeshConfig, ModelConfig, RunConfig, check, resolve_mesh
 from ..config.devices import GPUS, Device
 from .forecast import Forecaster, forecast, training_phases
@@ -99,8 +100,10 @@ def evaluate(
 def residency(config: RunConfig, mesh: MeshConfig, models: Mapping[str, ModelConfig], device: Device) -> Changes:
     """The fewest roles that must leave between their stages for a run to fit; every one where that is not enough."""
     changes: Changes = {}
+    here = {role for phase in training_phases(config) for role in ALGORITHMS[phase](config).roles()}
     for roles in ([], *_ROLES_THAT_LEAVE):
-        changes = {"schedule.residency": "offload" if roles else "keep", "schedule.offload": list(roles)}
+        leaving = [role for role in roles if role in here]
+        changes = {"schedule.residency": "offload" if roles else "keep", "schedule.offload": leaving}
         other = changed(config, changes)
         if all(Forecaster(phase, other, mesh, models, device).fits for phase in training_phases(config)):
             break
