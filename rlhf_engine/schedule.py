@@ -139,32 +139,38 @@ class Schedule:
         for i, group in enumerate(groups):
             # the next that works with roles, the next iteration's first behind the last of this one
             following = next((other for other in groups[i + 1 :] if needs(other)), first)
-            if offloaded:
-                _arrive(ctx, group, following)
-            started = time.perf_counter()
             name = "+".join(stage.name for stage in group)
-            try:
-                with ctx.watch(f"{name} of iteration {ctx.state.iteration}"), ctx.trace.stage(name):
-                    results = self._run_group(ctx, group, experience)
-            except Stop:
-                raise
-            except Exception as error:
-                error.add_note(f"in stage {name} of iteration {ctx.state.iteration}, on rank {ctx.mesh.rank}")
-                raise
-            for stage, result in zip(group, results, strict=True):
-                if set(result) != set(stage.writes):
-                    raise ScheduleError(
-                        f"stage {stage.name} writes {', '.join(stage.writes) or 'nothing'},"
-                        f" and its body gave {', '.join(sorted(result)) or 'nothing'}"
-                    )
-                for field, value in result.items():
-                    check_finite(stage, field, value)
-                    setattr(experience, field, value)
-            experience.stages += [stage.name for stage in group]
-            ctx.metrics.record(f"time/{name}", time.perf_counter() - started)
-            if offloaded:
-                _leave(ctx, following)
-            ctx.stop_if_asked()
+            # all of it, for ranks wait for each other behind the stage too
+            with ctx.watch(f"{name} of iteration {ctx.state.iteration}"):
+                if offloaded:
+                    _arrive(ctx, group, following)
+                self._run_one(ctx, experience, group, name)
+                if offloaded:
+                    _leave(ctx, following)
+                ctx.stop_if_asked()
+
+    def _run_one(self, ctx: Context, experience: Experience, group: Sequence[Stage], name: str) -> None:
+        """A group of stages, and what it gives."""
+        started = time.perf_counter()
+        try:
+            with ctx.trace.stage(name):
+                results = self._run_group(ctx, group, experience)
+        except Stop:
+            raise
+        except Exception as error:
+            error.add_note(f"in stage {name} of iteration {ctx.state.iteration}, on rank {ctx.mesh.rank}")
+            raise
+        for stage, result in zip(group, results, strict=True):
+            if set(result) != set(stage.writes):
+                raise ScheduleError(
+                    f"stage {stage.name} writes {', '.join(stage.writes) or 'nothing'},"
+                    f" and its body gave {', '.join(sorted(result)) or 'nothing'}"
+                )
+            for field, value in result.items():
+                check_finite(stage, field, value)
+                setattr(experience, field, value)
+        experience.stages += [stage.name for stage in group]
+        ctx.metrics.record(f"time/{name}", time.perf_counter() - started)
 
     def _run_group(self, ctx: Context, group: Sequence[Stage], experience: Experience) -> list[Fields]:
         """What the bodies of stages that run together give, which is not yet looked at."""

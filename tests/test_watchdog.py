@@ -42,9 +42,9 @@ def test_a_stopped_rank(runs, rank):
     assert launcher.wait(PATIENCE) == HUNG, launcher.output()
     assert not any(process.is_running() for process in ranks)
     said = launcher.output()
-    told = re.search(rf"error: rank {1 - rank} has been in stage .* of iteration \d+ for (\d+) s, and", said)
+    told = re.search(rf"error: rank {1 - rank} has been in stage .* iteration \d+ for (\d+) s, and", said)
     assert told and int(told[1]) >= LIMIT, said
-    assert f"missing: rank {rank} (silent for " in said
+    assert f"missing: rank {rank} (silent for " in said, said
     own, others = said.split(f"\nrank {rank} in stage ")[1], said.split(f"\nrank {1 - rank} in stage ")[1]
     assert ", as last heard:" in own.splitlines()[0] and "trainer.py" in own and "trainer.py" in others
     assert said.count("error: ") == 1 and "Traceback" not in said

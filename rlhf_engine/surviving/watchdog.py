@@ -22,6 +22,7 @@ from torch.distributed import TCPStore
 HUNG = os.EX_SOFTWARE  # 70, of sysexits.h
 _SECONDS_OF_PRECEDENCE = 0.5  # that a rank waits for each lower one, so that one of them speaks
 _MOST_WAITED_FOR = 20
+_INTERVALS_OF_SILENCE = 3  # after which a rank is taken to be silent
 
 
 @dataclass
@@ -48,6 +49,7 @@ class Watchdog:
         self._at: tuple[int, str, float] | None = None  # stage's number, name, and when it began
         self._number = 0
         self._heard: dict[int, tuple[float, Post]] = {}  # when a rank's post was new, and the post
+        self._asked = 0  # times that every rank's post was asked for within the stage
         self._closed = threading.Event()
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._exchange, self._watch)]
         for thread in self._threads:
@@ -81,22 +83,28 @@ class Watchdog:
         store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), wait_for_workers=False)
         store.set_timeout(wait)
         beat = 0
-        while not self._closed.wait(self._interval):
+        while not self._closed.is_set():
             post, beat = self._post(), beat + 1
             post.beat = beat
             # A thousand ranks need not read each other all the time. The first hosts the store, and once it is stopped
             # it is too late to ask what it said.
-            ranks = range(self.world_size) if post.seconds > self.limit / 2 else [0]
+            asks = post.seconds > self.limit / 2
+            ranks = range(self.world_size) if asks else [0]
             with contextlib.suppress(RuntimeError):  # nobody answers, or a rank has said nothing yet
                 store.set(f"watchdog/{self.rank}", json.dumps(asdict(post)))
                 for rank in ranks:
                     found = Post(**json.loads(store.get(f"watchdog/{rank}")))
                     if rank not in self._heard or self._heard[rank][1].beat != found.beat:
                         self._heard[rank] = time.monotonic(), found
+            self._asked = self._asked + 1 if asks else 0
+            self._closed.wait(self._interval)
 
     def _watch(self) -> None:
         while not self._closed.wait(min(1.0, self._interval)):
-            if (at := self._at) is None or time.monotonic() - at[2] < self.limit:
+            if (at := self._at) is None or (waited := time.monotonic() - at[2]) < self.limit:
+                continue
+            # on a busy machine too, who is silent is known only by asking more than once
+            if self._asked <= _INTERVALS_OF_SILENCE and waited < 1.5 * self.limit:
                 continue
             time.sleep(_SECONDS_OF_PRECEDENCE * min(self.rank, _MOST_WAITED_FOR))
             if self._at == at and not self._closed.is_set():
@@ -108,7 +116,11 @@ class Watchdog:
         """This rank's stage, who is missing from it, and everybody's stack; ranks with the same one share it."""
         mine, now = self._post(), time.monotonic()
         posts = {rank: post for rank, (_, post) in self._heard.items()} | {self.rank: mine}
-        silent = {r: now - t for r, (t, _) in self._heard.items() if r != self.rank and now - t > 3 * self._interval}
+        silent = {
+            r: now - t
+            for r, (t, _) in self._heard.items()
+            if r != self.rank and now - t > _INTERVALS_OF_SILENCE * self._interval
+        }
         missing = []
         for rank in range(self.world_size):
             if rank not in posts:
