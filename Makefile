@@ -10,6 +10,7 @@
 # make bench-fidelity  20 steps of SFT, reward model, DPO, IPO and KTO beside TRL's: benchmarks/results/fidelity.csv
 # make bench-checkpoint  what a save costs the loop, waited for or not: benchmarks/results/checkpoint.csv
 # make bench-data     preparing a data set against datasets.map; BENCH='--tokenizer DIR --file ROWS.jsonl.gz'
+# make bench-curves   every algorithm on the embedded data, three seeds: benchmarks/results/curves.csv
 # make bench-rollout  generation against transformers' generate; BENCH='--stories DIR --layout 1x2t dp2 tp2'
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -20,7 +21,7 @@ VENV := .venv$(shell $(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: install run test check docs chaos bench-kernels bench-schedule bench-checkpoint bench-rollout bench-data bench-ppo bench-fidelity bench-plan format clean
+.PHONY: install run test check docs chaos bench-kernels bench-schedule bench-checkpoint bench-rollout bench-data bench-ppo bench-fidelity bench-curves bench-plan format clean
 
 install: $(STAMP)
 
@@ -73,6 +74,9 @@ bench-rollout: install
 bench-data: install
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[bench]"
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/data.py $(BENCH)
+
+bench-curves: install
+	$(BIN)/python -W ignore benchmarks/curves.py $(BENCH)
 
 bench-fidelity: install
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[bench]"

@@ -32,9 +32,9 @@ from conftest import ROOT, SMALL
 
 from rlhf_engine.signals import STOPPED
 
-PHASES = {"sft": 3, "reward": 3, "ppo": 4, "dpo": 3, "kto": 3}  # and their iterations
-RUN = [str(ROOT / "launch" / "run.py"), *SMALL, f"phases=[{','.join(PHASES)}]"]
-RUN += [setting for name, n in PHASES.items() for setting in (f"{name}.iterations={n}", f"{name}.save_every=1")]
+PHASES = {"sft": 3, "reward": 3, "ppo": 4, "grpo": 3, "dpo": 3, "kto": 3, "distill": 3}  # and their iterations
+SHORT = {name: PHASES[name] for name in ("sft", "reward", "ppo", "grpo")}
+RUN = [str(ROOT / "launch" / "run.py"), *SMALL, "distill.prompts_per_iteration=8", "distill.micro_batch_size=4"]
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1)
 LAUNCHERS = {
     "run.py": [sys.executable],
@@ -59,12 +59,12 @@ class Kill:
         return f"{self.signum.name} to {self.target} {self.seconds:.3f} s {when}"
 
 
-def draw(chance: random.Random, duration: float) -> Kill:
+def draw(chance: random.Random, duration: float, phases: dict[str, int]) -> Kill:
     """A kill at any time of a run that lasts so many seconds, or, as often, in the middle of a save or behind the last
     one."""
-    phase = chance.choice([None, None, None, *PHASES])
+    phase = chance.choice([None, None, None, *phases])
     target = chance.choice(["one rank", "all ranks", "the launcher"])
-    save = chance.randint(0, PHASES[phase]) if phase else 0
+    save = chance.randint(0, phases[phase]) if phase else 0
     longest = duration if phase is None else 0.05 if save else 0.5
     return Kill(chance.choice(SIGNALS), target, phase, save, chance.uniform(0, longest))
 
@@ -74,11 +74,16 @@ class Run:
 
     Args:
         folder: that it writes to.
+        phases: and their iterations.
     """
 
-    def __init__(self, folder: Path, mesh: list[str], launcher: str):
-        self.folder, self.launcher = folder, launcher
-        self.command = [*LAUNCHERS[launcher], *RUN, *mesh, f"output_dir={folder}"]
+    def __init__(self, folder: Path, mesh: list[str], launcher: str, phases: dict[str, int]):
+        self.folder, self.launcher, self.phases = folder, launcher, phases
+        self.command = [*LAUNCHERS[launcher], *RUN, *mesh, f"phases=[{','.join(phases)}]", f"output_dir={folder}"]
+        self.command += [f"{name}.{key}" for name, n in phases.items() for key in (f"iterations={n}", "save_every=1")]
+        if "distill" in phases:
+            teacher = folder.parent / "teacher" / "sft" / "hf"
+            self.command += [f"teacher.path={teacher}", f"tokenizer.path={teacher}"]
 
     def start(self, kill: Kill | None = None, chance: random.Random | None = None) -> int:
         """Starts it, kills it where it gets that far, and gives the launcher's exit code when nothing of it is left."""
@@ -129,13 +134,13 @@ class Run:
 
     def _is_all_but_done(self, phase: str) -> bool:
         folder = self.folder / phase
-        last, latest = f"iteration_{PHASES[phase]}", folder / "checkpoints" / "latest"
+        last, latest = f"iteration_{self.phases[phase]}", folder / "checkpoints" / "latest"
         return latest.is_file() and latest.read_text().startswith(last) and not (folder / "summary.json").exists()
 
     def left(self) -> dict[str, object]:
         """What it leaves of which nothing may depend on kills."""
         found: dict[str, object] = {}
-        for phase in PHASES:
+        for phase in self.phases:
             folder = self.folder / phase
             rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
             found[f"{phase}/metrics.jsonl"] = [
@@ -160,7 +165,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     }
 
 
-def chaos(folder: Path, runs: int, seed: int, first: int = 0) -> None:
+def chaos(folder: Path, runs: int, seed: int, first: int = 0, phases: dict[str, int] = PHASES) -> None:
     """So many runs, from number `first` on.
 
     Raises:
@@ -169,17 +174,19 @@ def chaos(folder: Path, runs: int, seed: int, first: int = 0) -> None:
 
     @functools.cache
     def never_killed(i: int, launcher: str) -> tuple[dict[str, object], float]:
-        clean, started = Run(folder / f"clean_{launcher}_{i}", MESHES[i], launcher), time.monotonic()
+        clean, started = Run(folder / f"clean_{launcher}_{i}", MESHES[i], launcher, phases), time.monotonic()
         clean.start()
         return clean.left(), time.monotonic() - started
 
+    if "distill" in phases:
+        Run(folder / "teacher", MESHES[0], "run.py", {"sft": 1}).start()
     for number in range(first, first + runs):
         chance = random.Random(f"{seed}/{number}")
         i = chance.randrange(len(MESHES))
         launcher = chance.choice(["run.py", "run.py", "run.py", "torchrun"])
-        run = Run(folder / f"run{number}", MESHES[i], launcher)
+        run = Run(folder / f"run{number}", MESHES[i], launcher, phases)
         wanted, duration = never_killed(i, launcher)
-        kills = [draw(chance, duration) for _ in range(chance.choice([1, 1, 2]))]
+        kills = [draw(chance, duration, phases) for _ in range(chance.choice([1, 1, 2]))]
         print(
             f"seed {seed} run {number} ({launcher}, {MESHES[i][0]}): {', then '.join(map(str, kills))}",
             end="",

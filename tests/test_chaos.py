@@ -3,8 +3,8 @@ phase and by the clock. torchrun has a test of its own."""
 
 from __future__ import annotations
 
-from chaos import chaos
+from chaos import SHORT, chaos
 
 
 def test_killed_three_times(tmp_path):
-    chaos(tmp_path, 3, seed=544)
+    chaos(tmp_path, 3, seed=544, phases=SHORT)
