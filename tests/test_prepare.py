@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import warm
 from conftest import ROOT
@@ -179,9 +180,10 @@ def test_what_is_damaged_is_named_and_made_again(tokenizer, file, in_fives, made
 
 
 def test_memory_holds_numbers_and_no_rows(tokenizer, file, made):
-    train = datasets(tokenizer, file)["sft"].parts[0].train
-    held = [train.prepared.serves, *train.prepared.lengths.values(), train.rows, train.starts]
-    assert sum(array.itemsize for array in held) == 1 + 4 * 4 + 2 * 4  # bytes a row
+    for phase, size in {"sft": 1 + 4 + 4, "reward": 1 + 4}.items():  # bytes a row; of whole rows all begin at token 0
+        train = datasets(tokenizer, file)[phase].parts[0].train
+        held = [value for part in (train, train.prepared) for value in vars(part).values()]
+        assert sum(value.strides[0] for value in held if isinstance(value, np.ndarray)) == size
 
 
 def settings_of(folder: Path, file: Path) -> list[str]:

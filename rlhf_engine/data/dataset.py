@@ -145,27 +145,42 @@ def _of_use(prepared: Prepared, first: int, last: int, phase: str, config: RunCo
     """Of the rows from `first` to `last` those that a phase can use, and how many of the others it cannot use for which
     reason. Plain text is cut into pieces of `data.max_seq_len`, and a pair into its answers where they are drawn one by
     one."""
-    data, lengths = config.data, {name: found[first:last] for name, found in prepared.lengths.items()}
+    left_out, found = Counter[str](), [(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, bool))]
+    for rows, lengths in prepared.lengths(first, last):
+        is_served = (prepared.serves[rows.start : rows.stop] & bit(phase)) != 0
+        *kept, reasons = _of_use_within(lengths, is_served, phase, config)
+        kept[0] += rows.start
+        found.append(tuple(kept))
+        left_out += reasons
+    where, starts, is_bad = (np.concatenate(part) for part in zip(*found, strict=True))
+    if not starts.any():
+        starts = np.broadcast_to(np.int32(0), starts.shape)
+    return Rows(prepared, where, starts, config.data.max_seq_len, is_bad if phase in LABELLED else None), left_out
+
+
+def _of_use_within(
+    lengths: dict[str, np.ndarray], is_served: np.ndarray, phase: str, config: RunConfig
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, Counter[str]]:
+    """Of some rows: `rows`, `starts` and `is_bad` as of `Rows`, and how many others for which reason."""
+    data, num_rows = config.data, len(is_served)
     is_text = (lengths["prompt"] == 0) & (lengths["chosen"] >= 0)
     pieces = np.where(is_text, -(-lengths["chosen"] // data.max_seq_len), 1)
-    rows = np.repeat(np.arange(last - first), pieces)
+    rows = np.repeat(np.arange(num_rows, dtype=np.int32), pieces)
     starts = data.max_seq_len * (np.arange(len(rows)) - np.repeat(np.cumsum(pieces) - pieces, pieces))
     prompt = np.maximum(lengths["prompt"], lengths["reward_prompt"])[rows]
     answers = np.stack([lengths[side] for side in ("chosen", "rejected")])
     answer = np.max(answers if phase in PAIRED | LABELLED else answers[:1], axis=0)
     room = config.rollout.max_new_tokens if phase in ASKING else np.where(is_text, 0, answer)[rows]
     obstacles = {
-        f"without {KINDS[kind_of(phase)]}": (prepared.serves[first:last][rows] & bit(phase)) == 0,
+        f"without {KINDS[kind_of(phase)]}": ~is_served[rows],
         "prompt too short": ~is_text[rows] & (prompt < data.min_prompt_len),
         "prompt too long": prompt > data.max_prompt_len,
         "too long": prompt + room > data.max_seq_len,
     }
     reason = np.select(list(obstacles.values()), range(1, 5), 0)
-    names, counts = np.unique(reason[reason > 0], return_counts=True)
-    left_out = Counter({list(obstacles)[name - 1]: int(count) for name, count in zip(names, counts, strict=True)})
-    kept, is_bad = np.flatnonzero(reason == 0), None
+    left_out = Counter({name: int((reason == i).sum()) for i, name in enumerate(obstacles, 1)})
+    kept, is_bad = np.flatnonzero(reason == 0), np.zeros(0, bool)
     if phase in LABELLED:
         of, side = np.nonzero(answers.T[rows[kept]] > 0)
         kept, is_bad = kept[of], side == 1
-    where = (first + rows[kept]).astype(np.int32), starts[kept].astype(np.int32)
-    return Rows(prepared, *where, data.max_seq_len, is_bad), left_out
+    return rows[kept], starts[kept].astype(np.int32), is_bad, +left_out

@@ -1,5 +1,5 @@
 """The rows of a source as token ids on the disk: Arrow files of equal numbers of rows, mapped into memory, and their
-index. What a process holds of them are five numbers a row; the rest are pages of the files."""
+index. What a process holds of them are a byte a row and, for each phase, which it draws; the rest are pages."""
 
 from __future__ import annotations
 
@@ -154,17 +154,13 @@ class Prepared:
 
     Attributes:
         serves: `(N,)`, the kinds of phases that a row serves, a bit each.
-        lengths: name of a field of Example to `(N,)`, its tokens; -1 where a row has none.
         digest: of what the rows say.
     """
 
     def __init__(self, folder: Path):
         files = read_index(folder)["files"]
         self._batches = [_read(file_of(folder, i)) for i in range(len(files))]
-        self.serves = _whole(np.asarray(batch["serves"]) for batch in self._batches)
-        self.lengths = {name: self._lengths(name) for name in ("prompt", "reward_prompt", "chosen", "rejected")}
-        same = self.lengths["reward_prompt"] < 0
-        self.lengths["reward_prompt"][same] = self.lengths["prompt"][same]
+        self.serves = np.concatenate([np.asarray(batch["serves"]) for batch in self._batches])
         self.digest = hashlib.sha256("".join(file["digest"] for file in files).encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -184,12 +180,18 @@ class Prepared:
         row["fields"] = json.loads(row["fields"] or "{}")
         return Example(**row)
 
-    def _lengths(self, name: str) -> np.ndarray:
-        return _whole(np.asarray(pa.compute.list_value_length(batch[name]).fill_null(-1)) for batch in self._batches)
-
-
-def _whole(parts: Iterator[np.ndarray]) -> np.ndarray:
-    return np.concatenate([*parts])
+    def lengths(self, first: int, last: int) -> Iterator[tuple[range, dict[str, np.ndarray]]]:
+        """Of the rows from `first` to `last`, a file's at a time, so that nothing grows with their number: which rows,
+        and name of a field of Example to `(n,)`, its tokens; -1 where a row has none."""
+        for number, batch in enumerate(self._batches):
+            start = number * ROWS_PER_FILE
+            rows = range(max(first, start), min(last, start + len(batch)))
+            if rows:
+                batch = batch.slice(rows.start - start, len(rows))
+                names = ("prompt", "reward_prompt", "chosen", "rejected")
+                found = {name: np.asarray(pa.compute.list_value_length(batch[name]).fill_null(-1)) for name in names}
+                reward_prompt = np.where(found["reward_prompt"] < 0, found["prompt"], found["reward_prompt"])
+                yield rows, found | {"reward_prompt": reward_prompt}
 
 
 @dataclass(frozen=True, eq=False)
