@@ -33,7 +33,7 @@ from conftest import ROOT, SMALL
 from rlhf_engine.signals import STOPPED
 
 PHASES = {"sft": 3, "reward": 3, "ppo": 4, "grpo": 3, "dpo": 3, "kto": 3, "distill": 3}  # and their iterations
-SHORT = {name: PHASES[name] for name in ("sft", "reward", "ppo", "grpo")}
+SHORT = {name: PHASES[name] for name in ("sft", "reward", "ppo")}
 RUN = [str(ROOT / "launch" / "run.py"), *SMALL, "distill.prompts_per_iteration=8", "distill.micro_batch_size=4"]
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1)
 LAUNCHERS = {
