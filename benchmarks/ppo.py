@@ -193,7 +193,7 @@ def our_trainer(layout: str, name: str, policy: Path, reward: Path, steps: int) 
     config.rollout = RolloutConfig(max_new_tokens=RESPONSE, min_new_tokens=0)
     config.ppo = PPOConfig(
         iterations=steps, prompts_per_iteration=rows, epochs=EPOCHS, num_minibatches=1, micro_batch_size=micro,
-        kl_coef=KL_COEF, missing_eos_penalty=0.0,
+        kl_coef=KL_COEF, missing_eos_penalty=0.0, std_correction=1,
     )  # fmt: skip
     config.ppo.critic_optimizer = replace(config.ppo.optimizer)
     mesh = ParallelMesh(MeshConfig(tp=tp, pp=1, dp=dp), "cpu")
@@ -224,14 +224,12 @@ def compare(ctx, algorithm, specs, theirs: dict[str, Any]) -> dict[str, float]:
     given = frozenset(name for name in vars(x) if getattr(x, name) is not None)
     names = ("log_probs", "ref_log_probs", "score", "values", "advantage")
     Schedule([s for s in algorithm.stages if s.name in names], given, specs).run(ctx, x)
-    assert x.log_probs is not None and x.advantages is not None and x.advantage_moments is not None
+    assert x.log_probs is not None and x.advantages is not None
     gaps = {
         "log_probs": (x.log_probs[:, PROMPT:] - torch.cat(theirs["log_probs"][::2])).abs().max(),
         "advantages": (x.advantages[:, PROMPT:] - theirs["advantages"]).abs().max(),
     }
-    # the losses, on the rows of TRL's first micro-batch; it divides the variance by one less than the count
-    count = x.advantage_moments[0]
-    x.advantage_moments[2] *= count / (count - 1)
+    # the losses, on the rows of TRL's first micro-batch
     chosen = torch.as_tensor(theirs["order"][: ctx.config.ppo.micro_batch_size])
     chosen = chosen.repeat(ctx.mesh.dp)  # as many on every replica, so that the mean is the same
     whole = ("tokens", "lengths", "response_mask", "log_probs", "values", "returns", "advantages")

@@ -89,23 +89,25 @@ def importance_weights(
     *,
     of: Literal["tokens", "sequences"] = "tokens",
     limit: float = 2.0,
+    low: float | None = None,
 ) -> Tensor:
     """How much a token counts that another policy has drawn, `(B, T)` float32, 0 outside the mask.
 
     w = p / p_sampler of the token, or, of sequences, the product of these over the row; its log is kept within +-20.
-    truncated: min(w, limit), which bounds the variance (Ionides 2008, "Truncated Importance Sampling"); masked: w, and
-    0 where it is not within [1 / limit, limit].
+    truncated: min(w, limit), which bounds the variance (Ionides 2008, "Truncated Importance Sampling"), and `low` at
+    least; masked: w, and 0 where it is not within [low, limit].
 
     Args:
         log_probs, sampler_log_probs: `(B, T)`, of the policy that learns, before its updates, and of the one that drew.
+        low: None: 0 of truncated, 1 / limit of masked.
     """
     log_ratio = torch.where(mask.bool(), log_probs.float() - sampler_log_probs.float(), 0.0)
     if of == "sequences":
         log_ratio = log_ratio.sum(1, keepdim=True).expand_as(log_ratio)
     weights = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
-    is_near = (weights <= limit) & (weights >= 1 / limit)
-    weights = weights.clamp_max(limit) if kind == "truncated" else weights * is_near
-    return weights * mask
+    if kind == "truncated":
+        return weights.clamp(low or 0.0, limit) * mask
+    return weights * (weights <= limit) * (weights >= (1 / limit if low is None else low)) * mask
 
 
 def _standardised(x: Tensor, counts: Tensor | None, correction: int, eps: float) -> Tensor:

@@ -269,13 +269,17 @@ def _masked(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask.bool(), x, 0.0)
 
 
-def whiten(x: Tensor, mask: Tensor, *, eps: float = 1e-8, moments: Tensor | None = None) -> Tensor:
+def whiten(x: Tensor, mask: Tensor, *, eps: float = 1e-8, moments: Tensor | None = None, correction: int = 0) -> Tensor:
     """Mean removed and unit variance over the masked entries of `x` `(B, T)`; 0 elsewhere.
 
-    `moments` are those of `kl_advantages`; without them they are taken from `x`.
+    Args:
+        eps: added to the variance.
+        moments: those of `kl_advantages`; None to take them from `x`.
+        correction: taken off the count that the variance divides by: 0 as numpy, 1 as torch.var and most peers.
     """
     x = _wide(x)
-    _, mean, variance = _moments(x, mask) if moments is None else moments
+    count, mean, variance = _moments(x, mask) if moments is None else moments
+    variance = variance * (count / (count - correction).clamp_min(1))
     return _masked((x - mean) * torch.rsqrt(variance + eps), mask)
 
 

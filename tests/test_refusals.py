@@ -99,6 +99,7 @@ def refused(run, capsys, monkeypatch):
         (["ppo.dual_clip=1"], ["ppo.dual_clip=1", "above 1"]),
         (["ppo.importance=masked", "ppo.old_log_probs=sampler"], ["ppo.importance=masked", "old_log_probs=trainer"]),
         (["ppo.importance_limit=0.5"], ["ppo.importance_limit=0.5", "above 1"]),
+        (["ppo.importance_low=2"], ["ppo.importance_low=2", "between 0 and 1"]),
         (["ppo.overlong_buffer=80"], ["ppo.overlong_buffer=80", "rollout.max_new_tokens=80"]),
         (["data.max_seq_len=4096"], ["data.max_seq_len=4096", "512"]),
         (["rollout.max_new_tokens=500"], ["rollout.max_new_tokens=500", "512"]),

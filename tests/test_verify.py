@@ -153,7 +153,7 @@ def test_a_fault_of_sampling_is_caught_by_name(worlds, tmp_path, fault, check):
         ["loss=reinforce", "kl_coef=0", "advantage=reinforce++", "loss_mean=tokens", "entropy_coef=0.01"],
         ["kl=k3+", "advantage=dr_grpo", "dual_clip=1.1", "std_correction=0", "loss_mean=constant"],
         ["advantage=remax", "loss=reinforce", "overlong_buffer=4", "score_max=0.5", "score_scale=true"],
-        ["importance=masked", "importance_of=sequences", "overlong_buffer=8", "score_scale=true", "score_max=0.5"],
+        ["importance=masked", "importance_of=sequences", "importance_low=0.4", "overlong_buffer=8", "score_max=0.5"],
     ],
     ids=lambda choices: choices[0],
 )

@@ -89,6 +89,7 @@ def advantage(ctx: Context, _, x) -> dict[str, Tensor]:
         error = max(-0.2, min(0.2, float(kl.mean()) / config.kl_target - 1))
         state.kl_coef *= 1 + error * len(kl) / config.kl_horizon
     moments = result.moments if config.whiten_advantages else torch.tensor([1.0, 0.0, 1.0])
+    moments[2] *= moments[0] / (moments[0] - config.std_correction).clamp_min(1)
     aims = {"advantages": result.advantages, "advantage_moments": moments, "returns": result.returns}
     return {"rewards": rewards, **aims}
 

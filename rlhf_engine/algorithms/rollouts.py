@@ -235,7 +235,9 @@ def _scoring(ctx: Context, x) -> Callable[[Mapping[int, Response]], None]:
 def importance(ctx: Context, _, x) -> dict[str, Tensor]:
     """How much each token counts, by how probable it is to the trainer and was to the sampler."""
     config, both = ctx.settings, (x.log_probs, x.sampler_log_probs, x.response_mask)
-    found = importance_weights(*both, config.importance, of=config.importance_of, limit=config.importance_limit)
+    found = importance_weights(
+        *both, config.importance, of=config.importance_of, limit=config.importance_limit, low=config.importance_low
+    )
     plain = importance_weights(*both, of=config.importance_of, limit=torch.inf)
     ctx.metrics.mean("importance/mean", found, x.response_mask)
     ctx.metrics.mean("importance/cut", (found != plain).float(), x.response_mask)

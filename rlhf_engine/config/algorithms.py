@@ -126,6 +126,7 @@ class SamplingConfig:
     importance: Literal["none", "truncated", "masked"] = "none"
     importance_of: Literal["tokens", "sequences"] = "tokens"
     importance_limit: float = 2.0
+    importance_low: float | None = None  # the lower bound; null: 0 if truncated, 1 / importance_limit if masked
     score_min: float | None = None  # raise scores to this at least
     score_max: float | None = None  # and lower them to this at most
     score_center: bool = False  # then take off their running mean
@@ -134,6 +135,7 @@ class SamplingConfig:
     # taken off the score of one of rollout.max_new_tokens, and less off those that are up to so many tokens shorter
     overlong_penalty: float = 1.0
     overlong_buffer: int = 0  # 0: off
+    std_correction: int = 1  # taken off the count in a standard deviation: 1 as most, 0 as numpy
     write_rollouts: bool = False  # every iteration's responses, in OUTPUT_DIR/PHASE/rollouts/ITERATION.jsonl
     write_arrays: bool = False  # and all that its updates were computed from, in ITERATION.npz (docs/data.md)
     eval_prompts: int = 128
@@ -181,6 +183,10 @@ class SamplingConfig:
             )
         if self.importance_limit <= 1:
             raise ConfigError(f"{name}.importance_limit={self.importance_limit} must be above 1")
+        if self.importance_low is not None and not 0 <= self.importance_low <= 1:
+            raise ConfigError(f"{name}.importance_low={self.importance_low} must lie between 0 and 1")
+        if self.std_correction not in (0, 1):
+            raise ConfigError(f"{name}.std_correction={self.std_correction} must be 0 or 1")
         if self.num_minibatches < 1 or self.samples % self.num_minibatches:
             raise ConfigError(
                 f"{name}.num_minibatches={self.num_minibatches} does not divide the {self.samples} samples of an"
@@ -210,6 +216,7 @@ class PPOConfig(SamplingConfig):
     critic_lambda: float | None = None  # of the returns that the critic learns; null: as the advantages'
     clip_value: float = 0.2
     whiten_advantages: bool = True
+    std_correction: int = 0  # taken off the count of tokens in it: 1 as verl, TRL and others, 0 as OpenRLHF
     critic_warmup_iterations: int = 0  # first iterations train the critic alone
     ptx: PTXConfig = field(default_factory=PTXConfig)
     critic_optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=3e-4))
@@ -249,7 +256,6 @@ class GroupConfig(SamplingConfig):
 
     # what a score is compared with (docs/algorithms.md)
     advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++_baseline", "remax", "none"] = "grpo"
-    std_correction: int = 1  # taken off the count in a standard deviation: 1 as most, 0 as numpy
     std_eps: float = 1e-6  # added to it
     redraws: int = 0  # rounds, at most, in which further prompts take the place of those whose scores are all equal
 
@@ -261,8 +267,6 @@ class GroupConfig(SamplingConfig):
     def check(self, name: str, reward: RewardConfig, rollout: RolloutConfig, dp: int) -> None:
         """The same, and that there is something to compare a score with."""
         super().check(name, reward, rollout, dp)
-        if self.std_correction not in (0, 1):
-            raise ConfigError(f"{name}.std_correction={self.std_correction} must be 0 or 1")
         if self.samples_per_prompt == 1 and self.redraws:
             raise ConfigError(f"{name}.redraws={self.redraws} needs {name}.samples_per_prompt of 2 or more")
         is_alone = self.is_scored and self.samples_per_prompt == 1

@@ -151,7 +151,7 @@ def policy_terms(it: Iteration, work: Work) -> tuple[Tensor, float]:
     assert x.advantages is not None and x.response_mask is not None
     advantages, selected, condition = x.advantages[rows].double(), x.advantages[x.response_mask].double(), 1.0
     if x.advantage_moments is not None and config.whiten_advantages:
-        mean, std = selected.mean(), (selected.var(correction=0) + 1e-8).sqrt()
+        mean, std = selected.mean(), (selected.var(correction=config.std_correction) + 1e-8).sqrt()
         advantages, condition = (advantages - mean) / std, 1 + float(mean.abs() / std)
     if x.importance is not None:
         advantages = advantages * x.importance[rows]
