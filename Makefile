@@ -7,7 +7,7 @@
 # make bench-schedule  idle time of pipelines, roles apart and in one stream: benchmarks/results/schedule.csv
 # make bench-plan     plans beside measured seconds and memory: benchmarks/results/plan.csv
 # make bench-ppo      a whole PPO step against TRL's PPOTrainer: benchmarks/results/ppo.csv
-# make bench-fidelity  20 steps of SFT, reward model, DPO, IPO and KTO beside TRL's: benchmarks/results/fidelity.csv
+# make bench-fidelity  20 steps of SFT, reward model, DPO, KTO, GRPO and others beside TRL's: benchmarks/results/fidelity.csv
 # make bench-checkpoint  what a save costs the loop, waited for or not: benchmarks/results/checkpoint.csv
 # make bench-data     preparing a data set against datasets.map; BENCH='--tokenizer DIR --file ROWS.jsonl.gz'
 # make bench-curves   every algorithm on the embedded data, three seeds: benchmarks/results/curves.csv

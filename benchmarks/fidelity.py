@@ -1,239 +1,170 @@
-"""Steps side by side with TRL's: loss, gradient norm and weights of SFT, reward model, DPO, IPO and KTO.
+"""Steps side by side with TRL's: loss, gradient norm and weights, and how long an iteration takes.
 
-    python benchmarks/fidelity.py [--policy DIR] [--cases sft reward dpo ipo kto] [--layout 1x2t dp2 tp2] [--steps N]
+    python benchmarks/fidelity.py [--policy DIR] [--cases sft ... grpo ...] [--layout 1x2t dp2 tp2] [--steps N]
+    python benchmarks/fidelity.py --policy 15m --prompt 32 128 --answer 64 384 --cases dpo grpo  # realistic lengths
 
-Both sides start from the same weights, a random Llama or those of DIR in Hugging Face format, and get the same rows of
-token ids of many lengths, the same batches and the same Adam. Each loss and gradient norm of TRL's, before clipping, is
-held to ours as a share of it, and each tensor at the end to ours as a share of the largest weight of it. More than
-1e-4 apart is an exit code of 1. Appends to benchmarks/results/fidelity.csv.
+Both sides start from the same weights, a random Llama (6m, 15m, 40m) or those of DIR in Hugging Face format, and get
+the same rows of token ids of many lengths, the same batches and the same Adam; where an algorithm samples, responses
+and their scores are given to both. Each loss and gradient norm of TRL's, before clipping, is held to ours as a share
+of it (losses of given responses, whose terms cancel, as a share of the largest), and each tensor at the end to ours as
+a share of the largest weight of it. More than 1e-4 apart is an exit code of 1.
+
+The sides take turns, an iteration each, and the medians of its seconds are compared. TRL is one process with two
+threads; of ours `1x2t` is one rank with two threads, dp2 and tp2 two ranks with one each. Appends to
+benchmarks/results/fidelity.csv.
 """
 
 from __future__ import annotations
 
-import functools
+import argparse
+import contextlib
 import math
-import os
 import random
+import statistics
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import torch
-from harness import append, argument_parser, run
-from rollout import LAYOUTS, THREADS, make_llama
+from harness import World, append, argument_parser, take_turns
+from rollout import LAYOUTS, LLAMAS, THREADS, make_llama
+from sides import Case, Row, Side, be_quiet, our_side, trl_side
 
-CASES = ("sft", "reward", "dpo", "ipo", "kto")
-ROWS, LIMIT = 16, 1e-4  # rows of a batch: pairs, answers or dialogues
-ADAM = dict(lr=3e-4, beta1=0.9, beta2=0.95, eps=1e-5, clip_grad=1.0)
-Side = tuple[list[float], list[float], dict[str, torch.Tensor]]  # losses, gradient norms, weights at the end
+LIMIT = 1e-4
+WHOLE = {"max_length": None}
+_OURS = {"samples_per_prompt": 4, "epochs": 2, "std_eps": 1e-4, "kl_coef": 0.0}
+_THEIRS = {"num_generations": 4, "num_iterations": 2, "shuffle_dataset": False}
+CASES = {
+    "sft": Case("sft", "SFT", theirs=WHOLE),
+    "reward": Case("reward", "Reward", theirs=WHOLE),
+    "dpo": Case("dpo", "DPO", theirs=WHOLE),  # the reference at each step there, once and beforehand here
+    "dpo_each": Case("dpo", "DPO", {"reference": "each_step"}, WHOLE),
+    "ipo": Case("dpo", "DPO", {"loss": "ipo"}, WHOLE | {"loss_type": ["ipo"]}),
+    "kto": Case("kto", "KTO", theirs=WHOLE),
+    "grpo": Case(
+        "grpo", "GRPO", _OURS | {"kl_coef": 0.04},
+        _THEIRS | {"loss_type": "grpo", "beta": 0.04, "use_bias_correction_kl": False},
+    ),
+    "grpo_k3+": Case(  # what they have where nothing is said, of one step on the same rows
+        "grpo", "GRPO", _OURS | {"epochs": 1, "kl_coef": 0.04, "kl": "k3+"},
+        _THEIRS | {"num_iterations": 1, "loss_type": "grpo", "beta": 0.04},
+    ),
+    "dapo": Case(
+        "grpo", "GRPO", _OURS | {"loss_mean": "tokens", "clip_ratio_high": 0.28},
+        _THEIRS | {"loss_type": "dapo", "epsilon_high": 0.28},
+    ),
+    "dr_grpo": Case(
+        "grpo", "GRPO", _OURS | {"advantage": "dr_grpo", "loss_mean": "constant"},
+        _THEIRS | {"loss_type": "dr_grpo", "scale_rewards": "none"},
+    ),
+    "gspo": Case(
+        "grpo", "GRPO", _OURS | {"loss": "gspo", "clip_ratio": 0.02, "clip_ratio_high": 0.03},
+        _THEIRS | {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 0.02, "epsilon_high": 0.03},
+    ),
+    "cispo": Case(
+        "grpo", "GRPO", _OURS | {"loss": "cispo", "loss_mean": "tokens", "clip_ratio": 1.0, "clip_ratio_high": 0.1},
+        _THEIRS | {"loss_type": "cispo", "epsilon_high": 1.1},
+    ),
+}  # fmt: skip
 
 
-def rows_of(policy: Path, steps: int) -> list[dict[str, Any]]:
-    """Prompts with two answers each, and a label."""
+def rows_of(args: argparse.Namespace, policy: Path, case: Case) -> list[list[Row]]:
+    """The rows of each iteration, `case.group` to a prompt."""
     from rlhf_engine.hf.config import read_model_config
 
     draw, vocab_size = random.Random(1), read_model_config(policy).vocab_size
 
-    def tokens(least: int, most: int) -> list[int]:
-        return [draw.randrange(3, vocab_size) for _ in range(draw.randint(least, most))]
+    def tokens(lengths: tuple[int, int]) -> list[int]:
+        return [draw.randrange(3, vocab_size) for _ in range(draw.randint(*lengths))]
 
-    return [
-        {"prompt": tokens(4, 24), "chosen": tokens(3, 40), "rejected": tokens(3, 40), "label": draw.random() < 0.6}
-        for _ in range(ROWS * steps)
-    ]
+    def row(prompt: list[int]) -> Row:
+        answers = {"chosen": tokens(args.answer), "rejected": tokens(args.answer)}
+        return {"prompt": prompt, **answers, "label": draw.random() < 0.6}
 
-
-# -- TRL -----------------------------------------------------------------------------------------------------
-
-
-def trl_side(case: str, policy: Path, rows: list[dict[str, Any]]) -> Side:
-    """One process, without DDP."""
-    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        del os.environ[variable]
-    import transformers
-    import trl
-    from datasets import Dataset
-
-    be_quiet()
-    name = {"sft": "SFT", "reward": "Reward", "kto": "KTO"}.get(case, "DPO")
-    losses: list[float] = []
-
-    class Trainer(getattr(trl, f"{name}Trainer")):
-        def _prepare_dataset(self, dataset, *args, **kwargs):
-            return dataset  # which is in token ids
-
-        def compute_loss(self, *args, **kwargs):
-            found = super().compute_loss(*args, **kwargs)
-            losses.append(float(found[0] if isinstance(found, tuple) else found))
-            return found
-
-    of_case = {"dpo": {"loss_type": ["sigmoid"]}, "ipo": {"loss_type": ["ipo"]}}.get(case, {})
-    config = getattr(trl, f"{name}Config")(
-        output_dir=tempfile.mkdtemp(), use_cpu=True, bf16=False, report_to=[], disable_tqdm=True, save_strategy="no",
-        per_device_train_batch_size=ROWS, num_train_epochs=1, logging_steps=1, gradient_checkpointing=False,
-        train_sampling_strategy="sequential", learning_rate=ADAM["lr"], adam_beta1=ADAM["beta1"],
-        adam_beta2=ADAM["beta2"], adam_epsilon=ADAM["eps"], max_grad_norm=ADAM["clip_grad"], weight_decay=0.0,
-        lr_scheduler_type="constant", max_length=None, **of_case,
-    )  # fmt: skip
-    kinds = transformers.AutoModelForSequenceClassification, transformers.AutoModelForCausalLM
-    model = kinds[case != "reward"].from_pretrained(policy, dtype=torch.float32)
-    data = Dataset.from_list([row for i in range(0, len(rows), ROWS) for row in trl_rows(case, rows[i : i + ROWS])])
-    trainer = Trainer(model=model, args=config, train_dataset=data, processing_class=tokenizer(policy))
-    trainer.log = lambda logs, *_: norms.append(float(logs["grad_norm"])) if "grad_norm" in logs else None
-    norms: list[float] = []
-    trainer.train()
-    return losses, norms, {key: value.detach().clone() for key, value in model.state_dict().items()}
+    prompts = [[tokens(args.prompt) for _ in range(args.rows // case.group)] for _ in range(args.steps // case.epochs)]
+    return [[row(prompt) for prompt in each for _ in range(case.group)] for each in prompts]
 
 
-def trl_rows(case: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A batch as TRL has it behind its tokenisation."""
-    if case == "sft":
-        masks = [[-100] * len(row["prompt"]) + row["chosen"] for row in rows]
-        return [{"input_ids": r["prompt"] + r["chosen"], "labels": mask} for r, mask in zip(rows, masks, strict=True)]
-    if case == "reward":
-        return [{f"{side}_ids": row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in rows]
-    if case != "kto":
-        return [{f"{part}_ids": row[part] for part in ("prompt", "chosen", "rejected")} for row in rows]
-    said = [row["chosen" if row["label"] else "rejected"] for row in rows]
-    return [
-        {"prompt_ids": row["prompt"], "completion_ids": own, "KL_completion_ids": other, "label": row["label"]}
-        for row, own, other in zip(rows, said, [said[-1], *said[:-1]], strict=True)
-    ]
-
-
-def tokenizer(policy: Path) -> Any:
-    """What a trainer asks for, and has no use for."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(WordLevel({"<pad>": 0, "<unk>": 1, "<end>": 2}, unk_token="<unk>"))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="<end>", unk_token="<unk>", name_or_path=str(policy)
-    )
-
-
-# -- ours ----------------------------------------------------------------------------------------------------
-
-
-def our_side(case: str, policy: Path, start: Path, rows: list[dict[str, Any]], layout: str) -> Side:
-    """Every rank; the main one has the weights.
-
-    Args:
-        start: what is trained, the policy or a scorer.
-    """
-    from rlhf_engine.algorithms import ALGORITHMS
-    from rlhf_engine.config import MeshConfig
-    from rlhf_engine.context import Context
-    from rlhf_engine.hf.weights import Table, parameters, whole_tensors
-    from rlhf_engine.launching.build import begin, build_role
-    from rlhf_engine.launching.folders import read_base
-    from rlhf_engine.mesh import ParallelMesh
-    from rlhf_engine.schedule import Schedule
-
-    tp, dp = LAYOUTS[layout]
-    phase, losses, norms = "dpo" if case == "ipo" else case, [], []
-    with tempfile.TemporaryDirectory() as folder:
-        config = our_config(case, phase, len(rows) // ROWS, folder)
-        config.policy.path, config.reward.path = str(policy), str(start) if start != policy else None
-        mesh = ParallelMesh(MeshConfig(tp=tp, pp=1, dp=dp), "cpu")
-        bases = {"policy": read_base(str(policy))}
-        bases["reward"] = read_base(str(start), "reward") if start != policy else bases["policy"]
-        data = [our_row(case, row) for row in rows]
-        drawn = SimpleNamespace(batch=lambda start, size: data[start : start + size], held_out=data[:2])
-        ctx = Context(config, bases, mesh, SimpleNamespace(end_ids=[]), {phase: drawn}, None, None)  # type: ignore[arg-type]
-        ctx.build = functools.partial(build_role, ctx)
-        algorithm = ALGORITHMS[phase](config)
-        specs = {name: spec for name, spec in algorithm.roles().items() if spec.optimizer}
-        schedule = Schedule(algorithm.stages, algorithm.provided, specs)
-        begin(ctx, phase, specs)
-        role = next(iter(ctx.roles.values()))
-        for _ in range(algorithm.iterations):
-            schedule.run(ctx, algorithm.batch(ctx))
-            ctx.state.iteration += 1
-            figures, _ = ctx.metrics.reduce(mesh)
-            losses.append(figures[f"{role.name}/loss"])
-            norms.append(figures[f"{role.name}/grad_norm"])
-        role.gather()
-        mine = {name: parameter.detach() for name, parameter in parameters(role.chunks)}
-        return losses, norms, dict(whole_tensors(mine, Table(role.model, role.head), mesh))
-
-
-def our_config(case: str, phase: str, steps: int, folder: str) -> Any:
-    from rlhf_engine.config import OptimizerConfig, RunConfig
-
-    config = RunConfig(phases=[phase], device="cpu", output_dir=folder)  # type: ignore[list-item]
-    config.dpo.loss = "ipo" if case == "ipo" else "dpo"
-    section = getattr(config, phase)
-    section.iterations, section.batch_size, section.micro_batch_size = steps, ROWS, ROWS // 4
-    section.optimizer = OptimizerConfig(**ADAM)  # type: ignore[arg-type]
-    return config
-
-
-def our_row(case: str, row: dict[str, Any]) -> Any:
-    from rlhf_engine.data.dataset import Example
-
-    prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
-    if case == "kto":
-        chosen, rejected = (chosen, None) if row["label"] else (None, rejected)
-    return Example(prompt, prompt, [False] * len(prompt), chosen, rejected, prompt, prompt)
-
-
-# -- side by side --------------------------------------------------------------------------------------------
-
-
-def compare(ours: Side, theirs: Side) -> dict[str, float]:
+def compare(case: Case, ours: Side, theirs: Side) -> dict[str, float]:
     """The largest differences."""
     gaps = {}
     for name, mine, other in zip(("loss", "grad_norm"), ours, theirs, strict=False):
-        gaps[name] = max(abs(x - y) / abs(y) for x, y in zip(mine, other, strict=True))
+        least = max(map(abs, other)) if name == "loss" and case.is_given else 0.0
+        gaps[name] = max(abs(x - y) / max(abs(y), least) for x, y in zip(mine, other, strict=True))
     weights = [(ours[2][name], tensor) for name, tensor in theirs[2].items() if name in ours[2]]
     gaps["weights"] = max(float((x - y).abs().max() / y.abs().max()) for x, y in weights)
     return gaps
 
 
+def measure(args: argparse.Namespace, name: str, policy: Path, start: Path) -> float:
+    """One case, all layouts; returns the largest difference."""
+    parts = {"per_device_train_batch_size": args.rows // args.parts, "gradient_accumulation_steps": args.parts}
+    case, worst = replace(CASES[name], theirs=parts | CASES[name].theirs), 0.0
+    batches = rows_of(args, policy, case)
+    with contextlib.ExitStack() as stack:
+        worlds = {"trl": World(trl_side, case, start, batches, threads=THREADS)}
+        for layout in args.layout:
+            size = math.prod(LAYOUTS[layout])
+            common = (case, policy, start, batches, layout)
+            worlds[layout] = World(our_side, *common, size=size, threads=THREADS // size)
+        for world in worlds.values():
+            stack.enter_context(world)
+        turns = take_turns({side: world.ask for side, world in worlds.items()}, len(batches) - 1)
+        seconds = {side: statistics.median(samples) for side, samples in turns.items()}
+        found = {side: world.results()[0] for side, world in worlds.items()}
+    for layout in args.layout:
+        gaps = compare(case, found[layout], found["trl"])
+        worst = max(worst, *gaps.values())
+        publish(args, name, layout, found[layout][0], gaps, seconds[layout], seconds["trl"])
+    return worst
+
+
+def publish(
+    args: argparse.Namespace, name: str, layout: str, losses: list[float], gaps: dict[str, float], ours: float,
+    theirs: float,
+) -> None:  # fmt: skip
+    ends = f"{losses[0]:.6f} {losses[-1]:.6f}"
+    differences = "".join(f"{gap:12.1e}" for gap in gaps.values())
+    print(f"{name:10}{layout:8}{ends:>24}{differences}{ours:10.3f}{theirs:10.3f}{theirs / ours:8.2f}", flush=True)
+    lengths = {key: "-".join(map(str, getattr(args, key))) for key in ("prompt", "answer")}
+    row = {
+        "case": name, "layout": layout, "policy": Path(args.policy).name, "steps": args.steps,
+        **{f"{key}_gap": gap for key, gap in gaps.items()},
+        "rows": args.rows, "trl_parts": args.parts, **lengths, "ours_s": ours, "trl_s": theirs, "ratio": theirs / ours,
+    }  # fmt: skip
+    append("fidelity", [row], ["transformers", "trl"])
+
+
 def main() -> None:
     parser = argument_parser(__doc__)
-    parser.add_argument("--policy", type=Path)
+    parser.add_argument("--policy", default="6m", help=f"a folder, or {', '.join(LLAMAS)}")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=["1x2t", "dp2"])
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rows", type=int, default=16, help="of a batch: pairs, answers, dialogues or responses")
+    parser.add_argument("--parts", type=int, default=1, help="micro-batches that TRL cuts a batch into; ours are four")
+    parser.add_argument("--prompt", type=int, nargs=2, default=(4, 24), help="least and most tokens")
+    parser.add_argument("--answer", type=int, nargs=2, default=(3, 40), help="likewise")
     args, worst = parser.parse_args(), 0.0
+    be_quiet()
+    print(
+        f"{'':10}{'layout':8}{'first and last loss':>24}{'loss':>12}{'grad norm':>12}{'weights':>12}"
+        f"{'ours s':>10}{'TRL s':>10}{'ratio':>8}"
+    )
     with tempfile.TemporaryDirectory() as temporary:
-        policy = args.policy or make_llama("6m", Path(temporary) / "6m")
-        rows = rows_of(policy, args.steps)
-        print(f"{'':10}{'layout':8}{'first and last loss':>24}{'loss':>12}{'grad norm':>12}{'weights':>12}")
-        for case in args.cases:
-            start = make_scorer(policy, Path(temporary) / "scorer") if case == "reward" else policy
-            (theirs,) = run(trl_side, case, start, rows, threads=THREADS)
-            for layout in args.layout:
-                size = math.prod(LAYOUTS[layout])
-                ours = run(our_side, case, policy, start, rows, layout, size=size, threads=THREADS // size)[0]
-                gaps = compare(ours, theirs)
-                worst = max(worst, *gaps.values())
-                ends = f"{ours[0][0]:.6f} {ours[0][-1]:.6f}"
-                print(f"{case:10}{layout:8}{ends:>24}" + "".join(f"{gap:12.1e}" for gap in gaps.values()), flush=True)
-                about = {"case": case, "layout": layout, "policy": policy.name, "steps": args.steps}
-                append(
-                    "fidelity", [about | {f"{name}_gap": gap for name, gap in gaps.items()}], ["transformers", "trl"]
-                )
+        folder = Path(temporary)
+        policy = make_llama(args.policy, folder / args.policy) if args.policy in LLAMAS else Path(args.policy)
+        for name in args.cases:
+            start = make_scorer(policy, folder / "scorer") if CASES[name].phase == "reward" else policy
+            worst = max(worst, measure(args, name, policy, start))
     sys.exit(worst > LIMIT)
-
-
-def be_quiet() -> None:
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
 
 
 def make_scorer(policy: Path, folder: Path) -> Path:
     """The policy with a scalar head in the place of its LM head."""
     from transformers import AutoModelForSequenceClassification
 
-    be_quiet()
     torch.manual_seed(2)
     model = AutoModelForSequenceClassification.from_pretrained(
         policy, num_labels=1, pad_token_id=0, dtype=torch.float32

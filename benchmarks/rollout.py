@@ -34,6 +34,10 @@ LLAMAS = {
         hidden_size=256, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4, intermediate_size=704,
         vocab_size=6144,
     ),
+    "15m": dict(  # the shape of stories15M, with a vocabulary of Llama's size
+        hidden_size=288, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=6, intermediate_size=768,
+        vocab_size=32000,
+    ),
     "40m": dict(
         hidden_size=512, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=4, intermediate_size=1408,
         vocab_size=8192,
@@ -212,7 +216,7 @@ def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--stories", help="HF folder of stories260K; left out without one")
     parser.add_argument("--smollm", help="HF folder of SmolLM2-135M; left out without one")
-    parser.add_argument("--workloads", nargs="*", choices=LLAMAS, default=list(LLAMAS))
+    parser.add_argument("--workloads", nargs="*", choices=LLAMAS, default=["6m", "40m"])
     parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=["1x2t"])
     parser.add_argument("--lengths", nargs="+", choices=("fixed", "geometric"), default=["fixed", "geometric"])
     parser.add_argument("--prompts", type=int, default=256)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import signal
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -109,6 +110,19 @@ def test_a_new_column_stands_behind_the_others(harness, monkeypatch, tmp_path):
     assert list(first) == list(second) == columns
     assert [first["seconds"], first["ranks"], second["ranks"]] == ["1.235", "", "2"]
     assert second["torch"] == torch.__version__ and second["no-such-package"] == ""
+
+
+def test_settings_beside_trl_exist(harness):
+    import fidelity
+
+    from rlhf_engine.algorithms import ALGORITHMS
+    from rlhf_engine.config import RunConfig
+
+    for case in fidelity.CASES.values():
+        config = RunConfig(phases=[case.phase])
+        setattr(config, case.phase, replace(getattr(config, case.phase), **case.ours))
+        trains = [stage for stage in ALGORITHMS[case.phase](config).stages if stage.kind == "train"]
+        assert len(trains) == 1  # a step of each epoch
 
 
 @pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("*.py")), ids=lambda path: path.stem)
