@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -106,24 +107,31 @@ def slurm(folder: Path) -> Iterator[dict[str, str]]:
 
 @contextlib.contextmanager
 def ray() -> Iterator[tuple[str, list[subprocess.Popen]]]:
-    """A Ray cluster; gives the address of its head, and the process of each node."""
+    """A Ray cluster, which asks its nodes often whether they are there; gives the address of its head, and the process
+    of each node."""
     port = launcher.free_port()
     start = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", "start", "--block", "--num-cpus=1"]
     start += ["--disable-usage-stats", "--object-store-memory=100000000"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), *sys.path[1:]])}
+    path = os.pathsep.join([str(ROOT / "tests"), *sys.path[1:]])
+    environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "RAY_health_check_period_ms": "500"}
     nodes: list[subprocess.Popen] = []
-    try:
-        for role in (
-            ["--head", f"--port={port}", "--include-dashboard=false", "--node-ip-address=127.0.0.1"],
-            [f"--address=127.0.0.1:{port}", "--node-ip-address=127.0.0.2"],
-        ):
-            nodes.append(
-                subprocess.Popen([*start, *role], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            )
+    with tempfile.NamedTemporaryFile("r") as said:
+
+        def num_started() -> int:
+            return Path(said.name).read_text().count("Ray runtime started")
+
+        try:
+            for role in (
+                ["--head", f"--port={port}", "--include-dashboard=false", "--node-ip-address=127.0.0.1"],
+                [f"--address=127.0.0.1:{port}", "--node-ip-address=127.0.0.2"],
+            ):
+                with open(said.name, "a") as output:
+                    nodes.append(subprocess.Popen([*start, *role], env=environment, stdout=output, stderr=output))
+                wait_until(lambda: num_started() == len(nodes), "the start of a Ray node")
             wait_until(lambda: _num_ray_nodes(port) == len(nodes), "Ray's nodes")
-        yield f"127.0.0.1:{port}", nodes
-    finally:
-        end(nodes)
+            yield f"127.0.0.1:{port}", nodes
+        finally:
+            end(nodes)
 
 
 def _num_ray_nodes(port: int) -> int:

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: workers would wait for each other's threads
+
 import pytest
 import warm
 from hypothesis import HealthCheck, settings
@@ -60,15 +62,12 @@ def pytest_configure() -> None:
     os._exit = leave  # type: ignore[assignment]
 
 
-# Files that take longest, so that no worker begins one of them when the others are done.
+# Files that take longest, in this order, so that no worker begins one of them when the others are done.
 LONGEST = [
-    "test_launching",
-    "test_kernels_triton",
-    "test_hf_architectures",
-    "test_runs",
-    "test_verify",
-    "test_residency",
-]
+    "test_rehearse", "test_launching", "test_stops", "test_runs", "test_verify", "test_kernels_triton", "test_chaos",
+    "test_residency", "test_streams", "test_convert_hf", "test_saves", "test_rewards", "test_reward_path",
+    "test_rollout", "test_layout_invariance", "test_hf_architectures", "test_any_config", "test_watchdog", "test_plan",
+]  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -36,10 +36,11 @@ def too_few(prompts, responses, prompt_tokens, response_tokens):
 
 
 def held(*texts_and_tokens):
-    """The same; but in the third iteration it makes a file HELD and waits until the run is asked to stop or there is a
-    file HELD.go, so that a test may do what it likes to a run that stands still. A run that goes on finds that file."""
+    """The same; but in the third iteration, or the call number HELD_AT, it makes a file HELD and waits until the run is
+    asked to stop or there is a file HELD.go, so that a test may do what it likes to a run that stands still. A run that
+    goes on finds that file."""
     here, go = Path(os.environ["HELD"]), Path(os.environ["HELD"] + ".go")
-    if next(_calls) == 3:  # the first is the evaluation's
+    if next(_calls) == int(os.environ.get("HELD_AT", 3)):  # the first is the evaluation's
         here.touch()
         while not noted() and not go.exists():
             time.sleep(0.02)
@@ -63,9 +64,9 @@ def dies(*texts_and_tokens):
 
 
 def dies_at_times(*texts_and_tokens):
-    """The same, but for its fourth call in each of the first two processes that make it; DIED counts them."""
+    """The same, but for its third call in each of the first two processes that make it; DIED counts them."""
     died = os.path.getsize(os.environ["DIED"]) if os.path.exists(os.environ["DIED"]) else 0
-    if next(_calls) == 3 and died < 2:
+    if next(_calls) == 2 and died < 2:
         with open(os.environ["DIED"], "a") as file:
             file.write("x")
         os.kill(os.getpid(), signal.SIGKILL)

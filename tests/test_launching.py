@@ -25,11 +25,12 @@ from test_runs import assert_close, figures
 
 from rlhf_engine import signals
 from rlhf_engine.launching import ranks
+from rlhf_engine.launching.compose import compose
 from rlhf_engine.launching.ranks import PARENT, end_with_parent
 from rlhf_engine.signals import STOPPED, answer
 
 RUN = [sys.executable, "launch/run.py"]
-PPO = [*SMALL, "phases=[ppo]", "ppo.iterations=6", "ppo.save_every=6", "mesh.dp=2"]
+PPO = [*SMALL, "phases=[ppo]", "ppo.iterations=4", "ppo.save_every=4", "mesh.dp=2"]
 # figures are those of the function that does not wait
 HELD = [*PPO, "reward.fns=[rewards:held]"]
 
@@ -73,7 +74,7 @@ def plain(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("plain")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])}
     command = [*RUN, *PPO, "reward.fns=[rewards:short_and_polite]", f"output_dir={folder}"]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    warm.run(command, env=environment, cwd=ROOT, check=True)
     return figures(folder / "ppo")
 
 
@@ -83,11 +84,12 @@ def plain(tmp_path_factory) -> list[dict]:
 TORCHRUN = [sys.executable, "-c", "from torch.distributed.run import main; main()"]
 
 
-def test_torchrun(plain, tmp_path):
+def test_torchrun(plain, tmp_path, monkeypatch):
     """Killed, which ends its ranks too; and the same command once more."""
+    monkeypatch.setenv("HELD_AT", "1")
     command = [*TORCHRUN, "--nproc-per-node=2", "launch/run.py", *HELD, f"output_dir={tmp_path}"]
     with started(command, tmp_path) as torchrun:
-        wait_until((tmp_path / "held").exists, "the third iteration")
+        wait_until((tmp_path / "held").exists, "the first iteration")
         started_ranks = ranks_of(torchrun)
         torchrun.kill()
         _, alive = psutil.wait_procs(started_ranks, timeout=PATIENCE / 10)
@@ -150,10 +152,10 @@ def test_stopped_and_started_again(plain, tmp_path, case):
             assert "start the same again" in launcher.output() and "Traceback" not in launcher.output()
             os.close(ours)
     done = num_iterations(tmp_path)
-    assert 2 <= done < 6
+    assert 2 <= done < 4
     assert (tmp_path / "ppo" / "checkpoints" / "latest").read_text() == f"iteration_{done}"
     result = warm.run(command)
-    places = f"at iteration {done} of 6", f"within iteration {done + 1} of 6"
+    places = f"at iteration {done} of 4", f"within iteration {done + 1} of 4"
     assert result.returncode == 0 and any(f"ppo: resuming {place}" in result.stdout for place in places)
     assert figures(tmp_path / "ppo") == plain
 
@@ -249,8 +251,8 @@ def slurm(tmp_path_factory):
         pytest.skip("no Slurm here (Debian: slurmctld slurmd slurm-client munge), or not root")
     with clusters.slurm(tmp_path_factory.mktemp("slurm")) as environment:
 
-        def run(*command: str) -> str:
-            env = environment | {"PYTHON": sys.executable} | {name: os.environ[name] for name in ("PYTHONPATH", "HELD")}
+        def run(*command: str, python: str = sys.executable) -> str:
+            env = environment | {"PYTHON": python} | {name: os.environ[name] for name in ("PYTHONPATH", "HELD")}
             return subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout.strip()
 
         yield run
@@ -260,8 +262,16 @@ def state(slurm, job: str) -> str:
     return slurm("squeue", "-h", "-t", "all", "-j", job, "-o", "%T")
 
 
-def submit(slurm, folder: Path, *arguments: str) -> str:
-    return slurm("sbatch", "--parsable", f"--output={folder}/output.%a", *arguments)
+def submit(slurm, folder: Path, *arguments: str, **options: str) -> str:
+    return slurm("sbatch", "--parsable", f"--output={folder}/output.%a", *arguments, **options)
+
+
+def interpreter(folder: Path, script: str) -> str:
+    """A program that a job runs in place of Python."""
+    path = folder / "interpreter"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
 
 
 TWO_NODES = ["--nodes=2", "--ntasks-per-node=1", "launch/slurm/train.sbatch"]
@@ -269,76 +279,94 @@ TWO_NODES = ["--nodes=2", "--ntasks-per-node=1", "launch/slurm/train.sbatch"]
 
 def test_slurm_job_is_preempted_and_goes_on(slurm, plain, tmp_path):
     """On two nodes, which a job of higher priority takes for a while."""
-    job = submit(slurm, tmp_path, *TWO_NODES, *HELD, f"output_dir={tmp_path}")
+    folder = tmp_path / "a run"
+    job = submit(slurm, tmp_path, *TWO_NODES, *HELD, f"output_dir={folder}")
     wait_until((tmp_path / "held").exists, "the third iteration")
     slurm("sbatch", "--wait", "--partition=urgent", "--nodes=2", "--output=/dev/null", "--wrap=true")
-    assert 2 <= num_iterations(tmp_path) < 6
+    assert 2 <= num_iterations(folder) < 4
     wait_until(lambda: state(slurm, job) == "COMPLETED", "the end of the job")
     output = next(tmp_path.glob("output.*")).read_text()
     assert "start the same again" in output and "ppo: resuming " in output
-    assert figures(tmp_path / "ppo") == plain
+    assert figures(folder / "ppo") == plain
 
 
 def test_cancelled_slurm_job_stays_cancelled(slurm, tmp_path):
-    job = submit(slurm, tmp_path, *TWO_NODES, *HELD, f"output_dir={tmp_path}")
-    wait_until((tmp_path / "held").exists, "the third iteration")
+    """Also where all ranks have saved, as when they are preempted."""
+    ranks = """
+trap 'touch "$HELD.saved.$SLURM_PROCID"; exit 75' TERM
+touch "$HELD.$SLURM_PROCID"
+while true; do sleep 0.02; done"""
+    job = submit(slurm, tmp_path, *TWO_NODES, python=interpreter(tmp_path, ranks))
+    wait_until(lambda: all((tmp_path / f"held.{rank}").exists() for rank in (0, 1)), "both ranks")
     slurm("scancel", job)
     wait_until(lambda: state(slurm, job) == "CANCELLED", "the end of the job")
-    assert "start the same again" in next(tmp_path.glob("output.*")).read_text()
+    assert all((tmp_path / f"held.saved.{rank}").exists() for rank in (0, 1))
 
 
 def test_slurm_array(slurm, tmp_path):
     """A seed a task, one task at a time; a line that is missing is named."""
     seeds = tmp_path / "seeds.txt"
     seeds.write_text("".join(f"seed={n} 'output_dir={tmp_path}/seed {n}'\n" for n in (1, 2)))
-    settings = [*SMALL, "phases=[sft]", "sft.iterations=1", "mesh.dp=1", "export_hf=false"]
-    job = submit(slurm, tmp_path, "--array=1-3%1", "launch/slurm/train.sbatch", f"@{seeds}", *settings)
-    states = []
-
-    def ended() -> bool:
-        states.append(state(slurm, job).split())
-        return not {"PENDING", "RUNNING", "COMPLETING"} & set(states[-1])
-
-    wait_until(ended, "the array")
-    assert sorted(states[-1]) == ["COMPLETED", "COMPLETED", "FAILED"]
-    assert max(found.count("RUNNING") for found in states) == 1
-    losses = {figures(tmp_path / f"seed {n}" / "sft")[0]["policy/loss"] for n in (1, 2)}
-    assert len(losses) == 2
+    says = """
+printf '%s\\n' "$@"
+touch "$HELD"
+while [ ! -e "$HELD.go" ]; do sleep 0.02; done"""
+    array = ["--array=1-3%1", "launch/slurm/train.sbatch", f"@{seeds}", *PPO]
+    job = submit(slurm, tmp_path, *array, python=interpreter(tmp_path, says))
+    wait_until((tmp_path / "held").exists, "the first task")
+    reasons = ("squeue", "-h", "-j", job, "-o", "%T %r")
+    wait_until(lambda: "PENDING JobArrayTaskLimit" in slurm(*reasons), "its turn of the second")
+    assert slurm(*reasons).count("RUNNING") == 1
+    (tmp_path / "held.go").touch()
+    wait_until(lambda: not {"PENDING", "RUNNING", "COMPLETING"} & set(state(slurm, job).split()), "the array")
+    assert sorted(state(slurm, job).split()) == ["COMPLETED", "COMPLETED", "FAILED"]
+    for n in (1, 2):
+        said = (tmp_path / f"output.{n}").read_text().splitlines()
+        assert said == ["launch/run.py", *PPO, f"seed={n}", f"output_dir={tmp_path}/seed {n}"]
+        config = compose(said[1:])
+        assert (config.seed, config.output_dir) == (n, f"{tmp_path}/seed {n}")
     assert f"error: {seeds} has no line 3" in (tmp_path / "output.3").read_text()
 
 
 # -- Ray -----------------------------------------------------------------------------------------------------
 
 
-def test_ray(plain, tmp_path):
-    """On two nodes: stopped and started again; then one of the nodes is killed."""
+def runs(process: psutil.Process, program: str) -> bool:
+    """Whether a process, if it is still there, is one of a program."""
+    with contextlib.suppress(psutil.Error):
+        return any(word.endswith(program) for word in process.cmdline()[:2])
+    return False
+
+
+def test_ray(plain, tmp_path, monkeypatch):
+    """On two nodes: stopped and started again; then one of the nodes is killed, and the run goes on with the other."""
     pytest.importorskip("ray")
-    run = [sys.executable, "launch/ray/run.py"]
+    monkeypatch.setenv("HELD_AT", "1")
     with clusters.ray() as (address, nodes):
-        command = [*run, "--address", address, *HELD, f"output_dir={tmp_path}"]
+        command = [sys.executable, "launch/ray/run.py", "--address", address, *HELD, f"output_dir={tmp_path}"]
+        command += ["ppo.save_every=1", "max_restarts=1"]
         with started(command, tmp_path) as driver:
-            wait_until((tmp_path / "held").exists, "the third iteration")
+            wait_until((tmp_path / "held").exists, "the first iteration")
             driver.terminate()
             assert driver.wait(PATIENCE) == STOPPED, driver.output()
-        result = subprocess.run(command, capture_output=True, text=True)
-        assert result.returncode == 0 and "ppo: resuming " in result.stdout, result.stdout + result.stderr
-        assert figures(tmp_path / "ppo") == plain
-
-        for name in ("held", "held.go"):
+        for name in ("held", "held.go", "output"):
             (tmp_path / name).unlink()
-        again = tmp_path / "again"
-        again.mkdir()
-        settings = ["ppo.save_every=1", "max_restarts=1", f"output_dir={again}"]
-        with started([*run, "--address", address, *HELD, *settings], again) as driver:
-            wait_until((tmp_path / "held").exists, "the third iteration")
-            raylet = next(p for p in psutil.Process(nodes[1].pid).children(True) if p.name() == "raylet")
-            raylet.kill()
+        with started(command, tmp_path) as driver:
+            wait_until((tmp_path / "held").exists, "an iteration more")
+            on_two = figures(tmp_path / "ppo")
+            family = psutil.Process(nodes[1].pid).children(recursive=True)
+            lost = [process for process in family if runs(process, "launch/run.py")]
+            next(process for process in family if runs(process, "raylet")).kill()
+            _, alive = psutil.wait_procs(lost, timeout=PATIENCE)
+            assert len(lost) == 1 and not alive, "a rank outlived its node"
             (tmp_path / "held.go").touch()
             assert driver.wait(PATIENCE) == 0, driver.output()
             # which rank is on which node is Ray's choice
             assert re.search(r"error: the node of ranks ([01]) to \1: ", driver.output()), driver.output()
             assert "starting again on 1 replicas, 0 of max_restarts=1 left" in driver.output()
-        assert_close(figures(again / "ppo"), plain, 1e-4)
+            assert driver.output().count("ppo: resuming ") == 2
+    assert on_two and on_two == plain[: len(on_two)]
+    assert_close(figures(tmp_path / "ppo"), plain, 1e-4)
 
 
 @pytest.mark.parametrize("restarts", [0, 1])

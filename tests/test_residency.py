@@ -8,14 +8,15 @@ import os
 import re
 import resource
 import shutil
-import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import cases
 import pytest
 import torch
+import warm
 import worlds as launching
 from conftest import ROOT, SMALL, launch
 from test_hf_architectures import make
@@ -128,23 +129,18 @@ def test_a_run_that_fits_only_because_two_roles_leave(large, tmp_path):
 
 def limited(limit: int | None, *overrides: str) -> int:
     """Runs one rank under a limit on the bytes that it may allocate; gives the most that it had."""
-
-    def restrict() -> None:
-        if limit is not None:
-            resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-
     port = str(launching.launcher.free_port())
     env = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    rank = subprocess.Popen(
-        [sys.executable, str(ROOT / "launch" / "run.py"), *overrides],
-        env=env, preexec_fn=restrict, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    most = 0
-    while rank.poll() is None:
-        with contextlib.suppress(OSError):
-            found = re.search(r"VmData:\s+(\d+)", Path(f"/proc/{rank.pid}/status").read_text())
-            most = max(most, int(found[1]) << 10 if found else 0)
-        time.sleep(0.02)
-    assert rank.returncode == 0, rank.communicate()[0]
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    with tempfile.NamedTemporaryFile("r") as said:
+        rank = warm.Command([sys.executable, str(ROOT / "launch" / "run.py"), *overrides], said.name, said.name, env)
+        if limit is not None:
+            resource.prlimit(rank.pid, resource.RLIMIT_DATA, (limit, limit))
+        most = 0
+        while rank.poll() is None:
+            with contextlib.suppress(OSError):
+                found = re.search(r"VmData:\s+(\d+)", Path(f"/proc/{rank.pid}/status").read_text())
+                most = max(most, int(found[1]) << 10 if found else 0)
+            time.sleep(0.02)
+        assert rank.returncode == 0, said.read()
     return most

@@ -1,8 +1,8 @@
 """Python that starts warm: commands and ranks as forks of a server that has imported torch, megatron and the engine.
 
 A fresh interpreter spends 4 s of processor time on these imports, a launcher of two ranks 8, and the tests start
-hundreds. What is about the start of an interpreter itself (other launchers, what is imported when, limits on memory)
-uses `subprocess` instead.
+hundreds. What is about the start of an interpreter itself (other launchers, what is imported when) uses `subprocess`
+instead.
 """
 
 from __future__ import annotations

@@ -61,6 +61,8 @@ class FakeGPU(TorchDispatchMode, Ledger):
         Ledger.__init__(self, memory, name, rank)
         self.writes = writes
         self.shapes = _Shapes(allow_non_fake_inputs=True)
+        with self.shapes:
+            pass  # it has made torch ready for its device, for good
         self.values: weakref.WeakKeyDictionary[UntypedStorage, Tensor] = weakref.WeakKeyDictionary()
         self.integer = 0  # what an integer is taken for that floats decide
         self.assumed: Counter[str] = Counter()
@@ -143,8 +145,7 @@ class FakeGPU(TorchDispatchMode, Ledger):
         if name not in _VIEWS:
             self.stage.kernels += 1
         try:
-            with self.shapes:
-                out = func(*args, **kwargs)
+            out: Any = self.shapes.dispatch(func, types, args, kwargs)  # to enter the mode would take as long once more
         except RuntimeError as error:
             if len({tensor.device for tensor in tensors}) > 1:
                 places = ", ".join(f"{tuple(tensor.shape)} on {tensor.device}" for tensor in tensors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import time
 import weakref
@@ -49,17 +50,20 @@ class Stage:
     replays: int = 0
 
 
-def place(background: Iterable[str] = _BACKGROUND) -> str:
+def place() -> str:
     """`file:line` of the code that asked, below what torch and the rehearsal have put on top of it."""
     frame = sys._getframe(1)
-    while frame is not None and any(part in frame.f_code.co_filename for part in background):
-        if "site-packages/megatron" in frame.f_code.co_filename:
-            break
+    while frame is not None and _is_background(frame.f_code.co_filename):
         frame = frame.f_back  # type: ignore[assignment]
     if frame is None:
         return "?"
     name = frame.f_code.co_filename.split("site-packages/")[-1]
     return f"{'/'.join(name.split('/')[-3:])}:{frame.f_lineno}"
+
+
+@functools.cache
+def _is_background(filename: str) -> bool:
+    return "site-packages/megatron" not in filename and any(part in filename for part in _BACKGROUND)
 
 
 class Ledger:

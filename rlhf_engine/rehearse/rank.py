@@ -3,7 +3,9 @@ are copies of, because what a rank imports takes longer than a small rehearsal."
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
+import gc
 import importlib
 import json
 import logging
@@ -23,6 +25,12 @@ from .part import Part
 
 _MESSAGE = 1 << 20  # bytes of the largest
 _NODE = 8  # ranks of a node
+# what a run imports where it first needs it: a kernel, its compiler, the reading back of an export
+_LATER = (
+    "rlhf_kernels.advantage_triton", "rlhf_kernels.attention_triton", "rlhf_kernels.log_prob_triton",
+    "rlhf_kernels.losses_triton", "triton.experimental.gluon", "sentencepiece.sentencepiece_model_pb2",
+    "transformers.models.auto.tokenization_auto",
+)  # fmt: skip
 
 
 def run_rank(part: Part, line: Connection) -> int:
@@ -77,6 +85,10 @@ def serve(door: socket.socket) -> None:
     logging.getLogger("megatron").setLevel(logging.ERROR)
     for name in ("device", "cuda", "groups", "stand_ins"):
         importlib.import_module(f"{__package__}.{name}")
+    for name in _LATER:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    gc.freeze()  # collections of the copies pass over all of this
     children: list[int] = []
     while True:
         message, handles, *_ = socket.recv_fds(door, _MESSAGE, 1)
