@@ -126,27 +126,24 @@ class Schedule:
         first = self.groups(ctx.config.schedule, ctx.mesh.pp, offloaded)[0]
         groups = self.groups(ctx.config.schedule, ctx.mesh.pp, offloaded, experience.stages)
         try:
-            self._run(ctx, experience, groups, first, bool(offloaded))
+            self._run(ctx, experience, groups, first)
         except (Stop, NotFinite):
             _leave(ctx, first)  # so that a save finds the room that it has behind every iteration
             raise
         return experience
 
     def _run(
-        self, ctx: Context, experience: Experience, groups: Sequence[Sequence[Stage]], first: Sequence[Stage],
-        offloaded: bool,
-    ) -> None:  # fmt: skip
+        self, ctx: Context, experience: Experience, groups: Sequence[Sequence[Stage]], first: Sequence[Stage]
+    ) -> None:
         for i, group in enumerate(groups):
             # the next that works with roles, the next iteration's first behind the last of this one
             following = next((other for other in groups[i + 1 :] if needs(other)), first)
             name = "+".join(stage.name for stage in group)
             # all of it, for ranks wait for each other behind the stage too
             with ctx.watch(f"{name} of iteration {ctx.state.iteration}"):
-                if offloaded:
-                    _arrive(ctx, group, following)
+                _arrive(ctx, group, following)
                 self._run_one(ctx, experience, group, name)
-                if offloaded:
-                    _leave(ctx, following)
+                _leave(ctx, following)
                 ctx.stop_if_asked()
 
     def _run_one(self, ctx: Context, experience: Experience, group: Sequence[Stage], name: str) -> None:
@@ -222,7 +219,7 @@ def needs(group: Sequence[Stage]) -> dict[str, Presence]:
 def _arrive(ctx: Context, group: Sequence[Stage], following: Sequence[Stage]) -> None:
     """Brings the group's roles on the device and, to be copied while it works, those of the group behind it."""
     wanted = [needs(group), needs(following) if ctx.config.schedule.prefetch else {}]
-    with ctx.trace.span("roles arrive", "move"):
+    with _span(ctx, "roles arrive"):
         for name, presence in (pair for each in wanted for pair in each.items()):
             ctx.roles[name].move(max(ctx.roles[name].presence, presence))
 
@@ -230,9 +227,15 @@ def _arrive(ctx: Context, group: Sequence[Stage], following: Sequence[Stage]) ->
 def _leave(ctx: Context, following: Sequence[Stage]) -> None:
     """Takes off the device what the next group does not need: at an iteration's end, the first of the next one."""
     wanted = needs(following)
-    with ctx.trace.span("roles leave", "move"):
+    with _span(ctx, "roles leave"):
         for name, role in ctx.roles.items():
             role.move(min(role.presence, wanted.get(name, Presence.AWAY)))
+
+
+def _span(ctx: Context, name: str) -> contextlib.AbstractContextManager[None]:
+    """In the trace, where more than gradients moves, which are not copied."""
+    are_copied = any(role.is_offloaded for role in ctx.roles.values())
+    return ctx.trace.span(name, "move") if are_copied else contextlib.nullcontext()
 
 
 def together(

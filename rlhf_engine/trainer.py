@@ -69,8 +69,8 @@ def run_phases(plan: Plan) -> int:
 
 
 def settle_residency(ctx: Context) -> None:
-    """Decides which roles leave between their stages, by the plan of the run."""
-    from .plan.search import residency  # loads what only plans need
+    """Decides which roles leave between their stages, and how large the cache is, by the plan of the run."""
+    from .plan.search import change, residency  # loads what only plans need
 
     found = None
     if ctx.mesh.is_main:
@@ -78,9 +78,10 @@ def settle_residency(ctx: Context) -> None:
         device = device_of(ctx.config, ctx.mesh.world_size)
         found = residency(ctx.config, ctx.mesh.config, models, device)
     found = ctx.mesh.from_main(found)
-    ctx.config.schedule.residency, ctx.config.schedule.offload = found.values()
+    change(ctx.config, found)
     if ctx.mesh.is_main:
-        print(f"residency: {' and '.join(found['schedule.offload']) or 'no role'} leaves between stages", flush=True)
+        leave = f"{' and '.join(found.get('schedule.offload', ())) or 'no role'} leaves between stages"
+        print(f"residency: {leave}, the cache gets {ctx.config.rollout.cache_share:.0%} of what is free", flush=True)
 
 
 def train(ctx: Context, algorithm: Algorithm) -> bool:

@@ -209,7 +209,7 @@ def test_a_save(planned):
     _, out, _ = planned(
         "model=llama_7b", "mesh.dp=8", "plan=true", "schedule.residency=offload", "ppo.micro_batch_size=1"
     )
-    row = re.findall(r"^save or load +[\d.]+ +- +- +- +- +(.*)$", out, re.M)[-1].split()
+    moved, *row = re.findall(r"^save or load +[\d.]+ +- +- +- +- +(.*)$", out, re.M)[-1].split()
     gradients, activations, cache = row[1], *row[3:5]
     assert gradients == activations == cache == "-"
     policy, critic = 6.738e9, 6.607e9
@@ -218,6 +218,7 @@ def test_a_save(planned):
     )]  # fmt: skip
     # weights, float32 ones and two moments of both, an eighth for each rank
     copied = 14 * (policy + critic) / 8 / 1e9
+    assert moved == f"{copied + (2 + 12 / 8) * (policy + critic) / 1e9:.3g}G"
     assert f"fills {copied:.3g}GB of host memory for a rank, {8 * copied:.3g}GB for the 8 of a node" in out
 
 
@@ -246,8 +247,18 @@ def test_a_search_names_settings_that_fit(planned):
     rows = re.findall(r"^ *([\d.]+) +[\d.]+GB +(mesh.*)$", out, re.M)
     assert status == 0 and len(rows) == 5
     assert [float(seconds) for seconds, _ in rows] == sorted(float(seconds) for seconds, _ in rows)
+    assert any(re.search(r"schedule\.offload=\[\w+", overrides) for _, overrides in rows)
     for _, overrides in rows[:2]:
         assert planned("model=llama_7b", "plan=true", *overrides.split())[0] == 0
+
+
+def test_auto_says_what_it_is(planned):
+    command = ["model=llama_7b", "mesh.tp=2", "mesh.dp=4", "plan=true", "schedule.residency=auto"]
+    status, out, _ = planned(*command, "ppo.micro_batch_size=4", "mesh.sequence_parallel=true")
+    assert status == 0 and "moved" in out
+    auto = "schedule.residency=offload schedule.offload=[policy,critic,reference,reward] rollout.cache_share=0.9"
+    assert f"schedule.residency=auto is {auto}\n" in out
+    assert re.findall(r"^iteration +([\d.]+) ", out, re.M)[-1] == "72.4"
 
 
 def test_explain(planned):

@@ -12,6 +12,7 @@ from rlhf_engine.algorithms import greedy, redraw
 from rlhf_engine.algorithms.rollouts import PROVIDED, draw
 from rlhf_engine.config import RolloutConfig
 from rlhf_engine.experience import pad_rows, spans
+from rlhf_engine.models.residency import Presence
 from rlhf_engine.observing.metrics import Metrics
 from rlhf_engine.schedule import Schedule, Stage
 
@@ -56,7 +57,8 @@ def run(monkeypatch):
         ctx.draw = lambda phase, count: [
             SimpleNamespace(prompt=[n], reward_prompt=[n, n], fields={}) for n in (next(prompts) for _ in range(count))
         ]
-        ctx.roles = {"policy": SimpleNamespace(is_offloaded=False, on_device=lambda *args: CTX.watch())}
+        stays = dict(is_offloaded=False, presence=Presence.STATE, move=lambda presence: None)
+        ctx.roles = {"policy": SimpleNamespace(**stays, on_device=lambda *args: CTX.watch())}
         table = [ROLLOUT, SCORE, *redraw.stages(rounds, ROLLOUT, SCORE)]
         x = Schedule(table, PROVIDED, ROLES).run(ctx, draw(ctx))
         return x, ctx.metrics._whole, ctx.responded, next(prompts)

@@ -107,6 +107,8 @@ def refused(run, capsys, monkeypatch):
         (["rollout.min_p=0.1"], ["rollout.min_p=0"]),
         (["rollout.min_p=1.5", "phases=[sft]"], ["rollout.min_p=1.5", "[0, 1]"]),
         (["rollout.min_p=-1"], ["rollout.min_p=-1", "at least 0"]),
+        (["rollout.cache_share=1"], ["rollout.cache_share=1.0", "(0, 1)"]),
+        (["rollout.cache_share=0"], ["rollout.cache_share=0", "positive"]),
         (["rollout.kv_tokens=0"], ["rollout.kv_tokens=0", "at least 1"]),
         (["rollout.kv_tokens=100"], ["rollout.kv_tokens=100", "208"]),
         (["rollout.stop=[a,'']"], ["rollout.stop", "empty"]),

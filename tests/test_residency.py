@@ -11,6 +11,7 @@ import shutil
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import cases
@@ -28,7 +29,7 @@ def test_a_parcel_comes_back_as_it_left(tmp_path):
     flat = torch.arange(12.0)
     views = [flat[:5], flat[5:].view(1, 7)]
     kept = Parcel(lambda: views, torch.device("cpu"), tmp_path / "kept")
-    scratch = Parcel(lambda: views, torch.device("cpu"), tmp_path / "scratch", is_kept=False)
+    scratch = Parcel(lambda: views, torch.device("cpu"), None)
     kept.leave()
     assert flat.untyped_storage().nbytes() == 0
     kept.arrive()
@@ -45,7 +46,7 @@ def test_a_parcel_comes_back_as_it_left(tmp_path):
     scratch.leave()
     assert flat.untyped_storage().nbytes() == 0
     scratch.arrive()
-    assert flat.untyped_storage().nbytes() == 48 and not (tmp_path / "scratch.0").exists()
+    assert flat.untyped_storage().nbytes() == 48 and [path.name for path in tmp_path.iterdir()] == ["kept.0"]
 
 
 @pytest.mark.parametrize("layout", [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2)], ids=str)
@@ -62,6 +63,44 @@ def test_offloading_changes_nothing(worlds, small_run, tmp_path, layout, more):
         assert mine.pop("away") == {**away, "policy": Presence.WEIGHTS} and theirs.pop("away") == {}
         assert mine.pop("times") and theirs.pop("times")
         assert mine == theirs
+
+
+def gradients(overrides: list[str]) -> dict[str, list[str]]:
+    """Which roles have memory for gradients in each stage of PPO's first iteration, and behind it."""
+    from rlhf_engine.algorithms import ALGORITHMS
+    from rlhf_engine.launching.build import begin
+    from rlhf_engine.models.optim import gradient_tensors
+    from rlhf_engine.schedule import Schedule
+
+    ctx = cases.context(overrides, (1, 1, 1))
+    algorithm = ALGORITHMS["ppo"](ctx.config)
+    specs = algorithm.roles()
+    begin(ctx, algorithm.name, specs)
+    found: dict[str, list[str]] = {}
+
+    def note(stage: str) -> None:
+        trained = {name: role for name, role in ctx.roles.items() if role.is_trained}
+        sizes = {name: gradient_tensors(role.modules)[0].untyped_storage().nbytes() for name, role in trained.items()}
+        found[stage] = [name for name, size in sizes.items() if size]
+
+    def noted(stage):
+        def body(*args):
+            note(stage.name)
+            return stage.body(*args)
+
+        return replace(stage, body=body)
+
+    Schedule([noted(stage) for stage in algorithm.stages], algorithm.provided, specs).run(ctx, algorithm.batch(ctx))
+    note("behind")
+    return found
+
+
+def test_gradients_are_there_for_updates_alone(worlds, small_run, tmp_path):
+    """Also of roles that stay."""
+    shutil.copytree(small_run, tmp_path, dirs_exist_ok=True)
+    found = worlds(1).run(gradients, [*SMALL, "phases=[ppo]", f"output_dir={tmp_path}"])[0]
+    assert found.pop("train_critic") == ["critic"] and found.pop("train_policy") == ["policy"]
+    assert {"rollout", "log_probs", "values", "behind"} <= found.keys() and not any(found.values())
 
 
 def test_a_run_with_everything_offloaded(small_run, tmp_path):

@@ -13,7 +13,7 @@ class PlanConfig:
     """What a run would cost, by arithmetic: nothing is run, and the devices need not be here (docs/plan.md)."""
 
     show: bool = False  # `plan=true`
-    search: bool = False  # and the meshes of as many ranks that would be fastest
+    search: bool = False  # the meshes and settings of as many ranks that would be fastest
     calibrate: bool = False  # seconds by a short run of the same stages on this machine, a few layers on one rank
     device: DeviceName | None = None  # null: what is here
     world: int | None = None  # ranks; null: those of the mesh

@@ -49,7 +49,7 @@ _AT_LEAST: dict[str, float] = {
 }  # fmt: skip
 _POSITIVE = {
     "beta", "gae_alpha", "kl_target", "kl_horizon", "max_kl", "max_log_prob_gap", "stage", "temperature", "timeout",
-    "top_p",
+    "top_p", "cache_share",
     "rope_theta", "rms_norm_eps", "memory", "factor", "low_freq_factor", "high_freq_factor",
     "original_max_position_embeddings",
 }  # fmt: skip

@@ -21,7 +21,8 @@ class RolloutConfig:
     # what stands in quotes, \n, \t and \\ in them are a line break, a tab and a backslash
     stop: list[str] = field(default_factory=list)
     slots: int = 256  # sequences decoded at once on one replica
-    kv_tokens: int | None = None  # positions of the KV cache of one replica; null: what free memory holds
+    kv_tokens: int | None = None  # positions of the KV cache of one replica; null: what cache_share holds
+    cache_share: float = 0.5  # of the free memory, for the KV cache: prefill and logits need some too
     cuda_graphs: bool = True  # launch a decode step as one; false: to compare with
 
     @property
@@ -35,6 +36,8 @@ def check_rollout(rollout: RolloutConfig) -> None:
     """Refuses settings that are out of their range."""
     if rollout.top_p > 1:
         raise ConfigError(f"rollout.top_p={rollout.top_p} must lie in (0, 1]")
+    if rollout.cache_share >= 1:
+        raise ConfigError(f"rollout.cache_share={rollout.cache_share} must lie in (0, 1): a share of free memory")
     if rollout.min_p > 1:
         raise ConfigError(f"rollout.min_p={rollout.min_p} must lie in [0, 1]")
     if "" in rollout.stop:

@@ -20,8 +20,8 @@ class ScheduleConfig:
     # rows of like length are packed into micro-batches of at most so many tokens, padding included (a longer row goes
     # alone); null: the tokens of micro_batch_size rows that are as long as the batch's longest
     micro_batch_tokens: int | None = None
-    # where weights, gradients and optimizers are while no stage needs them: on the device or off it, which for a CPU
-    # means in files; auto offloads the fewest roles that make the run fit by its plan
+    # where weights and optimizers are while no stage needs them: on the device or off it, which for a CPU means in
+    # files; auto: by the plan, whichever roles and rollout.cache_share make an iteration shortest
     residency: Literal["keep", "offload", "auto"] = "keep"
     offload: list[str] = field(default_factory=lambda: list(ROLES))  # the roles that residency=offload moves
     prefetch: bool = False  # bring roles while the stage before them works, which needs room for both

@@ -36,15 +36,15 @@ class Parcel:
 
     Args:
         find: lists them, before each departure: an optimizer may have been given new ones.
-        path: of the files, to which a number is added; only read where the device is a CPU.
-        is_kept: whether anything is copied; else they come back undefined.
+        path: of the files, to which a number is added; only read where the device is a CPU; None: nothing is copied,
+            and they come back undefined.
 
     Attributes:
         is_copied: whether what was copied off last is what they hold. Whoever changes them says that it is not.
     """
 
-    def __init__(self, find: Callable[[], Iterable[Tensor]], device: torch.device, path: Path, is_kept: bool = True):
-        self.find, self.device, self.path, self.is_kept = find, device, path, is_kept
+    def __init__(self, find: Callable[[], Iterable[Tensor]], device: torch.device, path: Path | None):
+        self.find, self.device, self.path = find, device, path
         self.is_copied = False
         self._away: list[tuple[UntypedStorage, int]] = []  # storages and their bytes
         self._host: list[Tensor] = []
@@ -56,8 +56,8 @@ class Parcel:
         self.wait()
         found = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in self.find()}
         self._away = [(storage, storage.nbytes()) for storage in found.values()]
-        if self.is_kept and not self.is_copied:
-            self._copy_off()
+        if self.path is not None and not self.is_copied:
+            self._copy_off(self.path)
             self.is_copied = True
         for storage, _ in self._away:
             storage.resize_(0)
@@ -68,13 +68,14 @@ class Parcel:
             _wait_for_room(self.device, sum(size for _, size in self._away))
         for storage, size in self._away:
             storage.resize_(size)
-        if not self.is_kept:
+        if self.path is None:
             return
         if self.device.type != "cuda":
             for i, (storage, size) in enumerate(self._away):
-                with self._file(i).open("rb") as file:
-                    if (found := file.readinto(_memory(storage))) != size:
-                        raise RunError(f"{self._file(i)} has {found} bytes of {size}: start the same again")
+                file = _file(self.path, i)
+                with file.open("rb") as reader:
+                    if (found := reader.readinto(_memory(storage))) != size:
+                        raise RunError(f"{file} has {found} bytes of {size}: start the same again")
             return
         _, back = _streams(self.device)
         back.wait_stream(torch.cuda.current_stream(self.device))  # which had this memory before
@@ -92,12 +93,12 @@ class Parcel:
             torch.cuda.current_stream(self.device).wait_event(self._arrived)
             self._arrived = None
 
-    def _copy_off(self) -> None:
+    def _copy_off(self, path: Path) -> None:
         if self.device.type != "cuda":
-            durable.make_folder(self.path.parent)
-            with durable.needed(self.path):
+            durable.make_folder(path.parent)
+            with durable.needed(path):
                 for i, (storage, _) in enumerate(self._away):
-                    self._file(i).write_bytes(_memory(storage))
+                    _file(path, i).write_bytes(_memory(storage))
             return
         sizes = [size for _, size in self._away]
         if [host.nbytes for host in self._host] != sizes:
@@ -110,8 +111,9 @@ class Parcel:
                 _bytes(storage).record_stream(off)  # the allocator keeps the memory until then
             self._left = off.record_event()
 
-    def _file(self, i: int) -> Path:
-        return self.path.with_name(f"{self.path.name}.{i}")
+
+def _file(path: Path, i: int) -> Path:
+    return path.with_name(f"{path.name}.{i}")
 
 
 def host_memory(size: int, device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,8 @@ class RoleModel:
         optimizer: None for a frozen role.
         total_steps: optimizer steps of the whole phase, for the learning-rate schedule.
         recompute: activations that a trained role's backward computes again.
-        offload: where the role goes while no stage needs it, in files if the device is a CPU; None: it stays.
+        offload: where the role goes while no stage needs it, in files if the device is a CPU; None: it stays, and only
+            its gradients, which nobody needs between updates, come and go.
         micro_batch_tokens: tokens of one forward, padding included, that rows are packed to; None: those of the work's
             `micro_batch_size` longest rows.
     """
@@ -82,9 +83,8 @@ class RoleModel:
         """Called once the weights are in place: wraps a trained role for DDP and builds its optimizer."""
         if self._optimizer_config is not None:
             self._start_training(self._optimizer_config)
-        if self._offload is not None:
-            self._pack(self._offload)
-            self.move(Presence.AWAY)
+        self._pack()
+        self.move(Presence.AWAY)
 
     def _start_training(self, config: OptimizerConfig) -> None:
         self.modules = [wrap_ddp(chunk, config) for chunk in self.chunks]
@@ -108,21 +108,26 @@ class RoleModel:
         """Whether the role comes and goes."""
         return self._offload is not None
 
-    def _pack(self, folder: Path) -> None:
+    def _pack(self) -> None:
+        device = self.mesh.device
+
         def weights() -> Iterable[Tensor]:
             return itertools.chain(self.chunks.parameters(), self.chunks.buffers())
 
-        def pack(part: Presence, name: str, find: Callable[[], Iterable[Tensor]], is_kept: bool = True) -> None:
-            path = folder / f"rank_{self.mesh.rank}" / f"{self.name}_{name}"
-            self._parcels[part] = Parcel(find, self.mesh.device, path, is_kept)
-
-        pack(Presence.WEIGHTS, "weights", weights)
+        if self._offload is not None:
+            folder = self._offload / f"rank_{self.mesh.rank}"
+            self._parcels[Presence.WEIGHTS] = Parcel(weights, device, folder / f"{self.name}_weights")
+            if self.is_trained:
+                self._parcels[Presence.STATE] = Parcel(
+                    lambda: optimizer_tensors(self.optimizer, weights()), device, folder / f"{self.name}_optimizer"
+                )
         if self.is_trained:
-            pack(Presence.STATE, "optimizer", lambda: optimizer_tensors(self.optimizer, weights()))
-            pack(Presence.TRAINING, "gradients", lambda: gradient_tensors(self.modules), is_kept=False)
+            self._parcels[Presence.TRAINING] = Parcel(lambda: gradient_tensors(self.modules), device, None)
 
     def move(self, presence: Presence) -> None:
-        """Brings on the device, or off it, what is missing or too much; nothing of a role that stays."""
+        """Brings on the device, or off it, what is missing or too much; of a role that stays, its gradients alone."""
+        if not self.is_offloaded:
+            presence = max(presence, Presence.STATE)
         for part, parcel in self._parcels.items():
             if self.presence < part <= presence:
                 parcel.arrive()

@@ -119,10 +119,10 @@ def _small(plan: Plan, folder: str) -> Plan:
             **sampling,
             "sft.batch_size": config.sft.micro_batch_size, "reward.batch_size": config.reward.micro_batch_size,
             "rollout.max_new_tokens": new, "rollout.min_new_tokens": new,
+            "data.cache_dir": config.data.cache_dir or folder,
         },
     )  # fmt: skip
     config.output_dir, config.mesh = folder, mesh
-    config.data.cache_dir = config.data.cache_dir or folder
     bases = {
         name: Base(None, replace(base.model, num_layers=min(_LAYERS, base.model.num_layers)))
         for name, base in plan.bases.items()

@@ -7,18 +7,19 @@ rollout, are those of the rows that are expected (`plan.prompt_tokens`, `plan.re
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..algorithms import ALGORITHMS
 from ..algorithms.algorithm import Algorithm, RoleSpec
-from ..config import MeshConfig, ModelConfig, RunConfig
+from ..config import MeshConfig, ModelConfig, OptimizerConfig, RunConfig
 from ..config.devices import Device
 from ..models.flops import BACKWARD, forward_flops
 from ..models.partition import Parameters, rank_parameters
 from ..models.pipeline import ahead, simulate
 from ..models.residency import Presence
-from ..rollout.generate import FREE_SHARE
 from ..schedule import Schedule, Stage, needs
 from .costs import Costs
 from .memory import (
@@ -34,6 +35,7 @@ from .memory import (
     stage_activations,
     workspace,
 )
+from .moves import moved
 from .rows import Rows, rows_of
 
 
@@ -44,6 +46,7 @@ class StageForecast:
     Args:
         flops: of the models, over all ranks.
         sent: bytes that a rank sends over each group ("tp", "pp", "dp"), where that is most.
+        moved: bytes of roles that come for it and leave behind it, of a rank.
         idle: share of the pipeline's length that ranks have nothing to do.
         memory: of a rank of each pipeline stage, at its fullest.
     """
@@ -55,6 +58,7 @@ class StageForecast:
     sent: Mapping[str, float]
     idle: float
     memory: Sequence[Memory]
+    moved: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,7 @@ class Forecaster:
         schedule = Schedule(self.algorithm.stages, self.algorithm.provided, self.specs)
         offloaded = [name for name in self.specs if config.schedule.moves(name)]
         self.groups = schedule.groups(config.schedule, mesh.pp, offloaded)
+        self._whole = functools.cache(self._whole_of)
 
     def run(self) -> PhaseForecast:
         """The forecast of a phase."""
@@ -131,11 +136,42 @@ class Forecaster:
         found.stages += [self._stage(group) for group in self.groups]
         return found
 
+    # -- what is sooner known than the whole forecast ------------------------------------------------------
+
     @property
     def fits(self) -> bool:
-        """Sooner known than the seconds."""
-        moments = [*map(self._memory, self.groups), self._saving()]
+        """Whether the fullest rank has the memory."""
+        moments = itertools.chain(map(self._memory, self.groups), [self._saving()])
         return all(memory.total <= self.device.memory for ranks in moments for memory in ranks)
+
+    @property
+    def rollouts_fit(self) -> bool:
+        """The same of rollouts alone, which micro-batches and recomputation change nothing of."""
+        rollouts = [group for group in self.groups if group[0].kind == "rollout"]
+        return all(memory.total <= self.device.memory for group in rollouts for memory in self._memory(group))
+
+    def seconds_apart(self) -> float:
+        """Of rollouts and of roles that come and go."""
+        rollouts = sum(self._rollout(group)[0] for group in self.groups if group[0].kind == "rollout")
+        return rollouts + sum(self._moved) / self.device.host
+
+    def least_seconds(self) -> float:
+        """Of everything else at least, whatever runs together: no pipeline is shorter than its busiest rank's work."""
+        found, stages, chunks = 0.0, range(self.mesh.pp), self.mesh.virtual_pp
+        for kind in ("infer", "train"):
+            names = [stage.role or "" for stage in self.algorithm.stages if stage.kind == kind]
+            passes = [self._passes(name, kind) for name in names]
+            if not passes:
+                continue
+            busy = [sum(count * (there[p] + back[p]) for there, back, count in passes) for p in stages]
+            # until the first micro-batch has come to a stage, and until its last one is through the others
+            there = [min(there[p] for there, _, _ in passes) / chunks for p in stages]
+            back = [min(back[p] for _, back, _ in passes) / chunks for p in stages]
+            after = [sum(back[:p]) if kind == "train" else sum(there[p + 1 :]) for p in stages]
+            length = max(sum(there[:p]) + busy[p] + after[p] for p in stages)
+            each = self._shared(length, self.mesh.tp * self.dp * sum(busy)) + self._updates(names, kind)
+            found += each * (self.rows.steps if kind == "train" else 1)
+        return found
 
     # -- memory --------------------------------------------------------------------------------------------
 
@@ -160,13 +196,18 @@ class Forecaster:
         memory = Memory(process=self.device.base)
         if not self.device.is_gpu and self.config.checkpoint.async_save:
             memory += Memory(process=self._copied(stage))  # stays for the next save
-        for name, spec in self.specs.items():
-            presence = wanted.get(name, Presence.AWAY) if self.config.schedule.moves(name) else Presence.TRAINING
+        for name in self.specs:
+            stays = Presence.AWAY if self.config.schedule.moves(name) else Presence.STATE
+            presence = max(stays, wanted.get(name, Presence.AWAY))
             if presence > Presence.AWAY:
-                optimizer = spec.optimizer if presence >= Presence.STATE else None
-                whole = resident(self._held(name, stage), optimizer, self.mesh, self.numbers)
-                memory += whole if presence is Presence.TRAINING else replace(whole, gradients=0.0)
+                memory += self._whole(name, stage, presence)
         return memory
+
+    def _whole_of(self, name: str, stage: int, presence: Presence) -> Memory:
+        """So much of a role on a rank of a pipeline stage."""
+        optimizer = self.specs[name].optimizer if presence >= Presence.STATE else None
+        whole = resident(self._held(name, stage), optimizer, self.mesh, self.numbers)
+        return whole if presence is Presence.TRAINING else replace(whole, gradients=0.0)
 
     def _saving(self) -> list[Memory]:
         """Of a rank of each pipeline stage: a trained role at a time, beside what is there behind an iteration."""
@@ -194,7 +235,7 @@ class Forecaster:
             if spec.optimizer is not None and self.config.schedule.moves(name):
                 whole = resident(self._held(name, 0), spec.optimizer, self.mesh, self.numbers)
                 moved += whole.weights + whole.optimizer
-        return StageForecast("save or load", "save", moved / self.device.host, 0.0, {}, 0.0, self._saving())
+        return StageForecast("save or load", "save", moved / self.device.host, 0.0, {}, 0.0, self._saving(), moved)
 
     def _memory(self, group: Sequence[Stage]) -> list[Memory]:
         """Of a rank of each pipeline stage."""
@@ -249,7 +290,7 @@ class Forecaster:
             copy = rank_parameters(model, "lm", whole, 0).total * self.numbers.itemsize
         left = self.device.memory - copy - self._resident(stage, group).total
         per_token = kv_bytes_per_token(model, self.mesh.tp, self.numbers.itemsize)
-        most = max(0.0, left) * FREE_SHARE / per_token
+        most = max(0.0, left) * self.config.rollout.cache_share / per_token
         return copy, kv_positions(self.config.rollout, self._per_replica()[0], self.rows.largest[1], most)
 
     # -- time ----------------------------------------------------------------------------------------------
@@ -272,18 +313,21 @@ class Forecaster:
             seconds, flops, sent, idle = self._rollout(group)
         else:
             seconds, flops, sent, idle = self._pipeline([stage.role or "" for stage in group], kind == "train")
-        return StageForecast(name, kind, seconds + self._moving(group), flops, sent, idle, memory)
+        moved = self._moved[self.groups.index(list(group))]
+        return StageForecast(name, kind, seconds + moved / self.device.host, flops, sent, idle, memory, moved)
 
-    def _moving(self, group: Sequence[Stage]) -> float:
-        """Roles that come for this group and leave; gradients are not copied, nor are weights that nothing changed."""
-        seconds = 0.0
-        for name, presence in needs(group).items():
-            if self.config.schedule.moves(name):
-                whole = resident(self._held(name, 0), self.specs[name].optimizer, self.mesh, self.numbers)
-                is_trained = presence is Presence.TRAINING
-                moved = whole.weights + (whole.optimizer if is_trained else 0.0)
-                seconds += moved * (2 if is_trained else 1) / self.device.host
-        return seconds
+    @functools.cached_property
+    def _moved(self) -> list[float]:
+        """Bytes that come for each group of stages and leave behind it, of the fullest rank."""
+        found = [0.0] * len(self.groups)
+        working = [i for i, group in enumerate(self.groups) if needs(group)]
+        for name in filter(self.config.schedule.moves, self.specs):
+            whole = self._role(name).memory
+            sizes = {Presence.WEIGHTS: whole.weights, Presence.STATE: whole.optimizer}
+            needed = [needs(self.groups[i]).get(name, Presence.AWAY) for i in working]
+            for i, size in zip(working, moved(needed, sizes, self.config.schedule.prefetch), strict=True):
+                found[i] += size
+        return found
 
     def _costs(self, name: str, kind: str) -> Costs:
         device = self.device.slowed(self.factors.get(kind, 1.0))
@@ -315,20 +359,18 @@ class Forecaster:
     def _pipeline(self, names: Sequence[str], train: bool) -> tuple[float, float, dict[str, float], float]:
         """One pass of the roles' micro-batches, or for training all steps of the iteration."""
         rows, stages = self.rows, range(self.mesh.pp)
-        outputs, tokens = rows.usual[0] * rows.expected[1], rows.usual[0] * rows.usual[1]
+        tokens = rows.usual[0] * rows.usual[1]
         forward, backward, flops = [], [], 0.0
         sent = {"tp": 0.0, "pp": 0.0, "dp": 0.0}
         steps, kind = rows.steps if train else 1, "train" if train else "infer"
         for name in names:
             costs, model, head = self._costs(name, kind), self.models[name], self.specs[name].head
-            shape = (*rows.usual, outputs)
-            num_rows = rows.minibatch + (rows.other_text if name == "policy" else 0) if train else rows.total
-            count = self._micro_batches(num_rows)
-            forward += [[costs.forward(p, *shape) for p in stages]] * count
-            backward += [[costs.backward(p, *shape) for p in stages]] * count if train else []
+            onward, back, count = self._passes(name, kind)
+            forward += [onward] * count
+            backward += [back] * count
             passes = (1 + BACKWARD) if train else 1
             one = forward_flops(model, head, [sum(rows.expected)], rows.expected[1])
-            flops += passes * one * num_rows * steps
+            flops += passes * one * self._rows(name, kind) * steps
             both_ways = 2 if train else 1
             layers = -(-model.num_layers // self.mesh.pp)
             sent["tp"] += steps * count * both_ways * layers * costs.tp_bytes(tokens)
@@ -337,15 +379,33 @@ class Forecaster:
             forward, backward = ([*times, *times[-1:] * (self.mesh.pp - len(times))] for times in (forward, backward))
         seconds, idle = simulate(forward, backward if train else None, costs.transfer(tokens), self.mesh.virtual_pp)
         busy = self.mesh.tp * self.dp * sum(map(sum, forward + backward))
-        seconds = self._shared(seconds, busy)
-        if train:
-            optimizers = {name: spec.optimizer for name in names if (spec := self.specs[name]).optimizer is not None}
-            step = sum(max(self._costs(name, kind).step(p, o) for p in stages) for name, o in optimizers.items())
-            world = self.mesh.tp * self.mesh.pp * self.dp
-            seconds += self._shared(step, world * step)
-            for name, optimizer in optimizers.items():
-                sent["dp"] += steps * max(self._costs(name, kind).dp_bytes(p, optimizer) for p in stages)
+        seconds = self._shared(seconds, busy) + self._updates(names, kind)
+        for name, optimizer in self._optimizers(names, kind):
+            sent["dp"] += steps * max(self._costs(name, kind).dp_bytes(p, optimizer) for p in stages)
         return seconds * steps, flops, sent, idle
+
+    def _rows(self, name: str, kind: str) -> int:
+        """That pass through a role: in an optimizer step, or all of an iteration."""
+        rows = self.rows
+        return rows.total if kind == "infer" else rows.minibatch + (rows.other_text if name == "policy" else 0)
+
+    def _passes(self, name: str, kind: str) -> tuple[list[float], list[float], int]:
+        """Seconds of a role's forward and backward of a micro-batch, on each pipeline stage, and how many there are."""
+        costs, stages = self._costs(name, kind), range(self.mesh.pp)
+        shape = (*self.rows.usual, self.rows.usual[0] * self.rows.expected[1])
+        forward = [costs.forward(p, *shape) for p in stages]
+        backward = [costs.backward(p, *shape) if kind == "train" else 0.0 for p in stages]
+        return forward, backward, self._micro_batches(self._rows(name, kind))
+
+    def _optimizers(self, names: Sequence[str], kind: str) -> list[tuple[str, OptimizerConfig]]:
+        optimizers = [(name, self.specs[name].optimizer) for name in dict.fromkeys(names) if kind == "train"]
+        return [(name, optimizer) for name, optimizer in optimizers if optimizer is not None]
+
+    def _updates(self, names: Sequence[str], kind: str) -> float:
+        """Seconds of an optimizer step of each of these roles."""
+        optimizers = self._optimizers(names, kind)
+        step = sum(max(self._costs(n, kind).step(p, o) for p in range(self.mesh.pp)) for n, o in optimizers)
+        return self._shared(step, self.mesh.tp * self.mesh.pp * self.dp * step)
 
 
 def forecast(

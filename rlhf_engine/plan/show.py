@@ -17,7 +17,7 @@ from .calibrate import stage_factors
 from .forecast import PhaseForecast, StageForecast, forecast, training_phases
 from .measure import device_of
 from .memory import Memory
-from .search import Choice, changed, mesh_text, remedy, residency, search
+from .search import Choice, changed, mesh_text, overrides, remedy, residency, search
 
 
 def show(plan: Plan) -> None:
@@ -39,8 +39,6 @@ def show(plan: Plan) -> None:
         return
     models = plan.models
     device = device_of(config, plan.world_size)
-    if config.schedule.residency == "auto":
-        config = changed(config, residency(config, plan.mesh, models, device))
     factors = None
     if config.plan.calibrate:
         factors = stage_factors(plan, device)
@@ -49,6 +47,10 @@ def show(plan: Plan) -> None:
     if config.plan.search:
         show_choices(console, search(config, plan.world_size, models, device, factors), plan.world_size, device)
         return
+    if changes := residency(config, plan.mesh, models, device, factors):
+        text = f"schedule.residency=auto is {overrides(changes)}"
+        console.print(text, soft_wrap=True, highlight=False, markup=False)
+        config = changed(config, changes)
     found = forecast(config, plan.mesh, models, device, factors)
     for each in found:
         show_phase(console, each, config, plan.mesh)
@@ -114,17 +116,20 @@ def _stage_table(phase: PhaseForecast) -> Table:
     groups, kinds = ("tp", "pp", "dp"), [field.name for field in fields(Memory)]
     kinds = [kind for kind in kinds if kind != "process" or phase.device.base]  # a GPU's memory has none
     sends, holds = [f"{group} sent" for group in groups], [kind.replace("_", " ") for kind in kinds]
-    table = _table("stage", "seconds", "FLOPs", "MFU", "idle", *sends, *holds, "sum")
     stages = [stage for stage in phase.stages if stage.kind != "local"]
+    moves = ["moved"] * any(stage.moved for stage in stages)
+    table = _table("stage", "seconds", "FLOPs", "MFU", "idle", *sends, *moves, *holds, "sum")
     flops = sum(stage.flops for stage in stages)
     sent = [sum(stage.sent.get(group, 0.0) for stage in stages) for group in groups]
     most = [max(getattr(memory, kind) for stage in stages for memory in stage.memory) for kind in kinds]
+    sent += [sum(stage.moved for stage in stages)] * len(moves)
     totals = map(si, [*sent, *most, max(memory.total for stage in stages for memory in stage.memory)])
 
     def add(stage: StageForecast) -> None:
         fullest = max(stage.memory, key=lambda memory: memory.total)
         mfu = stage.flops / (stage.seconds * phase.world * phase.device.peak)
-        values = [*(stage.sent.get(group, 0.0) for group in groups), *(getattr(fullest, kind) for kind in kinds)]
+        values = [stage.sent.get(group, 0.0) for group in groups] + [stage.moved] * len(moves)
+        values += [getattr(fullest, kind) for kind in kinds]
         shares = (f"{mfu:.0%}", f"{stage.idle:.0%}") if stage.flops else ("", "")
         name = stage.name.replace("+", " + ")
         table.add_row(name, si(stage.seconds), si(stage.flops), *shares, *map(si, [*values, fullest.total]))
@@ -154,9 +159,8 @@ def show_choices(console: Console, choices: list[Choice], world: int, device: De
         raise ConfigError(f"no mesh of {world} ranks has room: {_holds(device)}, try more ranks (plan.world)")
     console.print(f"fastest meshes of {world} x {device.name}: seconds of an iteration, fullest rank, overrides")
     for choice in choices:
-        console.print(
-            f"{choice.seconds:8.4g}  {si(choice.peak):>6}B  {choice.overrides}", soft_wrap=True, highlight=False
-        )
+        line = f"{choice.seconds:8.4g}  {si(choice.peak):>6}B  {choice.overrides}"
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def explain(console: Console, phase: str, config: RunConfig, mesh: MeshConfig) -> None:

@@ -234,6 +234,8 @@ def _to_copy(gpu: FakeGPU, func, args, kwargs):
 
 def _copy(gpu: FakeGPU, func, args, kwargs):
     target, source = args[0], args[1]
+    if target.device.type != source.device.type:
+        gpu.stage.moved += target.nbytes
     if target.device.type == "cuda" or source.device.type == "cpu":
         return NotImplemented
     if not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False)):

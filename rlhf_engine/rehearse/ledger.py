@@ -31,6 +31,7 @@ class Stage:
     Attributes:
         peak: bytes by kind, at the moment when there were most.
         places: where most of them were asked for.
+        moved: bytes copied between tensors of the host and of the device, both ways together.
         waits: of the host for the device, by place.
     """
 
@@ -41,6 +42,7 @@ class Stage:
     places: dict[str, int] = field(default_factory=dict)
     after: int = 0
     host: int = 0
+    moved: int = 0
     kernels: int = 0
     launches: Counter[str] = field(default_factory=Counter)
     waits: Counter[str] = field(default_factory=Counter)

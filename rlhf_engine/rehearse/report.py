@@ -17,7 +17,7 @@ from rich.table import Table
 from ..launching.preflight import Plan
 from ..plan.forecast import forecast
 from ..plan.measure import device_of
-from ..plan.search import mesh_text
+from ..plan.search import changed, mesh_text, residency
 from ..plan.show import si
 from .ledger import KINDS
 from .rehearsal import Found
@@ -31,6 +31,7 @@ class Line:
         peak: bytes of the fullest rank by kind, at its fullest moment.
         planned: bytes that the plan has for a rank of that pipeline stage; None of what it does not plan.
         sent, planned_sent: bytes of one rank over each group, the plan's of an iteration.
+        moved, planned_moved: bytes of one rank between the device and the memory beside it, likewise.
     """
 
     phase: str
@@ -42,6 +43,8 @@ class Line:
     waits: Counter[str]
     sent: Counter[str]
     planned_sent: dict[str, float]
+    moved: int
+    planned_moved: float
     collectives: Counter[str]
     kernels: int
     launches: Counter[str]
@@ -66,25 +69,27 @@ def lines(found: Found) -> list[Line]:
             latest[stage["phase"], name] = stage  # a later iteration needs what the first left besides
         for (phase, name), stage in latest.items():
             at = report["rank"] // per_stage
-            memory, sent = planned.get((phase, name), (None, {}))
+            memory, sent, moved = planned.get((phase, name), (None, {}, 0.0))
             line = Line(
                 phase, name, report["rank"], stage["peak"], stage["host"], memory[at] if memory else None,
-                Counter(stage["waits"]), Counter(stage["sent"]), sent, Counter(stage["collectives"]), stage["kernels"],
-                Counter(stage["launches"]), stage["captures"], stage["replays"],
+                Counter(stage["waits"]), Counter(stage["sent"]), sent, stage["moved"], moved,
+                Counter(stage["collectives"]), stage["kernels"], Counter(stage["launches"]), stage["captures"],
+                stage["replays"],
             )  # fmt: skip
             if (phase, name) not in best or line.total > best[phase, name].total:
                 best[phase, name] = line
     return list(best.values())
 
 
-def _planned(plan: Plan) -> dict[tuple[str, str], tuple[list[float], dict[str, float]]]:
-    """Bytes of a rank of each pipeline stage, and bytes sent over each group, of each stage of the run."""
+def _planned(plan: Plan) -> dict[tuple[str, str], tuple[list[float], dict[str, float], float]]:
+    """Bytes of a rank of each pipeline stage, sent over each group, and moved, of each stage of the run."""
     device = device_of(plan.config, plan.world_size)
+    config = changed(plan.config, residency(plan.config, plan.mesh, plan.models, device))
     found = {}
-    for phase in forecast(plan.config, plan.mesh, plan.models, device):
+    for phase in forecast(config, plan.mesh, plan.models, device):
         for stage in phase.moments:
             name = "the save" if stage is phase.save else stage.name
-            found[phase.phase, name] = [memory.total for memory in stage.memory], dict(stage.sent)
+            found[phase.phase, name] = [memory.total for memory in stage.memory], dict(stage.sent), stage.moved
     return found
 
 
@@ -108,6 +113,7 @@ def show(found: Found, overrides: Sequence[str]) -> None:
         "off",
         *(kind.replace("_", " ") for kind in KINDS),
         "host",
+        "moved",
         "waits",
         "kernels",
         "sent",
@@ -123,8 +129,8 @@ def show(found: Found, overrides: Sequence[str]) -> None:
         sent = " ".join(f"{group} {si(size)}" for group, size in sorted(line.sent.items()) if size)
         table.add_row(
             f"  {line.stage}", str(line.rank), si(line.total), si(line.planned or 0), off,
-            *(si(line.peak.get(kind, 0)) for kind in KINDS), si(line.host), str(sum(line.waits.values())),
-            si(line.kernels), sent,
+            *(si(line.peak.get(kind, 0)) for kind in KINDS), si(line.host), si(line.moved),
+            str(sum(line.waits.values())), si(line.kernels), sent,
         )  # fmt: skip
     console.print(table)
     assumed: Counter[str] = Counter()

@@ -16,8 +16,6 @@ from .engine import Engine, Finished, Progress, Report, Response
 from .fold import whole_model
 from .sampling import Sampler
 
-FREE_SHARE = 0.5  # of the free memory, for the cache: prefill and logits need some too
-
 
 def rollout(
     role: RoleModel,
@@ -60,7 +58,7 @@ def rollout(
     progress, error = Progress(), None
     with role.on_device():
         gpt = whole_model(role)
-        kv_tokens = config.kv_tokens or max(longest, _free_tokens(role))
+        kv_tokens = config.kv_tokens or max(longest, _free_tokens(role, config.cache_share))
         if mine:
             sampler = Sampler(config, role.model.vocab_size or 0, end_ids, mesh.tp_group)
             text_ends = _text_ends(config.stop_texts, decode) if config.stop else None
@@ -124,8 +122,8 @@ def _text_ends(stop: Sequence[str], decode: Callable[[Sequence[int]], str] | Non
     return ends
 
 
-def _free_tokens(role: RoleModel) -> int:
-    """Positions of cache that this rank's share of the free memory holds; the same on all tensor parallel ranks."""
+def _free_tokens(role: RoleModel, share: float) -> int:
+    """Positions of cache that such a share of this rank's free memory holds; the same on all tensor parallel ranks."""
     mesh, model = role.mesh, role.model
     if mesh.device.type == "cuda":
         torch.cuda.empty_cache()  # what torch keeps and nobody uses is not free to the driver
@@ -134,4 +132,4 @@ def _free_tokens(role: RoleModel) -> int:
         free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world_size))
     size = torch.finfo(role.dtype).bits // 8
     per_token = model.num_layers * 2 * model.num_key_value_heads // mesh.tp * model.head_size * size
-    return min(mesh.all_gather_object(int(free * FREE_SHARE) // per_token))
+    return min(mesh.all_gather_object(int(free * share) // per_token))
