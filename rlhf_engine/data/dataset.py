@@ -145,12 +145,12 @@ def _of_use(prepared: Prepared, first: int, last: int, phase: str, config: RunCo
     """Of the rows from `first` to `last` those that a phase can use, and how many of the others it cannot use for which
     reason. Plain text is cut into pieces of `data.max_seq_len`, and a pair into its answers where they are drawn one by
     one."""
-    left_out, found = Counter[str](), [(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, bool))]
+    left_out = Counter[str]()
+    found: list[tuple[np.ndarray, ...]] = [(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, bool))]
     for rows, lengths in prepared.lengths(first, last):
         is_served = (prepared.serves[rows.start : rows.stop] & bit(phase)) != 0
-        *kept, reasons = _of_use_within(lengths, is_served, phase, config)
-        kept[0] += rows.start
-        found.append(tuple(kept))
+        where, *kept, reasons = _of_use_within(lengths, is_served, phase, config)
+        found.append((rows.start + where, *kept))
         left_out += reasons
     where, starts, is_bad = (np.concatenate(part) for part in zip(*found, strict=True))
     if not starts.any():
