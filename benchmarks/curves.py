@@ -13,18 +13,14 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
-from harness import RESULTS, argument_parser
+from harness import RESULTS, ROOT, argument_parser, launched
 
-ROOT = Path(__file__).resolve().parent.parent
 SAMPLED = ["+exp=hh_grpo", "phases=[grpo]", "grpo.iterations=25"]
 FREE = [*SAMPLED, "grpo.kl_coef=0"]
 # one update an iteration, of whole responses
@@ -58,13 +54,8 @@ COLUMNS = {
 
 def make(folder: Path, settings: list[str]) -> None:
     """A run, on one core."""
-    command = [sys.executable, "launch/run.py", *settings, "mesh.dp=1", f"output_dir={folder}"]
-    found = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
-    if found.returncode:
-        sys.exit(f"{' '.join(command)}\n{found.stdout}{found.stderr}")
-    print(f"{folder.name}: {found.stdout.splitlines()[-1]}", flush=True)
+    said = launched(*settings, "mesh.dp=1", f"output_dir={folder}")
+    print(f"{folder.name}: {said.splitlines()[-1]}", flush=True)
 
 
 def rows(folder: Path, case: str, seed: int) -> Iterator[dict[str, object]]:

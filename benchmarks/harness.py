@@ -11,6 +11,7 @@ import importlib.metadata
 import multiprocessing
 import os
 import statistics
+import subprocess
 import sys
 import time
 import traceback
@@ -24,7 +25,8 @@ import torch
 
 from rlhf_engine.launching.ranks import environment, free_port
 
-RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 CONTEXT: Any = multiprocessing.get_context("spawn")
 Side = TypeVar("Side", bound=Hashable)
 
@@ -76,6 +78,20 @@ def reset_peak() -> int:
     """The bytes that it has now."""
     Path("/proc/self/clear_refs").write_text("5")
     return peak()
+
+
+def launched(*settings: str) -> str:
+    """What a whole run prints, of one thread a rank.
+
+    Raises:
+        SystemExit: it has failed.
+    """
+    command = [sys.executable, "launch/run.py", *settings]
+    one = os.environ | {"OMP_NUM_THREADS": "1"}
+    found = subprocess.run(command, cwd=ROOT, env=one, capture_output=True, text=True)
+    if found.returncode:
+        sys.exit(f"{' '.join(command)}\n{found.stdout}{found.stderr}")
+    return found.stdout
 
 
 # -- ranks ---------------------------------------------------------------------------------------------------
