@@ -87,6 +87,7 @@ def test_any_command_line(tmp_path_factory, overrides):
     (folder / "a.jsonl").write_text((json.dumps(row) + "\n") * 300)
     given_, said, started = [f"{k}={v}" for k, v in overrides.items()], [], []
     with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # where it leaves a tokenizer of these rows
         patch.setattr(launcher, "start_ranks", lambda *args: started.append(args) or 0)
         patch.setattr("builtins.print", lambda *args, file=None, **_: said.append(" ".join(map(str, args))))
         code = launcher.main(["+exp=hh_rlhf", "device=cpu", f"data.sources=[{folder}/a.jsonl]", *given_])

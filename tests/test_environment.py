@@ -177,7 +177,8 @@ def test_what_libraries_are_told(env, monkeypatch, device, tp, variables, added)
     ],
     ids=str,
 )
-def test_graphs_that_would_hang(env, monkeypatch, capsys, variables, overrides, is_refused):
+def test_graphs_that_would_hang(env, monkeypatch, capsys, tmp_path, variables, overrides, is_refused):
+    monkeypatch.chdir(tmp_path)  # where it leaves a tokenizer of few rows
     monkeypatch.setattr(preflight, "num_gpus", lambda: 2)
     monkeypatch.setattr(worlds.launcher, "start_ranks", lambda *args: 0)
     env(**variables)
@@ -401,7 +402,8 @@ def test_gpus_that_may_be_used(monkeypatch, visible, here, count):
 
 
 @pytest.mark.parametrize("rank", ["x", "7", "1"])
-def test_what_is_wrong_with_one_rank_is_said_by_it(env, monkeypatch, capsys, rank):
+def test_what_is_wrong_with_one_rank_is_said_by_it(env, monkeypatch, capsys, tmp_path, rank):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(worlds.launcher, "run_rank", lambda *args: pytest.fail("it was started"))
     env(**TWO | {"RANK": rank, "MASTER_ADDR": "a..b"})
     assert worlds.launcher.main(["+exp=hh_rlhf", "device=cpu", "data.num_rows=400"]) == 2

@@ -173,8 +173,9 @@ LARGE = ["+exp=ppo_large", "phases=[sft,reward,ppo]", "plan.device=h100"]
 
 
 @pytest.fixture
-def planned(capsys, monkeypatch):
+def planned(capsys, monkeypatch, tmp_path):
     """What a command line prints, and its exit status; no rank may start."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(launching.launcher, "start_ranks", lambda *args: pytest.fail("a rank was started"))
 
     def get(*overrides: str) -> tuple[int, str, str]:
