@@ -61,7 +61,7 @@ def make(folder: Path, settings: list[str]) -> None:
 def rows(folder: Path, case: str, seed: int) -> Iterator[dict[str, object]]:
     """Of a run's last phase."""
     (phase,) = (setting for setting in CASES[case] if setting.startswith("phases="))
-    folder /= phase.strip("]").split("[")[1].split(",")[-1]
+    folder /= phase.removeprefix("phases=[").removesuffix("]").split(",")[-1]
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for found in metrics[::5]:
         yield row(case, seed, found["iteration"], {key: found.get(name) for key, (name, _) in COLUMNS.items()})

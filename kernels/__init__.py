@@ -12,7 +12,7 @@ from .linear_log_prob import linear_log_probs, wide_mm
 from .log_prob import check_tokens, token_log_probs
 from .losses import clipped_policy_loss, clipped_value_loss
 from .preference import kto_loss, preference_loss
-from .reference import Advantages, PolicyLoss, ValueLoss, kl_estimate, pairwise_loss, whiten
+from .reference import Advantages, PolicyLoss, ValueLoss, corrected, kl_estimate, pairwise_loss, whiten
 
 __all__ = [
     "Advantages",
@@ -22,6 +22,7 @@ __all__ = [
     "check_tokens",
     "clipped_policy_loss",
     "clipped_value_loss",
+    "corrected",
     "group_advantages",
     "importance_weights",
     "kl_advantages",

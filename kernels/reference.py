@@ -264,6 +264,12 @@ def _moments(x: Tensor, mask: Tensor) -> Tensor:
     return torch.stack([count, mean, _masked(x - mean, mask).square_().sum() / count.clamp_min(1)])
 
 
+def corrected(moments: Tensor, correction: int) -> Tensor:
+    """Count, mean and variance `(3,)`, the variance divided by the count less `correction` and not by the count."""
+    count, mean, variance = moments
+    return torch.stack([count, mean, variance * (count / (count - correction).clamp_min(1))])
+
+
 def _masked(x: Tensor, mask: Tensor) -> Tensor:
     """`x` where the mask is set, else 0: a product would let a NaN or an infinity from outside through."""
     return torch.where(mask.bool(), x, 0.0)
@@ -278,8 +284,7 @@ def whiten(x: Tensor, mask: Tensor, *, eps: float = 1e-8, moments: Tensor | None
         correction: taken off the count that the variance divides by: 0 as numpy, 1 as torch.var and most peers.
     """
     x = _wide(x)
-    count, mean, variance = _moments(x, mask) if moments is None else moments
-    variance = variance * (count / (count - correction).clamp_min(1))
+    _, mean, variance = corrected(_moments(x, mask) if moments is None else moments, correction)
     return _masked((x - mean) * torch.rsqrt(variance + eps), mask)
 
 

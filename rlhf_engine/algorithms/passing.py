@@ -12,7 +12,6 @@ import torch
 
 from ..context import Context
 from ..data.dataset import Example
-from ..models.residency import Presence
 from .algorithm import Algorithm, Evaluation
 from .rollouts import function_scores
 from .samples import EVAL_ITERATION, experience, respond
@@ -77,7 +76,5 @@ def answers_scores(ctx: Context, examples: Sequence[Example]) -> torch.Tensor:
     own = {key: value for key in ("temperature", "top_p") if (value := getattr(asked, key)) is not None}
     repeated = [example for example in examples for _ in range(asked.samples)]
     config = replace(ctx.config.rollout, **own)
-    policy = ctx.roles["policy"]
-    policy.move(min(policy.presence, Presence.STATE))  # gradients come back with the next update
-    responses = respond(ctx, policy, repeated, EVAL_ITERATION + 1, config)
+    responses = respond(ctx, ctx.roles["policy"], repeated, EVAL_ITERATION + 1, config)
     return function_scores(ctx, experience(ctx, repeated, responses))[0].view(-1, asked.samples)

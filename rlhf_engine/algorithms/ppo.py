@@ -34,7 +34,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rlhf_kernels import Advantages, clipped_value_loss, kl_advantages, kl_estimate
+from rlhf_kernels import Advantages, clipped_value_loss, corrected, kl_advantages, kl_estimate
 
 from ..config import PPOConfig, RunConfig
 from ..context import Context
@@ -88,8 +88,9 @@ def advantage(ctx: Context, _, x) -> dict[str, Tensor]:
         # Ziegler et al. 2019, section 2.2
         error = max(-0.2, min(0.2, float(kl.mean()) / config.kl_target - 1))
         state.kl_coef *= 1 + error * len(kl) / config.kl_horizon
-    moments = result.moments if config.whiten_advantages else torch.tensor([1.0, 0.0, 1.0])
-    moments[2] *= moments[0] / (moments[0] - config.std_correction).clamp_min(1)
+    moments = torch.tensor([1.0, 0.0, 1.0])
+    if config.whiten_advantages:
+        moments = corrected(result.moments, config.std_correction)
     aims = {"advantages": result.advantages, "advantage_moments": moments, "returns": result.returns}
     return {"rewards": rewards, **aims}
 

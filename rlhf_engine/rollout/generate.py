@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import ConfigError, RolloutConfig
+from ..models.residency import Presence
 from ..models.role import RoleModel
 from .engine import Engine, Finished, Progress, Report, Response
 from .fold import whole_model
@@ -56,6 +57,7 @@ def rollout(
     mine = (split(prompts, need, mesh.num_replicas) if shares is None else shares)[mesh.replica]
     responses: list[Response] = []
     progress, error = Progress(), None
+    role.move(min(role.presence, Presence.STATE))  # gradients would take room from the cache, and come with an update
     with role.on_device():
         gpt = whole_model(role)
         kv_tokens = config.kv_tokens or max(longest, _free_tokens(role, config.cache_share))
