@@ -1,12 +1,15 @@
 """Generation side by side: our rollout, transformers' `generate`, and the bare matrix products of the same tokens.
 
     python benchmarks/rollout.py [--stories DIR] [--smollm DIR] [--workloads 6m 40m] [--layout 1x2t dp2 tp2] [--quick]
+    python benchmarks/rollout.py --workloads 6m --lengths ended --prompts 512 --memory 1 0.1
 
 All sides sample from the same weights: prompts of 8 to 64 tokens, responses either all of one length or of geometric
-length (mean 48, at most 192), drawn beforehand and the same for each side. transformers generates in left-padded
-batches, of the best of a few sizes and with the better of one thread and two, and a batch runs until its longest
-response is done; tokens beyond a row's own length are not counted for it. TRL's trainers call the same `generate`. The
-floor multiplies the weights with as many rows as there are tokens at each step of one big batch, and does nothing else.
+length (mean 48, at most 192), drawn beforehand and the same for each side; or ended by one of the tokens that are a
+48th of the vocabulary, of which our rollout knows beforehand only that 192 is the most. `--memory` is the cache's share
+of what all rows need that are decoded at once, each at its longest. transformers generates in left-padded batches, of
+the best of a few sizes and with the better of one thread and two, and a batch runs until its longest response is done;
+tokens beyond a row's own length are not counted for it. TRL's trainers call the same `generate`. The floor multiplies
+the weights with as many rows as there are tokens at each step of one big batch, and does nothing else.
 
 Sides take turns; medians of the rounds are compared. Layouts: `1x2t` is one rank with the better of one thread and two,
 dp2 and tp2 are two ranks with one thread each; the other sides always have one process. Appends to
@@ -16,6 +19,7 @@ benchmarks/results/rollout.csv.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import random
 import statistics
@@ -27,8 +31,10 @@ import torch
 from harness import append, argument_parser, run, seconds, take_turns
 
 THREADS = 2
+KINDS = ("fixed", "geometric", "ended")
 LAYOUTS = {"1x2t": (1, 1), "dp2": (1, 2), "tp2": (2, 1)}  # tp and dp
 BATCHES = (32, 64, 128, 256)
+MEAN, MOST = 48, 192  # tokens of a response of geometric length
 LLAMAS = {
     "6m": dict(
         hidden_size=256, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4, intermediate_size=704,
@@ -63,7 +69,7 @@ def work(lengths: str, num_prompts: int, fixed: int, vocab_size: int) -> tuple[l
     limits = []
     for _ in range(num_prompts):
         length = 1
-        while length < 192 and draw.random() > 1 / 48:
+        while length < MOST and draw.random() > 1 / MEAN:
             length += 1
         limits.append(length)
     return prompts, limits
@@ -72,7 +78,7 @@ def work(lengths: str, num_prompts: int, fixed: int, vocab_size: int) -> tuple[l
 class Ours:
     threads = 1
 
-    def __init__(self, folder: Path, tp: int, dp: int):
+    def __init__(self, folder: Path, tp: int, dp: int, memory: float):
         from rlhf_engine.config import MeshConfig
         from rlhf_engine.hf.config import read_model_config
         from rlhf_engine.launching.build import load_base
@@ -82,16 +88,30 @@ class Ours:
         self.mesh = ParallelMesh(MeshConfig(tp=tp, pp=1, dp=dp), "cpu")
         self.role = RoleModel("policy", read_model_config(folder), self.mesh, "lm", torch.float32)
         load_base(self.role, str(folder))
+        self.memory, self.is_ended = memory, False
 
     def __call__(self, prompts: list[list[int]], limits: list[int]) -> None:
+        most, ends = ([MOST] * len(prompts), self.ends) if self.is_ended else (limits, [])
+        assert self.lengths(prompts, most, ends) == limits
+
+    @property
+    def ends(self) -> list[int]:
+        """Tokens that end a response."""
+        return list(range(5, self.role.model.vocab_size or 0, MEAN))
+
+    def lengths(self, prompts: list[list[int]], limits: list[int], ends: list[int]) -> list[int]:
+        """Of the responses."""
         from rlhf_engine.config import RolloutConfig
         from rlhf_engine.rollout.generate import rollout
         from rlhf_engine.rollout.sampling import sample_keys
 
         config = RolloutConfig(max_new_tokens=max(limits), min_new_tokens=0)
+        if self.memory < 1:
+            longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
+            config.kv_tokens = max(longest, int(self.memory * min(config.slots, len(prompts)) * longest))
         keys = sample_keys(1, 0, torch.arange(len(prompts)))
-        found = rollout(self.role, prompts, keys, config, [], limits=limits)
-        assert [len(response.tokens) for response in found] == limits
+        found = rollout(self.role, prompts, keys, config, ends, limits=limits)
+        return [len(response.tokens) for response in found]
 
 
 class Transformers:
@@ -152,12 +172,15 @@ class Floor:
                 inputs[self.head.shape[1]][:active] @ self.head.t()
 
 
-def measure(args: argparse.Namespace, name: str, folder: Path, layout: str) -> None:
+def measure(args: argparse.Namespace, name: str, folder: Path, layout: str, memory: float) -> None:
     """On a rank: all sides on one workload."""
     tp, dp = LAYOUTS[layout]
-    ours = Ours(folder, tp, dp)
+    ours = Ours(folder, tp, dp, memory)
     for lengths in args.lengths:
         prompts, limits = work(lengths, args.prompts, args.fixed, ours.role.model.vocab_size or 0)
+        ours.is_ended = lengths == "ended"
+        if ours.is_ended:
+            limits = ours.lengths(prompts, [MOST] * len(prompts), ours.ends)
         sides, taken = compare(ours, folder, prompts, limits, args.rounds)
         if ours.mesh.is_main:
             publish(name, lengths, layout, args, sum(limits), ours, sides["transformers"], taken)
@@ -193,7 +216,8 @@ def publish(
     median = {side: statistics.median(values) for side, values in taken.items()}
     ratio = median["transformers"] / median["ours"]
     print(
-        f"{name:8} {lengths:9} {layout:5} ours {median['ours']:7.2f} s ({tokens / median['ours']:7.0f} tokens/s,"
+        f"{name:8} {lengths:9} {layout:5} memory {ours.memory:4.0%}"
+        f" ours {median['ours']:7.2f} s ({tokens / median['ours']:7.0f} tokens/s,"
         f" {ours.threads} threads)"
         f"  transformers {median['transformers']:7.2f} s (batches of {theirs.batch}, {theirs.threads} threads)"
         f"  {ratio:5.2f} x"
@@ -203,7 +227,7 @@ def publish(
     if args.quick:
         return
     row = {
-        "workload": name, "lengths": lengths, "layout": layout,
+        "workload": name, "lengths": lengths, "layout": layout, "memory": ours.memory,
         "prompts": args.prompts, "tokens": tokens, "ours_s": median["ours"],
         "transformers_s": median["transformers"], "transformers_batch": theirs.batch,
         "ours_threads": ours.threads, "transformers_threads": theirs.threads,
@@ -218,7 +242,10 @@ def main() -> None:
     parser.add_argument("--smollm", help="HF folder of SmolLM2-135M; left out without one")
     parser.add_argument("--workloads", nargs="*", choices=LLAMAS, default=["6m", "40m"])
     parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=["1x2t"])
-    parser.add_argument("--lengths", nargs="+", choices=("fixed", "geometric"), default=["fixed", "geometric"])
+    parser.add_argument("--lengths", nargs="+", choices=KINDS, default=["fixed", "geometric"])
+    parser.add_argument(
+        "--memory", nargs="+", type=float, default=[1.0], help="the cache's share of the most it can need"
+    )
     parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--fixed", type=int, default=64, help="tokens of each response of fixed length")
     parser.add_argument("--rounds", type=int, default=3)
@@ -231,8 +258,8 @@ def main() -> None:
         models = {name: Path(folder) for name, folder in folders.items() if folder}
         models |= {name: make_llama(name, Path(temporary) / name) for name in args.workloads}
         for name, folder in models.items():
-            for layout in args.layout:
-                run(measure, args, name, folder, layout, size=math.prod(LAYOUTS[layout]))
+            for layout, memory in itertools.product(args.layout, args.memory):
+                run(measure, args, name, folder, layout, memory, size=math.prod(LAYOUTS[layout]))
 
 
 if __name__ == "__main__":

@@ -8,9 +8,7 @@ from . import reference
 from .dispatch import use_triton
 
 
-def cached_attention(
-    q: Tensor, cache: Tensor, starts: Tensor, strides: Tensor, lengths: Tensor, window: int | None = None
-) -> Tensor:
+def cached_attention(q: Tensor, cache: Tensor, table: Tensor, lengths: Tensor, window: int | None = None) -> Tensor:
     """softmax(q K^T / sqrt(D)) V for the newest position of each sequence (Vaswani et al. 2017, eq. 1).
 
     Sequences of any lengths cost what they hold: nothing is padded, and shapes do not depend on how far a sequence
@@ -19,9 +17,8 @@ def cached_attention(
 
     Args:
         q: `(B, G, n, D)`: G key-value heads with n query heads each.
-        cache: `(P, 2 D)` of a layer, key and value of a position side by side, contiguous.
-        starts: `(B,)` int64, where each sequence's positions begin, those of its first group.
-        strides: `(B,)` int64, positions from one group's to the next.
+        cache: `(2, P, G, S, D)` of a layer, keys and values in blocks of S positions, contiguous.
+        table: `(B, C)` int64, which blocks hold each sequence; behind its last one stands the number of any block.
         lengths: `(B,)` int64, positions that each sequence has, the newest included; at least 1.
         window: of sliding attention: so many of the last positions are seen; None sees all.
 
@@ -29,7 +26,7 @@ def cached_attention(
         `(B, G, n, D)`, in `q`'s type; softmax and sums in float32.
     """
     if not use_triton(q):
-        return reference.cached_attention(q, cache, starts, strides, lengths, window)
+        return reference.cached_attention(q, cache, table, lengths, window)
     from . import attention_triton
 
-    return attention_triton.cached_attention(q, cache, starts, strides, lengths, window)
+    return attention_triton.cached_attention(q, cache, table, lengths, window)

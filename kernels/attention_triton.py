@@ -11,16 +11,16 @@ _BLOCK_BYTES = 1 << 13  # of keys read at once: three blocks of keys and values 
 
 @triton.jit
 def attention_kernel(
-    q, cache, out, starts, strides, lengths, scale,
-    WINDOW: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    q, cache, out, table, lengths, columns, values_at, scale,
+    WINDOW: tl.constexpr, SIZE: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """`ROWS` and `WIDTH` are `QUERIES` and `DIM` as a matrix product takes them: powers of two, 16 at least. `WIDE`:
-    products in float32 whatever the type."""
+    """`columns`: from one row of the table to the next. `values_at`: where values begin in the cache. `SIZE`: positions
+    of a block of it. `ROWS` and `WIDTH` are `QUERIES` and `DIM` as a matrix product takes them: powers of two, 16 at
+    least. `WIDE`: products in float32 whatever the type."""
     row = tl.program_id(0)
     group = tl.program_id(1)
     length = tl.load(lengths + row).to(tl.int32)
-    first = tl.load(starts + row) + group * tl.load(strides + row)
     n = tl.arange(0, ROWS)
     d = tl.arange(0, WIDTH)
     t0 = tl.arange(0, BLOCK)
@@ -38,10 +38,12 @@ def attention_kernel(
     for start in range(begin, length, BLOCK):
         t = start + t0
         inside = t < length
-        both = cache + (first + t[:, None]) * (2 * DIM) + d[None, :]
+        block = tl.load(table + row.to(tl.int64) * columns + t // SIZE, mask=inside, other=0).to(tl.int64)
+        position = (block * tl.num_programs(1) + group) * SIZE + t % SIZE
+        both = cache + position[:, None] * DIM + d[None, :]
         is_real = inside[:, None] & (d[None, :] < DIM)
         keys = tl.load(both, mask=is_real, other=0.0)
-        values = tl.load(both + DIM, mask=is_real, other=0.0)
+        values = tl.load(both + values_at, mask=is_real, other=0.0)
         scores = tl.dot(queries, tl.trans(keys.to(queries.dtype)), input_precision="ieee") * scale
         scores = tl.where(inside[None, :], scores, -float("inf"))
         # a running softmax (Milakov and Gimelshein 2018): what was summed so far is scaled to the new maximum
@@ -62,14 +64,13 @@ def launch(queries: int, dim: int, itemsize: int) -> dict[str, int]:
     return {"QUERIES": queries, "DIM": dim, "ROWS": rows, "WIDTH": width, "BLOCK": block, "num_warps": 4}
 
 
-def cached_attention(
-    q: Tensor, cache: Tensor, starts: Tensor, strides: Tensor, lengths: Tensor, window: int | None
-) -> Tensor:
+def cached_attention(q: Tensor, cache: Tensor, table: Tensor, lengths: Tensor, window: int | None) -> Tensor:
     """See reference.py."""
     queries, dim = q.shape[2:]
     out = q.new_empty(q.shape)
     attention_kernel[q.shape[:2]](
-        q.contiguous(), cache, out, starts, strides, lengths, q.shape[3] ** -0.5, WINDOW=window or 0,
+        q.contiguous(), cache, out, table, lengths, table.stride(0), cache.stride(0), q.shape[3] ** -0.5,
+        WINDOW=window or 0, SIZE=cache.shape[3],
         WIDE=not q.is_cuda,  # the interpreter would multiply the integers that stand for bfloat16
         **launch(queries, dim, q.element_size()),
     )  # fmt: skip

@@ -388,17 +388,13 @@ def pairwise_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
 # -- attention over a cache --------------------------------------------------------------------------------------
 
 
-def cached_attention(
-    q: Tensor, cache: Tensor, starts: Tensor, strides: Tensor, lengths: Tensor, window: int | None
-) -> Tensor:
-    """See attention.py; every sequence is read as far as the longest goes."""
-    t = torch.arange(int(lengths.max()), device=q.device)
-    first = starts.unsqueeze(1) + strides.unsqueeze(1) * torch.arange(q.shape[1], device=q.device)
+def cached_attention(q: Tensor, cache: Tensor, table: Tensor, lengths: Tensor, window: int | None) -> Tensor:
+    """See attention.py; every sequence is read as far as the table goes."""
+    t = torch.arange(table.shape[1] * cache.shape[3], device=q.device)
     seen = t < lengths.unsqueeze(1)
     if window is not None:
         seen &= t >= lengths.unsqueeze(1) - window
     seen = seen[:, None, :, None]
-    both = _wide(cache[(first.unsqueeze(2) + t).clamp_(max=len(cache) - 1)]).masked_fill_(~seen, 0)
-    keys, values = both.chunk(2, -1)
-    scores = _wide(q) @ keys.transpose(2, 3) * q.shape[3] ** -0.5
-    return (scores.masked_fill_(~seen.transpose(2, 3), -torch.inf).softmax(-1) @ values).to(q.dtype)
+    keys, values = (_wide(part[table].transpose(1, 2).flatten(2, 3)).masked_fill_(~seen, 0) for part in cache)
+    scores = _wide(q) @ keys.mT * q.shape[3] ** -0.5
+    return (scores.masked_fill_(~seen.mT, -torch.inf).softmax(-1) @ values).to(q.dtype)

@@ -466,21 +466,29 @@ def matmul_flops(model: dict, layout: tuple, rows: int, length: int) -> int:
 
 def cache_bytes(model: dict, layout: tuple, prompts: list[list[int]], response: int, config: dict) -> int:
     """Bytes of the KV cache that a replica allocates for these prompts and responses of so many tokens."""
+    return engine_of(build_role(model, "lm", layout), prompts, response, config).cache.store.nbytes
+
+
+def blocks_of_prompts(overrides: list[str], prompts: list[list[int]]) -> int:
+    """Blocks of the cache that are taken when all prompts are in it."""
+    from rlhf_engine.launching.build import base_policy
+
+    engine = engine_of(base_policy(context(overrides, (1, 1, 1))), prompts, 2, {})
+    with torch.no_grad():
+        engine._admit()
+    return engine.cache.num_blocks - engine.cache.num_free
+
+
+def engine_of(role, prompts: list[list[int]], response: int, config: dict):
+    """For responses of so many tokens."""
     from rlhf_engine.config import RolloutConfig
     from rlhf_engine.rollout.engine import Engine
     from rlhf_engine.rollout.sampling import Sampler, sample_keys
 
-    role = build_role(model, "lm", layout)
     settings = RolloutConfig(max_new_tokens=response, **config)
-    engine = Engine(
-        role.chunks[0],
-        role.mesh,
-        Sampler(settings, role.model.vocab_size, (0,), role.mesh.tp_group),
-        prompts,
-        sample_keys(1, 0, torch.arange(len(prompts))),
-        [response] * len(prompts),
-        range(len(prompts)),
-        settings.slots,
-        settings.kv_tokens or 1 << 20,
+    sampler = Sampler(settings, role.model.vocab_size, (0,), role.mesh.tp_group)
+    keys, count = sample_keys(1, 0, torch.arange(len(prompts))), len(prompts)
+    most = settings.kv_tokens or 1 << 20
+    return Engine(
+        role.chunks[0], role.mesh, sampler, prompts, keys, [response] * count, range(count), settings.slots, most
     )
-    return engine.cache.flat.nbytes

@@ -775,23 +775,28 @@ def test_cache_sized_chunks_cover_every_row(device, monkeypatch):
     [(1, 1, 1, 8, None), (5, 2, 4, 64, None), (3, 4, 1, 80, 5), (4, 2, 7, 16, 70), (2, 1, 20, 128, 1)],
 )
 def test_cached_attention(device, dtype, batch, groups, queries, dim, window):
-    """Sequences of 1 to 200 positions anywhere in a cache that holds what is not a number where nobody should look."""
+    """Sequences of 1 to 200 positions, their blocks anywhere in a cache that holds what is not a number where nobody
+    should look; the first block is in all of them."""
+    size = 16 if dim > 64 else 32
     lengths = torch.tensor([1, 200, 64, 65, 17][:batch])
-    strides = lengths + torch.arange(batch)
-    starts = 3 + torch.cat([torch.zeros(1, dtype=torch.int64), (strides * groups).cumsum(0)[:-1]])
-    cache = random(int(starts[-1] + strides[-1] * groups) + 9, 2 * dim, dtype=dtype)
+    columns = -(-int(lengths.max()) // size)
+    numbers = 1 + torch.randperm(batch * columns, generator=torch.Generator().manual_seed(2)).view(batch, columns)
+    numbers[:, 0] = numbers[0, 0]
+    table = torch.zeros(batch, columns + 3, dtype=torch.int64)[:, 1 : columns + 1]  # rows that do not lie side by side
+    table.copy_(numbers.masked_fill(torch.arange(columns) * size >= lengths.unsqueeze(1), 0))
+    cache = random(2, 1 + batch * columns, groups, size, dim, dtype=dtype)
     q = random(batch, groups, queries, dim, seed=1, dtype=dtype)
-    used = torch.zeros(len(cache), dtype=torch.bool)
+    used = torch.zeros(1 + batch * columns, size, dtype=torch.bool)
     expected = torch.empty(q.shape, dtype=torch.float64)
-    for b in range(batch):
-        for g in range(groups):
-            stop = int(starts[b] + g * strides[b] + lengths[b])
-            first = stop - min(int(lengths[b]), window or 10**6)
-            used[first:stop] = True
-            keys, values = cache[first:stop].double().chunk(2, -1)
-            expected[b, g] = (q[b, g].double() @ keys.T / dim**0.5).softmax(-1) @ values
-    cache[~used] = torch.nan
-    on_device = (x.to(device) for x in (q, cache, starts, strides, lengths))
+    for b, length in enumerate(lengths.tolist()):
+        t = torch.arange(max(0, length - (window or length)), length)
+        blocks, offsets = table[b, t // size], t % size
+        used[blocks, offsets] = True
+        keys, values = cache[:, blocks, :, offsets].double().unbind(1)  # (T, G, D)
+        scores = torch.einsum("gnd,tgd->gnt", q[b].double(), keys) / dim**0.5
+        expected[b] = torch.einsum("gnt,tgd->gnd", scores.softmax(-1), values)
+    cache.masked_fill_(~used[None, :, None, :, None], torch.nan)
+    on_device = (x.to(device) for x in (q, cache, table, lengths))
     found = kernels.cached_attention(*on_device, window)
     assert found.dtype is dtype
     assert close(found, expected, GRADIENT[dtype] * 2)

@@ -39,7 +39,7 @@ def test_under_the_interpreter():
 # Tensors by name, float32 where nothing is said, and numbers; what else a kernel takes is an integer.
 POINTERS = {
     "tokens": torch.int64, "rows": torch.int64, "banned": torch.int64, "inverse": torch.int32, "early": torch.uint8,
-    "mask": torch.uint8, "starts": torch.int64, "strides": torch.int64, "lengths": torch.int64,
+    "mask": torch.uint8, "table": torch.int64, "lengths": torch.int64,
     **dict.fromkeys(
         ("logits", "out", "parts", "saved", "grad_log_prob", "grad_entropy", "log_probs", "ref_log_probs", "values",
          "scores", "advantages", "returns", "rewards", "moments", "old_log_probs", "old_values", "grad", "sums", "q",
@@ -48,7 +48,8 @@ POINTERS = {
     ),
 }  # fmt: skip
 NUMBERS = {"scale", "inverse_temperature", "kl_coef", "gamma", "low", "high", "dual", "clip_value", "eps"}
-UNALIGNED = {"num_blocks", "num_parts", "num_scores"}  # need not divide by 16, all other addresses and strides do
+# need not divide by 16, as all other addresses and strides do
+UNALIGNED = {"num_blocks", "num_parts", "num_scores", "columns"}
 BF16, FP32 = torch.bfloat16, torch.float32
 NAMES = {BF16: "bf16", FP32: "fp32"}
 
@@ -79,7 +80,7 @@ def cases():
     yield "value", losses_triton.value_kernel, {}, losses_triton.LAUNCH["value"]
     for dtype, *shape in ((BF16, 4, 64), (BF16, 8, 128), (FP32, 4, 64), (FP32, 8, 128)):
         for window in (0, 4096):
-            config = attention_triton.launch(*shape, dtype.itemsize) | {"WINDOW": window, "WIDE": False}
+            config = attention_triton.launch(*shape, dtype.itemsize) | {"WINDOW": window, "WIDE": False, "SIZE": 32}
             types = dict.fromkeys(("q", "cache", "out"), dtype)
             yield f"attention-{NAMES[dtype]}-{shape[1]}-{window}", attention_triton.attention_kernel, types, config
 

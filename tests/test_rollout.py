@@ -67,7 +67,8 @@ def test_layouts_sample_the_same(worlds, settings, sampled, layout):
 def test_slots_and_order_do_not_matter(worlds, settings, sampled, slots, layout):
     order = torch.randperm(len(PROMPTS), generator=torch.Generator().manual_seed(slots)).tolist()
     found = generate(worlds, [*settings, f"rollout.slots={slots}"], layout, [PROMPTS[i] for i in order], order)
-    assert tokens_of(found) == [sampled[i][0] for i in order]
+    expected = [sampled[i] for i in order]
+    assert (found == expected) if layout[0] == 1 else (tokens_of(found) == tokens_of(expected))  # to the bit
 
 
 LIMITS = [(7 * i) % 41 + 1 for i in range(60)]  # lanes empty, merge and fill again
@@ -103,6 +104,33 @@ def test_rows_are_read_one_by_one_as_on_cuda(worlds, settings, many, options, la
     options = [*settings, "rollout.max_new_tokens=41", *(f"rollout.{option}" for option in options)]
     found = generate(worlds, options, layout, MANY, list(range(60)), limits=LIMITS, as_on_cuda=True)
     assert tokens_of(found) == tokens_of(many)
+
+
+SHARED = [[(5 * i + 3 * j) % 500 + 3 for j in range((5, 20, 40, 70)[i % 4])] for i in range(8) for _ in range(5)]
+ENDS = tuple(range(40, 70))  # so many that responses end long before they have to
+
+
+def test_the_same_in_a_cache_that_holds_a_twentieth_of_the_work(worlds, settings):
+    """Rows step back, are computed again, and become what they would have become; samples of a prompt share it."""
+    settings = [*settings, "rollout.max_new_tokens=90", "rollout.slots=16"]
+    work = sum(map(len, SHARED)) + 90 * len(SHARED)
+    few = [*settings, f"rollout.kv_tokens={work // 20}"]
+    run = functools.partial(cases.generate, ends=ENDS)
+    (whole, progress), *_ = worlds(1).run(run, settings, (1, 1, 1), SHARED, list(range(40)))
+    assert progress.preempted == 0 and len({tuple(tokens) for tokens in tokens_of(whole)}) > 30
+    for layout in ((1, 1, 1), (2, 1, 1), (1, 2, 1)):
+        for found, progress in worlds(2 if 2 in layout else 1).run(run, few, layout, SHARED, list(range(40))):
+            assert tokens_of(found) == tokens_of(whole)
+            assert [finished for *_, finished in found] == [finished for *_, finished in whole]
+            for (_, log_probs, _), (_, expected, _) in zip(found, whole, strict=True):
+                assert log_probs == (pytest.approx(expected, abs=1e-5) if layout[0] == 2 else expected)
+            assert progress.preempted > 2 and progress.rows_done == 40
+            assert progress.tokens == sum(map(len, tokens_of(whole)))
+
+
+def test_samples_of_a_prompt_keep_it_once(worlds, settings):
+    """70 tokens fill two blocks, and each of five samples has one of its own for the rest."""
+    assert worlds(1).run(cases.blocks_of_prompts, settings, [[7] * 70] * 5)[0] == 2 + 5
 
 
 def test_what_is_reported(worlds, settings):

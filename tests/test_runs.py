@@ -68,7 +68,8 @@ def test_what_a_run_leaves(whole):
     wanted = {
         "iteration", "score/mean", "gold/mean", "kl/mean", "policy/loss", "policy/ratio_first", "policy/clip_fraction",
         "policy/entropy", "policy/grad_norm", "critic/loss", "rollout/log_prob_gap", "rollout/response_length",
-        "throughput/generated_tokens_per_second", "time/rollout", "time/train_policy", "mfu/train_policy",
+        "rollout/preempted", "throughput/generated_tokens_per_second", "time/rollout", "time/train_policy",
+        "mfu/train_policy",
     }  # fmt: skip
     assert all(wanted <= row.keys() for row in rows)
     assert abs(rows[0]["kl/mean"]) <= 1e-6

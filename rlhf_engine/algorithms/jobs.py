@@ -26,8 +26,8 @@ from ..experience import pad_rows, spans
 from ..models.role import RoleModel
 from ..models.stream import infer
 from ..models.work import Batch, Work
-from ..rollout.engine import Progress
 from ..rollout.generate import rollout
+from ..rollout.progress import Progress
 from ..rollout.sampling import sample_keys
 from ..signals import RunError, before_leaving
 from ..surviving.durable import reason

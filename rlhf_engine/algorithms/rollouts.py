@@ -22,8 +22,8 @@ from ..experience import Experience, pad_rows, spans
 from ..models.role import RoleModel
 from ..models.work import Batch, Work
 from ..rewards.functions import Sample
-from ..rollout.engine import Progress, Response
 from ..rollout.generate import rollout as generate
+from ..rollout.progress import Progress, Response
 from ..rollout.sampling import sample_keys
 from ..schedule import Stage, Works
 from .algorithm import RoleSpec
@@ -100,6 +100,7 @@ def rollout(ctx: Context, policy: RoleModel, x) -> dict[str, Tensor]:
     ctx.metrics.record("throughput/slot_occupancy", progress.slot_occupancy)
     ctx.metrics.record("throughput/prefill_share", progress.prefill_share)
     ctx.metrics.record("idle/rollout", progress.idle_share)
+    ctx.metrics.record("rollout/preempted", progress.preempted)
     ctx.metrics.record("throughput/generated_tokens_per_second", fields["response_mask"].sum() / seconds)
     return fields
 

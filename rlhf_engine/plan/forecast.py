@@ -26,6 +26,7 @@ from .memory import (
     Memory,
     Numbers,
     at_a_step,
+    decoded_at_once,
     generation_workspace,
     kv_bytes_per_token,
     kv_positions,
@@ -344,7 +345,8 @@ class Forecaster:
         prompt, response = self.rows.expected
         rows, prompts = self._per_replica()
         positions = min(self._cache(group, p)[1] for p in range(self.mesh.pp))
-        slots = max(1, min(rows, self.config.rollout.slots, positions // (prompt + self.rows.response)))
+        held = decoded_at_once(positions, rows, prompts, prompt, response)
+        slots = min(rows, self.config.rollout.slots, held)
         shape = rows, slots, prompts, prompt, response
         seconds = costs.generate(*shape)
         world = self.mesh.tp * self.mesh.pp * self.dp

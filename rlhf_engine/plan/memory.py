@@ -12,8 +12,8 @@ from rlhf_kernels.linear_log_prob import CHUNK_BYTES, KEEP_BYTES
 
 from ..config import MeshConfig, ModelConfig, OptimizerConfig, Recompute, RolloutConfig
 from ..models.partition import Parameters, layer_parameters, padded_vocab_size, stage_layers
-from ..rollout.cache import round_up
-from ..rollout.engine import LANES, PREFILL_TOKENS
+from ..rollout.cache import BLOCK, num_blocks
+from ..rollout.engine import PREFILL_TOKENS
 
 
 @dataclass(frozen=True)
@@ -210,16 +210,21 @@ def kv_positions(config: RolloutConfig, rows: int, longest: int, most: float) ->
         most: positions that the memory left for it holds.
     """
     kv_tokens = config.kv_tokens or max(longest, int(most))
-    longest, slots = min(round_up(longest), kv_tokens), min(config.slots, rows)
-    lanes = min(LANES, slots, kv_tokens // longest)
-    return lanes * min(kv_tokens // lanes, -(-slots // lanes) * longest) + 1  # for the rows that fill a CUDA graph
+    return BLOCK * (1 + min(num_blocks(kv_tokens), min(config.slots, rows) * num_blocks(longest)))
+
+
+def decoded_at_once(positions: int, rows: int, prompts: int, prompt: int, response: int) -> int:
+    """Sequences of the usual length that a cache holds: the blocks of their own, half of the last one empty, and those
+    of the prompts, which the samples of each share."""
+    shared = prompt // BLOCK * BLOCK * (1 - prompts / rows)
+    return max(1, int(positions / (prompt + response + BLOCK / 2 - shared)))
 
 
 def generation_workspace(
     model: ModelConfig, slots: int, prompts: int, prompt: int, mesh: MeshConfig, numbers: Numbers
 ) -> float:
     """What comes and goes in a rollout, at most: a forward of prompts, or the sampler's view of a step's logits."""
-    tokens = min(PREFILL_TOKENS, prompts * prompt)
+    tokens = min(PREFILL_TOKENS[numbers.device], prompts * prompt)
     wide = 4 if model.gated_mlp else 2
     prefill = tokens * (3 * model.hidden_size + wide * model.intermediate_size / mesh.tp) * numbers.itemsize
     return max(prefill, logits(model, slots, mesh))

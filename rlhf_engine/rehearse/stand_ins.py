@@ -80,7 +80,7 @@ def _mark_memory(gpu: FakeGPU) -> None:
 
     def new_cache(self, *args, **kwargs) -> None:
         new(self, *args, **kwargs)
-        gpu.mark([self.flat], "kv_cache")
+        gpu.mark([self.store], "kv_cache")
 
     def as_bytes(storage: torch.UntypedStorage) -> Tensor:
         with gpu.shapes:

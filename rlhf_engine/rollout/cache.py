@@ -1,132 +1,135 @@
-"""Keys and values of the sequences that are being generated, in lanes.
+"""Keys and values of the sequences that are being generated, in blocks that a sequence gets as it grows.
 
-The cache is one tensor for all layers, allocated once and cut into regions of equal size. A lane fills a region with
-sequences of like length that stand side by side: attention reads a lane as one dense block, as far as its longest
-sequence goes, so nothing is padded to the longest of all. Its rows are as long as its own sequences may become, so a
-region takes more of the short ones.
+The cache is one tensor for all layers, cut into blocks of `BLOCK` positions. A table names the blocks of each sequence
+(Kwon et al. 2023, arXiv:2309.06180): it gets one more when it comes to need it and gives them back when it ends, and
+samples of one prompt name the same blocks for what the prompt fills. Block 0 is nobody's: unused places of the table
+name it, and rows that fill up a CUDA graph read and write it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-_WINDOW = 16  # lanes are read up to a multiple of it, so shapes and views stay as they are for so many steps
+BLOCK = 32  # half of it is empty at the end of a sequence; smaller ones cost a CPU more products
+
+Ints = NDArray[np.int64]
 
 
-def round_up(length: int) -> int:
-    """The least multiple of `unit` that is no less than `n`."""
-    return -(-length // _WINDOW) * _WINDOW
-
-
-@dataclass
-class Row:
-    """A sequence in a lane: its sample, how many of its tokens are cached, its place in the batch."""
-
-    sample: int
-    length: int
-    place: int
-
-
-@dataclass
-class Lane:
-    """Rows of a region, without gaps.
-
-    Args:
-        offset: of its first position in the flat cache.
-        store: `(layers, R, G, capacity, 2 D)`, a view of the cache; each position holds key and value.
-    """
-
-    region: int
-    offset: int
-    store: Tensor
-    rows: list[Row] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.size, self.groups, self.capacity = self.store.shape[1:4]
-        self.longest = 0  # length of the longest row
-        self._views: tuple[tuple[int, int], list[tuple[Tensor, Tensor]]] = ((0, 0), [])
-
-    @property
-    def window(self) -> int:
-        """How far a decode step reads, the token that it adds included."""
-        return min(self.capacity, round_up(self.longest + 1))
-
-    def views(self) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of each layer, `(rows, G, window, D)` both."""
-        shape = (len(self.rows), self.window)
-        if self._views[0] != shape:
-            parts = self.store[:, : shape[0], :, : shape[1]].chunk(2, -1)
-            self._views = (shape, list(zip(*(part.unbind(0) for part in parts), strict=True)))
-        return self._views[1]
-
-    def start(self, i: int) -> int:
-        """Where in the flat cache row i begins, its first group; the others are `capacity` apart."""
-        return self.offset + i * self.groups * self.capacity
-
-    def add(self, rows: Sequence[Row]) -> None:
-        """Rows whose keys and values are in place, behind the others."""
-        self.rows += rows
-        self.longest = max(row.length for row in self.rows)
-
-    def advance(self) -> None:
-        """Every row has one more token."""
-        self.longest += 1
-        for row in self.rows:
-            row.length += 1
-
-    def remove(self, i: int) -> None:
-        """Ends a row; the last takes its place."""
-        row, last = self.rows[i], self.rows.pop()
-        if i < len(self.rows):
-            self._copy(self, len(self.rows), last, i)
-            self.rows[i] = last
-        if row.length == self.longest:
-            self.longest = max((row.length for row in self.rows), default=0)
-
-    def take(self, other: Lane, i: int) -> None:
-        """Adds a row of another lane, which keeps its copy."""
-        self._copy(other, i, other.rows[i], len(self.rows))
-        self.add([other.rows[i]])
-
-    def _copy(self, source: Lane, i: int, row: Row, target: int) -> None:
-        self.store[:, target, :, : row.length] = source.store[:, i, :, : row.length]
+def num_blocks(length):
+    """Blocks that so many positions fill; of a number or an array."""
+    return -(-length // BLOCK)
 
 
 class KVCache:
     """
-    Args:
-        num_regions: lanes that there can be at once.
-        region_tokens: positions of each, over all of its rows.
+    Attributes:
+        store: `(layers, 2, 1 + num_blocks, G, BLOCK, D)`, keys and values.
+        readers: `(1 + num_blocks,)`, how many sequences name each block.
     """
 
-    def __init__(
-        self, num_layers: int, groups: int, head_dim: int, num_regions: int, region_tokens: int, dtype, device
-    ):
-        self.groups, self.region_tokens = groups, region_tokens
-        self.spare = num_regions * region_tokens * groups  # a position of no lane, for each group
-        shape = (num_layers, self.spare + groups, 2 * head_dim)
+    def __init__(self, num_layers: int, groups: int, head_dim: int, num_blocks: int, dtype, device):
+        shape = (num_layers, 2, 1 + num_blocks, groups, BLOCK, head_dim)
         # Zeros, because what a mask hides is still multiplied by 0 and must be a number. numpy's come from the system,
         # which gives each page its memory when it is first written: rows take what they fill, not what is reserved.
         if device.type == "cpu":
-            self.flat = torch.from_numpy(np.zeros(shape, np.float32)).to(dtype)
+            self.store = torch.from_numpy(np.zeros(shape, np.float32)).to(dtype)
         else:
-            self.flat = torch.zeros(shape, dtype=dtype, device=device)
-        self.free = list(reversed(range(num_regions)))
+            self.store = torch.zeros(shape, dtype=dtype, device=device)
+        self.groups = torch.arange(groups, device=device)
+        self.readers = np.zeros(1 + num_blocks, np.int64)
+        self.readers[0] = 1
 
-    def open(self, capacity: int, max_rows: int) -> Lane:
-        """A lane in a free region, of rows of `capacity` positions or, where that costs none of them, of more."""
-        rows = min(max_rows, self.region_tokens // capacity)
-        capacity = self.region_tokens // rows
-        region = self.free.pop()
-        offset = region * self.region_tokens * self.groups
-        used = self.flat[:, offset : offset + rows * self.groups * capacity]
-        return Lane(region, offset, used.unflatten(1, (rows, self.groups, capacity)))
+    @property
+    def num_blocks(self) -> int:
+        """Those that sequences can have."""
+        return len(self.readers) - 1
 
-    def close(self, lane: Lane) -> None:
-        """Frees its memory."""
-        self.free.append(lane.region)
+    @property
+    def num_free(self) -> int:
+        """Blocks that no sequence has."""
+        return int((self.readers == 0).sum())
+
+    def take(self, count: int) -> Ints:
+        """Free blocks for one reader, the first ones, so that those in use stay close together."""
+        found = np.flatnonzero(self.readers == 0)[:count]
+        self.readers[found] = 1
+        return found
+
+    def places(self, blocks: Tensor, offsets: Tensor) -> Tensor:
+        """Where `write` puts positions `(P,)` of these blocks: key and value of each of their groups, `(P G 2,)`."""
+        _, _, count, groups, size, _ = self.store.shape
+        first = (blocks.unsqueeze(1) * groups + self.groups) * size + offsets.unsqueeze(1)
+        return torch.stack([first, first + count * groups * size], 2).flatten()
+
+    def write(self, layer: int, places: Tensor, both: Tensor) -> None:
+        """Keys and values `(P, G, 2, D)` of new positions."""
+        dim = both.shape[3]
+        self.store[layer].view(-1, dim).index_copy_(0, places, both.reshape(-1, dim))
+
+    def close_up(self, table: Ints) -> None:
+        """Moves the last blocks to where earlier ones are free, and changes the table with them."""
+        used = np.flatnonzero(self.readers)
+        last, free = used[used >= len(used)], np.flatnonzero(self.readers[: len(used)] == 0)
+        self.store[:, :, free] = self.store[:, :, last]
+        moved = np.arange(len(self.readers))
+        moved[last] = free
+        self.readers[free], self.readers[last] = self.readers[last], 0
+        table[:] = moved[table]
+
+
+class Rows:
+    """The sequences in the cache, in the order in which they came.
+
+    Attributes:
+        samples: `(B,)`, their numbers.
+        lengths: `(B,)`, positions that each has in the cache.
+        table: `(B, columns)`, its blocks.
+    """
+
+    def __init__(self, cache: KVCache, columns: int):
+        self.cache, self.columns = cache, columns
+        self.samples, self.lengths = np.zeros((2, 0), np.int64)
+        self.table = np.zeros((0, columns), np.int64)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def add(self, sample: int, length: int, shared: Ints) -> None:
+        """A row whose first blocks others have too."""
+        line = np.zeros((1, self.columns), np.int64)
+        line[0, : len(shared)] = shared
+        self.cache.readers[shared] += 1
+        self.samples, self.lengths = np.append(self.samples, sample), np.append(self.lengths, length)
+        self.table = np.concatenate([self.table, line])
+        missing = np.zeros(len(self), np.int64)
+        missing[-1] = num_blocks(length) - len(shared)
+        self.extend(missing)
+
+    def extend(self, missing: Ints) -> None:
+        """So many more blocks `(B,)` for the rows."""
+        rows = np.repeat(np.arange(len(self)), missing)
+        nth = np.arange(len(rows)) - np.repeat(missing.cumsum() - missing, missing)
+        self.table[rows, self.counts[rows] + nth] = self.cache.take(len(rows))
+
+    @property
+    def counts(self) -> Ints:
+        """Blocks of each row."""
+        return np.count_nonzero(self.table, 1)
+
+    @property
+    def shares(self) -> NDArray[np.float64]:
+        """Blocks of each row, those with several readers counted in parts."""
+        return np.where(self.table > 0, 1 / self.cache.readers.clip(1)[self.table], 0).sum(1)
+
+    def remove(self, places: Sequence[int]) -> None:
+        """Rows that end or step back; their blocks are free where nobody else reads them."""
+        gone = self.table[list(places)]
+        np.subtract.at(self.cache.readers, gone[gone > 0], 1)
+        self.samples, self.lengths, self.table = (
+            np.delete(part, list(places), 0) for part in (self.samples, self.lengths, self.table)
+        )

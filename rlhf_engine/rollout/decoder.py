@@ -2,8 +2,8 @@
 
 Megatron's modules spend their time on what training needs: sequence-first layouts, autograd functions around every
 collective, checks and hooks in each module; the window of the cache that they read was that of the longest sequence.
-With lanes (`cache.py`) this walk took 0.95 s where they took 1.55 s (stories260K, 256 prompts, 64 tokens each, one
-thread; 5.1 against 7.3 s of a 6M Llama). It reads the same tensors: there is no second copy of the weights.
+This walk took 0.95 s where they took 1.55 s (stories260K, 256 prompts, 64 tokens each, one thread; 5.1 against 7.3 s
+of a 6M Llama). It reads the same tensors: there is no second copy of the weights.
 `tests/test_hf_architectures.py` holds it equal to megatron's forward for every architecture.
 
 Legend for shapes: B sequences, S prompt positions, T tokens, H hidden size; G key-value heads of this rank with n query
@@ -24,7 +24,8 @@ from rlhf_kernels import cached_attention, wide_mm
 
 from ..models.layers import LayerNorm, RMSNorm, causal_attention, causal_mask
 from ..models.role import head_weight
-from .cache import KVCache, Lane
+from .attention import LEAST, BlockReading
+from .cache import BLOCK, KVCache
 
 Attend = Callable[[int, Tensor], Tensor]  # the layer's number and its input to attention, to the output
 
@@ -50,13 +51,12 @@ class Decoder:
         # training, which makes of the two forwards' hidden states the same bits, but for attention over the cache
         self.fuses = self.head.dtype is torch.float32
         self.windows = [layer.self_attention.core_attention.window for layer in gpt.decoder.layers]
-        self.positions = torch.arange(length, device=self.head.device)
-        self.groups = torch.arange(self.num_groups, device=self.head.device)
+        self.length = length
         self.rotary = self._rotary_tables(length) if gpt.position_embedding_type == "rope" else None
 
-    def new_cache(self, num_regions: int, region_tokens: int) -> KVCache:
-        """An empty cache of so many regions, `region_tokens` positions each."""
-        shape = (len(self.windows), self.num_groups, self.head_dim, num_regions, region_tokens)
+    def new_cache(self, num_blocks: int) -> KVCache:
+        """An empty cache of so many blocks."""
+        shape = (len(self.windows), self.num_groups, self.head_dim, num_blocks)
         return KVCache(*shape, self.head.dtype, self.head.device)
 
     @property
@@ -76,88 +76,80 @@ class Decoder:
 
     # -- the two forwards ------------------------------------------------------------------------------------
 
-    def prefill(self, tokens: Tensor, lengths: Tensor, lane: Lane, first: int, source: Tensor) -> Tensor:
-        """Right-padded prompts `(B, S)` into rows of a lane: logits `(B, V / tp)` after each one's last token.
+    def prefill(
+        self, tokens: Tensor, shapes: Sequence[tuple[int, int]], last: Tensor, source: Tensor, places: Tensor,
+        cache: KVCache,
+    ) -> Tensor:  # fmt: skip
+        """Right-padded prompts `(T,)`, one behind the other, into the cache: logits `(L, V / tp)`.
 
         Args:
-            source: for each row from `first` on the prompt that it starts from; several may share one.
+            shapes: how many prompts have one width and that width, as they come.
+            last: `(L,)`, tokens whose logits are wanted.
+            source: `(P,)`, tokens that are written, as often as they are.
+            places: of the cache, where that is.
         """
-        batch, length = tokens.shape
-        store = lane.store[:, first : first + len(source), :, :length]
-        masks = {window: causal_mask(length, window, tokens.device) for window in set(self.windows)}
+        cuts = [batch * width for batch, width in shapes]
+        masks = {(w, width): causal_mask(width, w, tokens.device) for w in set(self.windows) for _, width in shapes}
 
         def attend(i: int, qkv: Tensor) -> Tensor:
-            qkv = qkv.view(batch, length, self.num_groups, -1, self.head_dim)
-            store[i] = qkv[:, :, :, -2:].flatten(3).transpose(1, 2)[source]
-            q = qkv[:, :, :, :-2].flatten(2, 3).transpose(1, 2)
-            k, v = (qkv[:, :, :, j].transpose(1, 2) for j in (-2, -1))
-            out = causal_attention(q, k, v, masks[self.windows[i]])
-            return out.transpose(1, 2).reshape(batch * length, -1)
+            cache.write(i, places, qkv[source, :, -2:])
+            outs = []
+            for part, (batch, width) in zip(qkv.split(cuts), shapes, strict=True):
+                part = part.unflatten(0, (batch, width))
+                q = part[:, :, :, :-2].flatten(2, 3).transpose(1, 2)
+                k, v = (part[:, :, :, j].transpose(1, 2) for j in (-2, -1))
+                out = causal_attention(q, k, v, masks[self.windows[i], width])
+                outs.append(out.transpose(1, 2).reshape(batch * width, -1))
+            return torch.cat(outs)
 
-        x = self._layers(tokens.flatten(), self.positions[:length].repeat(batch), attend)
-        return self._logits(x.view(batch, length, -1)[torch.arange(batch, device=x.device), lengths - 1])
+        # where padding reaches beyond the longest sequence, any position will do
+        positions = [torch.arange(width, device=tokens.device).repeat(batch) for batch, width in shapes]
+        x = self._layers(tokens, torch.cat(positions).clamp(max=self.length - 1), attend)
+        return self._logits(x, last)
 
     def decode(
         self,
         tokens: Tensor,
         positions: Tensor,
-        starts: Tensor,
-        strides: Tensor,
+        table: Tensor,
         cache: KVCache,
-        lanes: Sequence[Lane] | None = None,
+        reading: BlockReading | None = None,
+        last: Tensor | None = None,
     ) -> Tensor:
-        """The next token `(B,)` of every row: logits `(B, V / tp)`.
+        """The next token `(B,)` of every row: logits `(B, V / tp)`. Rows may be tokens of one sequence, all of which
+        are in the cache before any is read.
 
         Args:
             positions: `(B,)`, of these tokens in their sequences.
-            starts, strides: `(B,)`, where each row begins in the flat cache, and from one of its groups to the next.
-            lanes: that the rows are of, one lane behind the other, and that attention then reads as dense blocks,
-                which suits a CPU; None: it reads row by row, and all shapes depend on B alone.
+            table: `(B, C)`, the blocks of each row.
+            reading: of the same table, by which attention reads all blocks at once, which suits a CPU; None: it reads
+                row by row, and all shapes depend on those of the table alone.
+            last: `(L,)`, the rows whose logits are wanted; None: all.
         """
-        target = ((starts + positions).unsqueeze(1) + strides.unsqueeze(1) * self.groups).flatten()
-        read = self._row_by_row(positions, starts, strides, cache) if lanes is None else self._by_lane(positions, lanes)
+        count, fill = len(tokens), len(reading.pieces) - len(tokens) if reading is not None else 0
+        if fill:  # with rows of nothing
+            tokens, positions, table = (
+                F.pad(tokens, (0, fill)),
+                F.pad(positions, (0, fill)),
+                F.pad(table, (0, 0, 0, fill)),
+            )
+        blocks = table.gather(1, positions.unsqueeze(1) // BLOCK).squeeze(1)
+        places = cache.places(blocks, positions % BLOCK)
+        read = self._read(positions, table, cache, reading)
 
         def attend(i: int, qkv: Tensor) -> Tensor:
-            cache.flat[i].index_copy_(0, target, qkv[:, :, -2:].flatten(2).flatten(0, 1))
+            cache.write(i, places, qkv[:, :, -2:])
             # the query heads of a group stand as its query positions, so keys and values are never expanded
             return read(i, qkv[:, :, :-2]).reshape(len(tokens), -1)
 
-        return self._logits(self._layers(tokens, positions, attend))
+        return self._logits(self._layers(tokens, positions, attend), last)[:count]
 
-    def _row_by_row(self, positions: Tensor, starts: Tensor, strides: Tensor, cache: KVCache) -> Attend:
-        lengths = positions + 1
-
-        def read(i: int, queries: Tensor) -> Tensor:
-            return cached_attention(queries, cache.flat[i], starts, strides, lengths, self.windows[i])
-
-        return read
-
-    def _by_lane(self, positions: Tensor, lanes: Sequence[Lane]) -> Attend:
-        longest = self.positions[: max(lane.window for lane in lanes)]
-        behind = longest > positions.unsqueeze(1)
-        zero = torch.zeros((), dtype=self.head.dtype, device=positions.device)
-        masks = {}
-        for window in set(self.windows):
-            hidden = behind
-            if window is not None and window < len(longest):
-                hidden = behind | (longest <= (positions - window).unsqueeze(1))
-            masks[window] = torch.where(hidden, -torch.inf, zero)
-        # what the layers have in common: rows, views of the cache, masks
-        parts, start = [], 0
-        for lane in lanes:
-            stop = start + len(lane.rows)
-            mine = {window: mask[start:stop, None, None, : lane.window] for window, mask in masks.items()}
-            parts.append((start, stop, lane.views(), mine))
-            start = stop
-
-        def read(i: int, queries: Tensor) -> Tensor:
-            outs = [
-                F.scaled_dot_product_attention(queries[start:stop], *views[i], attn_mask=mine[self.windows[i]])
-                for start, stop, views, mine in parts
-            ]
-            return outs[0] if len(outs) == 1 else torch.cat(outs)
-
-        return read
+    def _read(self, positions: Tensor, table: Tensor, cache: KVCache, reading: BlockReading | None) -> Attend:
+        if reading is None:
+            lengths = positions + 1
+            return lambda i, q: cached_attention(q, cache.store[i], table, lengths, self.windows[i])
+        masks = {window: reading.mask(positions, window) for window in set(self.windows)}
+        return lambda i, q: reading(q, cache.store[i], masks[self.windows[i]])
 
     # -- what they share -------------------------------------------------------------------------------------
 
@@ -240,7 +232,9 @@ class Decoder:
                 out.index_add_(0, mine, F.linear((inner * weight).to(x.dtype), expert.linear_fc2.weight))
         return out
 
-    def _logits(self, x: Tensor) -> Tensor:
+    def _logits(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        if rows is not None:
+            return self._logits(x[F.pad(rows, (0, -len(rows) % LEAST))])[: len(rows)]
         return wide_mm(_norm(self.gpt.decoder.final_layernorm, x), self.head.T)
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from ..config import ConfigError, RolloutConfig
 from ..models.residency import Presence
 from ..models.role import RoleModel
-from .engine import Engine, Finished, Progress, Report, Response
+from .engine import Engine
 from .fold import whole_model
+from .progress import Finished, Progress, Report, Response
 from .sampling import Sampler
 
 
