@@ -17,13 +17,14 @@ import warm
 from conftest import ROOT
 from mixed import read
 
-from rlhf_engine.config import ConfigError, DataConfig, RolloutConfig, RunConfig
+from rlhf_engine.config import ConfigError, DataConfig, RolloutConfig, RunConfig, TokenizerConfig
 from rlhf_engine.data import prepare, prepared
 from rlhf_engine.data.dataset import Dataset, build_datasets
 from rlhf_engine.data.prepared import Prepared, Rows
 from rlhf_engine.data.render import example
 from rlhf_engine.data.sources import KINDS, mixture
 from rlhf_engine.data.tokenizer import Tokenizer, train_tokenizer
+from rlhf_engine.data.trained import tokenizer_notes, trained_tokenizer
 from rlhf_engine.surviving import durable
 
 SAID = [f"Is {i} odd? " + "So it is said. " * (i % 7) for i in range(40)]
@@ -221,3 +222,31 @@ def test_kill_9_in_the_middle(file, tmp_path):
     assert all(path.stat().st_mtime_ns == moment for path, moment in before.items())
     (folder,) = {path.parent for path in cached(file)}
     assert len(Prepared(folder)) == 12_000
+
+
+def test_a_tokenizer_is_of_the_rows_there_are_until_a_phase_has_learned_its_ids(file, tmp_path, capsys):
+    sources = mixture([str(file)], 0, 0, 1)
+    run = RunConfig(output_dir=str(tmp_path / "run"), tokenizer=TokenizerConfig(vocab_size=300))
+    first = trained_tokenizer(run, sources).digest()
+    assert trained_tokenizer(run, sources).digest() == first and not capsys.readouterr().out
+    file.write_text("".join(json.dumps({"text": f"Twice under {i} moons. " * 9}) + "\n" for i in range(40)))
+    second = trained_tokenizer(run, sources).digest()
+    folder = tmp_path / "run" / "tokenizer"
+    assert second != first
+    assert capsys.readouterr().out == (
+        f"{folder}: trained again, as it was trained with another data.sources: {file}\n"
+    )
+    (tmp_path / "run" / "sft").mkdir()
+    assert tokenizer_notes(run, sources) == []
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    run.tokenizer.vocab_size = 310
+    assert trained_tokenizer(run, sources).digest() == second
+    assert tokenizer_notes(run, sources) == [
+        f"{folder}: kept, as phases here have learned its ids, though it was trained with another"
+        f" tokenizer.vocab_size, data.sources: {file}"
+    ]
+    (tmp_path / "run" / "sft").rmdir()
+    (folder / "trained_on.json").unlink()
+    run.tokenizer.vocab_size = 300
+    assert trained_tokenizer(run, sources).digest() == first
+    assert capsys.readouterr().out == f"{folder}: trained again, as what it was trained on is not known\n"

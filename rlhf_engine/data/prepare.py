@@ -24,7 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from ..signals import before_leaving, end_with
 from ..surviving import durable
 from ..surviving.places import Lock
-from .files import Meter, identity
+from .files import Meter
 from .formats import read_row
 from .prepared import INDEX, ROWS_PER_FILE, Prepared, damaged, file_of, is_whole, packed, read_index, write_index
 from .render import example
@@ -58,8 +58,7 @@ class Recipe:
         """All of it, and the source, as a record."""
         recipe = [_FORM, self.tokenizer.digest(), *self.presets, *sorted(self.kinds)]
         recipe += [source.split] if source.generated and source.split != "train" else []
-        files = [*source.generated, source.held_out] if source.generated else identity(source.spec.name, source.key)
-        return {"source": source.spec.name, "recipe": recipe, "content": files}
+        return {"source": source.spec.name, "recipe": recipe, "content": source.identity()}
 
 
 def prepare(

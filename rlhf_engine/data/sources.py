@@ -14,7 +14,7 @@ from typing import Any
 
 from ..config import ASKING, LABELLED, PAIRED, ConfigError, nearest
 from . import hh_mini, sums
-from .files import Meter, read_rows
+from .files import Meter, identity, read_rows
 from .formats import Row, read_row
 
 NUM_EVAL_ROWS = 256
@@ -99,6 +99,10 @@ class Source:
             ConfigError: names the file and the row, and what would be right.
         """
         return (read_row(row, where) for where, row in self.raw_rows())
+
+    def identity(self) -> list[Any]:
+        """What tells whether its rows have changed."""
+        return [*self.generated, self.held_out] if self.generated else identity(self.spec.name, self.key)
 
     def num_held_out(self, num_rows: int) -> int:
         """How many of so many rows are held out.

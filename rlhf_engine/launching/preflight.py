@@ -16,6 +16,7 @@ from ..data.formats import Row
 from ..data.messages import read_messages
 from ..data.sources import HH_MINI, LOOKED_AT, NUM_EVAL_ROWS, Source, held_out_sets, look, mixture, parse_spec, serves
 from ..data.tokenizer import Tokenizer
+from ..data.trained import tokenizer_notes
 from ..observing.to_wandb import has_wandb
 from ..rewards.functions import check_rows, load
 from ..rewards.programs import try_out
@@ -134,6 +135,8 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
         check_finished(config)
     check_reward(config, reward)
     notes = [*folder_notes(config, policy, reward, tokenizer), *unusual_rates(config)]
+    if tokenizer is None and is_main:
+        notes += tokenizer_notes(config, sources)
     notes += _notes_of_the_machine(config, device, is_main)
     if config.calls_functions:
         asked = [*(sources if config.sampling or "eval" not in beside else ()), *beside.get("eval", ())]

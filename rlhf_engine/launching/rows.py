@@ -4,18 +4,12 @@ before there are ranks where our own launcher starts them."""
 from __future__ import annotations
 
 import datetime
-import itertools
-from collections.abc import Iterator
-from pathlib import Path
 
-from ..config import JOBS, RunConfig
+from ..config import JOBS
 from ..data.dataset import Dataset, build_datasets
-from ..data.sources import Source
-from ..data.tokenizer import Tokenizer, train_tokenizer
-from ..surviving.places import Lock
+from ..data.tokenizer import Tokenizer
+from ..data.trained import trained_tokenizer
 from .preflight import Plan
-
-_ROWS_TO_LEARN = 100_000  # of each source, for a tokenizer that is trained on them: it holds them in memory
 
 
 def prepare(plan: Plan, is_checking: bool = True) -> dict[str, Dataset]:
@@ -45,24 +39,4 @@ def datasets_of(plan: Plan, tokenizer: Tokenizer, is_checking: bool) -> dict[str
 
 def tokenizer_of(plan: Plan) -> Tokenizer:
     """The one that there is, or one that is trained on the rows at first use."""
-    return plan.tokenizer or _trained(plan.config, plan.sources)
-
-
-def _trained(config: RunConfig, sources: list[Source]) -> Tokenizer:
-    path = Path(config.output_dir) / "tokenizer" / "tokenizer.model"
-    lock = Lock(path.with_name("lock"), "the training of the tokenizer")
-    if lock.acquire_unless(path.is_file):
-        try:
-            train_tokenizer(_said(sources), path, config.tokenizer.vocab_size)
-        finally:
-            lock.release()
-    return Tokenizer(str(path), config.tokenizer.template)
-
-
-def _said(sources: list[Source]) -> Iterator[str]:
-    """What is said in the rows, each text behind either speaker's name."""
-    rows = itertools.chain.from_iterable(source.first_rows(_ROWS_TO_LEARN)[0] for source in sources)
-    for row in rows:
-        for text in (*(turn["content"] for turn in row.prompt), row.chosen, row.rejected):
-            if text is not None:
-                yield from (speaker + text for speaker in ("\n\nHuman: ", "\n\nAssistant: "))
+    return plan.tokenizer or trained_tokenizer(plan.config, plan.sources)
