@@ -39,7 +39,8 @@ CASES = {
     "gspo": [*FREE, "grpo.loss=gspo", "grpo.clip_ratio=3e-4", "grpo.clip_ratio_high=4e-4"],
     "cispo": [*FREE, "grpo.loss=cispo", "grpo.clip_ratio=1", "grpo.clip_ratio_high=0.28", "grpo.loss_mean=tokens"],
     "reinforce": [*ALONE, "grpo.advantage=none"],
-    **{loss: [*PAIRED, f"dpo.loss={loss}"] for loss in ("dpo", "cdpo", "ipo", "simpo", "orpo")},
+    **{loss: [*PAIRED, f"dpo.loss={loss}"] for loss in ("dpo", "ipo", "simpo", "orpo")},
+    "cdpo": [*PAIRED, "dpo.loss=cdpo", "dpo.label_smoothing=0.1"],
     "kto": ["+exp=hh_dpo", "phases=[kto]"],
 }
 COLUMNS = {
