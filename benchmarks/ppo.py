@@ -199,7 +199,7 @@ def our_trainer(layout: str, name: str, policy: Path, reward: Path, steps: int) 
     mesh = ParallelMesh(MeshConfig(tp=tp, pp=1, dp=dp), "cpu")
     bases = {"policy": read_base(str(policy)), "reward": read_base(str(reward), "reward")}
     tokenizer = SimpleNamespace(end_ids=[], decode=None)  # no token is an end
-    ctx = Context(config, bases, mesh, tokenizer, None, None, None)  # type: ignore[arg-type]
+    ctx = Context(config, bases, mesh, tokenizer, None, None, None, phase="ppo")  # type: ignore[arg-type]
     ctx.state.kl_coef = KL_COEF
     algorithm = ALGORITHMS["ppo"](config)
     specs = algorithm.roles()
