@@ -162,6 +162,74 @@ def policy_loss(dtype: torch.dtype, rows: int, num_tokens: int) -> Cases:
     return found, 4 * new.numel(), (13 * new.numel(), 25 * new.numel())
 
 
+def of_layers(fns: dict[str, Callable], inputs: list[torch.Tensor], width: int, moved: tuple) -> Cases:
+    """Liger's, which run on a GPU alone, take and give what ours do.
+
+    Args:
+        width: of a row of the result.
+        moved: bytes that forward, and both, must move at least.
+    """
+    incoming = random(*inputs[0].shape[:-1], width, dtype=inputs[0].dtype)
+
+    def liger() -> Run:
+        from liger_kernel.transformers import functional
+
+        fn = fns["liger"]
+        return call(lambda *xs: fn(functional, *xs), inputs, incoming)
+
+    found = {key: functools.partial(call, fn, inputs, incoming) for key, fn in fns.items() if key != "liger"}
+    gradients = sum(x.nbytes for x in inputs)
+    return found | ({"liger": liger} if device() == "cuda" else {}), gradients, moved
+
+
+def norm(dtype: torch.dtype, rows: int, hidden: int) -> Cases:
+    x, weight = random(rows, hidden, dtype=dtype), random(hidden, dtype=dtype)
+
+    def plain_norm(x, w):
+        y = x.float()
+        return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-5) * w.float()).to(dtype)
+
+    fns = {
+        "plain": plain_norm, "torch": lambda x, w: F.rms_norm(x, w.shape, w, 1e-5),
+        "ours": lambda x, w: kernels.rms_norm(x, w, 1e-5),
+        "liger": lambda liger, x, w: liger.liger_rms_norm(x, w, 1e-5, in_place=False),
+    }  # fmt: skip
+    return of_layers(fns, [x, weight], hidden, (2 * x.nbytes, 5 * x.nbytes))
+
+
+def gate(dtype: torch.dtype, rows: int, inner: int) -> Cases:
+    x = random(rows, 2 * inner, dtype=dtype)
+
+    def plain_gate(x):
+        gate, up = x.chunk(2, -1)
+        return F.silu(gate) * up
+
+    fns = {
+        "plain": plain_gate, "ours": kernels.swiglu,
+        "liger": lambda liger, x: liger.liger_swiglu(*(part.contiguous() for part in x.chunk(2, -1))),
+    }  # fmt: skip
+    return of_layers(fns, [x], inner, (3 * x.nbytes // 2, 4 * x.nbytes))
+
+
+def rotary(dtype: torch.dtype, length: int, heads: int, dim: int) -> Cases:
+    """Of one sequence; Liger's turns queries and keys together, here half of the heads each."""
+    x = random(length, 1, heads, dim, dtype=dtype)
+    angles = torch.outer(torch.arange(length), 1e4 ** -(torch.arange(0, dim, 2) / dim)).repeat(1, 2).to(device())
+    cos, sin = (part.to(dtype)[:, None, None] for part in (angles.cos(), angles.sin()))
+
+    def plain_rotary(x):
+        a, b = x.chunk(2, -1)
+        return x * cos + torch.cat([-b, a], -1) * sin
+
+    def liger_rotary(liger, x):
+        halves = (part.permute(1, 2, 0, 3) for part in x.chunk(2, 2))
+        turned = liger.liger_rope(*halves, *(part.view(1, length, dim) for part in (cos, sin)))
+        return torch.cat([part.permute(2, 0, 1, 3) for part in turned], 2)
+
+    fns = {"plain": plain_rotary, "ours": lambda x: kernels.rotate(x, cos, sin), "liger": liger_rotary}
+    return of_layers(fns, [x], dim, (2 * x.nbytes, 4 * x.nbytes))
+
+
 @functools.cache
 def tensor_parallel_mesh():
     """Megatron's groups, in a world of this process alone."""
@@ -174,7 +242,7 @@ def tensor_parallel_mesh():
 
 OPS: dict[str, Callable[..., Cases]] = {
     "token_log_probs": log_probs, "linear_log_probs": linear_log_probs, "kl_advantages": advantages,
-    "clipped_policy_loss": policy_loss,
+    "clipped_policy_loss": policy_loss, "rms_norm": norm, "swiglu": gate, "rotate": rotary,
 }  # fmt: skip
 
 

@@ -1,9 +1,10 @@
-"""Import of a synthetic checkpoint against reading and writing the same bytes with plain safetensors.
+"""Import and export of a synthetic checkpoint against reading and writing the same bytes with plain safetensors.
 
-    python benchmarks/convert.py [--gb 4] [--tp 2] [--pp 2] [--folder /tmp]
+    python benchmarks/convert.py [--gb 4] [--tp 2] [--pp 2] [--processes 2] [--folder /tmp]
 
-Each side runs in a process of its own, in turns; medians of their work are compared. The peak is resident memory,
-imports included. Appends a line to benchmarks/results/convert.csv.
+Each side runs in a process of its own, in turns; medians of their work are compared. Import and export are there twice:
+in that process, and in several. The peak is resident memory of the process that has most, imports included. Appends a
+line to benchmarks/results/convert.csv.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import resource
 import shutil
 import tempfile
 import time
@@ -21,6 +23,7 @@ from harness import append, argument_parser, medians, peak, run, seconds, take_t
 from safetensors.torch import load_file, save_file
 
 ROUNDS = 3
+FILE = 5 * 10**8  # bytes of a file of an export
 MODEL = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192,
     "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 64000, "tie_word_embeddings": False,
@@ -62,20 +65,28 @@ def copy(source: Path, target: Path) -> None:
         save_file(load_file(path), target / path.name)
 
 
-def measure(side: str, source: Path, target: Path, tp: int, pp: int) -> tuple[float, float]:
+def measure(side: str, folder: Path, tp: int, pp: int, processes: int) -> tuple[float, float]:
     """Seconds of a side's work, and its peak memory in GB."""
-    # both sides wait for it: a virtual machine gives memory that was idle so long back to its host
+    # all sides wait for it: a virtual machine gives memory that was idle so long back to its host
+    from rlhf_engine.converting.convert import Checkpoint, export_folder
     from rlhf_engine.converting.importer import import_folder
 
+    def silent(total: int):
+        return lambda num_bytes: None
+
     def work() -> None:
-        if side == "import":
-            import_folder(source, target, tp, pp, None, lambda total: lambda num_bytes: None)
+        if side == "copy":
+            copy(folder / "hf", folder / "out")
+        elif side.startswith("import"):
+            import_folder(folder / "hf", folder / "out", tp, pp, None, silent, processes=processes)
         else:
-            copy(source, target)
+            export_folder(Checkpoint(folder / "megatron"), folder / "out", FILE, silent, processes)
         os.sync()
 
     os.sync()  # what the side before left to be written would be written on this one's time
-    return seconds(work), peak() / 1e9
+    taken = seconds(work)
+    of_children = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return taken, max(peak(), of_children) / 1e9
 
 
 def main() -> None:
@@ -83,34 +94,41 @@ def main() -> None:
     parser.add_argument("--gb", type=float, default=4.0)
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--pp", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--folder", default=tempfile.gettempdir())
     args = parser.parse_args()
     root = Path(tempfile.mkdtemp(dir=args.folder))
 
-    def turn(side: str) -> tuple[float, float]:
+    def turn(side: str, processes: int) -> tuple[float, float]:
         started = time.perf_counter()
-        # of one thread, as the tool has it: its reader is one more
-        [(work, held)] = run(measure, side, root / "hf", root / "out", args.tp, args.pp)
+        # of one thread, as the tool has it: an import's reader is one more
+        [(work, held)] = run(measure, side, root, args.tp, args.pp, processes)
         whole = time.perf_counter() - started
-        shutil.rmtree(root / "out")
-        print(f"{side:7} {whole:6.1f} s, {work:6.1f} s of work, peak {held:.2f} GB", flush=True)
+        if side == "import" and not (root / "megatron").exists():
+            (root / "out").rename(root / "megatron")
+        else:
+            shutil.rmtree(root / "out")
+        print(f"{side:9} {whole:6.1f} s, {work:6.1f} s of work, peak {held:.2f} GB", flush=True)
         return work, held
 
+    several = args.processes
+    processes = {"copy": 1, "import": 1, "import_n": several, "export": 1, "export_n": several}
     try:
         largest = make(root / "hf", args.gb) / 1e9
         total = sum(path.stat().st_size for path in (root / "hf").glob("*.safetensors")) / 1e9
-        # after the first round the source is in the page cache for both
-        samples = take_turns({side: functools.partial(turn, side) for side in ("copy", "import")}, ROUNDS)
+        # after the first round the source is in the page cache for all
+        samples = take_turns({side: functools.partial(turn, side, n) for side, n in processes.items()}, ROUNDS)
     finally:
         shutil.rmtree(root)
-    (copied, copy_peak), (imported, import_peak) = medians(samples["copy"]), medians(samples["import"])
-    ratio, limit = imported / copied, 1 + 4 * largest
-    print(
-        f"{total:.2f} GB, largest tensor {largest:.2f} GB: {ratio:.2f} x the copy (work), memory limit {limit:.2f} GB"
-    )
-    fields = ["gb", "tp", "pp", "copy_s", "import_s", "ratio", "copy_peak_gb", "import_peak_gb"]
-    values = [total, args.tp, args.pp, copied, imported, ratio, copy_peak, import_peak]
-    append("convert", [dict(zip(fields, values, strict=True))])
+    found = {side: medians(samples[side]) for side in processes}
+    ratio, limit = found["import"][0] / found["copy"][0], 1 + 4 * largest
+    print(f"{total:.2f} GB, largest tensor {largest:.2f} GB: memory limit {limit:.2f} GB")
+    for side, (work, held) in found.items():
+        print(f"{side:9} {work:6.2f} s, {work / found['copy'][0]:.2f} x the copy, peak {held:.2f} GB")
+    row = {"gb": total, "tp": args.tp, "pp": args.pp, "processes": several, "ratio": ratio}
+    row |= {f"{side}_s": work for side, (work, _) in found.items()}
+    row |= {f"{side}_peak_gb": held for side, (_, held) in found.items()}
+    append("convert", [row])
 
 
 if __name__ == "__main__":

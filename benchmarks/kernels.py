@@ -80,6 +80,9 @@ def ops(args: argparse.Namespace) -> list[Op]:
             Op("linear_log_probs", (args.rows or 8192, args.vocab or 131072, 4096), torch.bfloat16),
             *(Op("kl_advantages", shape, torch.float32) for shape in ((512, 1024), (8192, 4096))),
             Op("clipped_policy_loss", (8192, 4096), torch.float32),
+            Op("rms_norm", (8192, 4096), torch.bfloat16),
+            Op("swiglu", (8192, 11008), torch.bfloat16),
+            Op("rotate", (8192, 32, 128), torch.bfloat16),
         ]
     rows, vocab = args.rows or 2048, args.vocab or 32000
     return [
@@ -87,6 +90,9 @@ def ops(args: argparse.Namespace) -> list[Op]:
         *(Op("linear_log_probs", (rows, vocab, hidden), torch.float32) for hidden in args.hidden),
         Op("kl_advantages", (512, 1024), torch.float32),
         Op("clipped_policy_loss", (512, 1024), torch.float32),
+        Op("rms_norm", (rows, 1024), torch.float32),
+        Op("swiglu", (rows, 2816), torch.float32),
+        Op("rotate", (rows, 16, 64), torch.float32),
     ]
 
 

@@ -42,7 +42,7 @@ class Sleeper:
     """A role whose every stage takes `seconds` for a forward, an equal part of it in each of its chunks."""
 
     is_trained = False
-    micro_batch_tokens = None
+    micro_batch_tokens = balance = None
     bucket_groups = expert_parallel_bucket_groups = ()  # of gradients
 
     def __init__(self, name: str, mesh, seconds: float):

@@ -173,7 +173,8 @@ def our_side(
     Args:
         start: what is trained, the policy or a scorer.
     """
-    from rlhf_engine.hf.weights import Table, parameters, whole_tensors
+    from rlhf_engine.hf.shares import whole_tensors
+    from rlhf_engine.hf.weights import Table, parameters
     from rlhf_engine.schedule import Schedule
 
     losses, norms = [], []

@@ -44,6 +44,17 @@ def wide_mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.mm(a.float(), b.float(), out=out)
 
 
+def wide_addmm_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Adds `a @ b` of matrices to a total in float32 at least, inside the product where torch has that: nothing is
+    rounded to 16 bits, and nothing of its size comes and goes."""
+    if total.dtype is a.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += wide_mm(a, b)
+
+
 class Head:
     """The selected hidden states and the slices of the weight that they are multiplied with."""
 
@@ -88,10 +99,8 @@ class Gradients:
         """The gradient of a slice `(N, slice)`, in the type of the hidden states."""
         if self.weight is not None:
             torch.mm(grad.T, self.head.x, out=self.weight[columns])
-        if self.x is not None and self.head.wide is grad.dtype:
-            self.x.addmm_(grad, self.head.weight[columns])
-        elif self.x is not None:
-            self.x += wide_mm(grad, self.head.weight[columns])
+        if self.x is not None:
+            wide_addmm_(self.x, grad, self.head.weight[columns])
 
     def finish(self, rows: Tensor | None, options: Options) -> tuple[Tensor | None, Tensor | None]:
         """Both as those of what was given."""

@@ -398,3 +398,59 @@ def cached_attention(q: Tensor, cache: Tensor, table: Tensor, lengths: Tensor, w
     keys, values = (_wide(part[table].transpose(1, 2).flatten(2, 3)).masked_fill_(~seen, 0) for part in cache)
     scores = _wide(q) @ keys.mT * q.shape[3] ** -0.5
     return (scores.masked_fill_(~seen.mT, -torch.inf).softmax(-1) @ values).to(q.dtype)
+
+
+# -- layers ------------------------------------------------------------------------------------------------------
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, add: Tensor | None = None) -> Tensor:
+    """See norm.py."""
+    if add is not None:
+        x += add
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """See swiglu.py."""
+    gate, up = x.chunk(2, -1)
+    active = F.silu(gate)
+    return active * up if active.requires_grad else active.mul_(up)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """See rotary.py."""
+    a, b = x.chunk(2, -1)
+    return (x * cos + torch.cat([-b, a], -1) * sin).contiguous()
+
+
+class HeadNorms(NamedTuple):
+    """Weights of the norms of queries and of keys, `(D,)` both."""
+
+    query: Tensor
+    key: Tensor
+    eps: float
+
+
+def attention_heads(
+    qkv: Tensor,
+    bias: Tensor | None,
+    rotary: tuple[Tensor, Tensor] | None,
+    norms: HeadNorms | None,
+    cache: Tensor | None,
+    places: Tensor | None,
+) -> Tensor:
+    """See rotary.py; a type of 32 bits or more is rounded once where it is multiplied and added."""
+    dim = qkv.shape[3]
+    if bias is not None:
+        qkv += bias.view(qkv.shape[1:])
+    if norms is not None:
+        qkv[:, :, :-2] = rms_norm(qkv[:, :, :-2], norms.query, norms.eps)
+        qkv[:, :, -2] = rms_norm(qkv[:, :, -2], norms.key, norms.eps)
+    if rotary is not None:
+        cos, sin = rotary
+        turned = qkv.roll(dim // 2, -1)
+        qkv = torch.addcmul(qkv * cos, turned, sin) if qkv.element_size() >= 4 else qkv * cos + turned * sin
+    if cache is None or places is None:
+        return qkv
+    cache.view(-1, dim).index_copy_(0, places, qkv[:, :, -2:].reshape(-1, dim))
+    return qkv[:, :, :-2]

@@ -58,6 +58,8 @@ class TrainState:
     log_prob_gap: float | None = None  # between sampler and trainer, when it was last measured
     scores: RunningMoments = field(default_factory=RunningMoments)
     skipped: Skipped = field(default_factory=Skipped)
+    carried: Experience | None = None  # responses that the next iteration goes on with (algorithms/carry.py)
+    tail: int | None = None  # new tokens at which enough of the last iteration's responses were done
     # of an iteration that was left between two of its stages or updates
     experience: Experience | None = None
     metrics: dict[str, Any] | None = None  # Metrics.held
@@ -71,7 +73,7 @@ class TrainState:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainState:
         """The inverse of `to_dict`."""
-        nested = {"scores": RunningMoments, "skipped": Skipped, "experience": Experience}
+        nested = {"scores": RunningMoments, "skipped": Skipped, "experience": Experience, "carried": Experience}
         made = {k: kind(**values[k]) for k, kind in nested.items() if values.get(k) is not None}
         return cls(**{**values, **made})
 

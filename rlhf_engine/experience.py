@@ -25,6 +25,7 @@ class Experience:
     row_fields: list[str] | None = None  # B JSON objects: what else their rows have, for reward functions
     sample_ids: Tensor | None = None  # (B,) int64, the key of each sample's noise
     redrawn: Tensor | None = None  # (B,) bool, rows that further prompts have taken the place of
+    noise_keys: Tensor | None = None  # (B,) int64, of samples that earlier iterations have drawn
     # sequences
     tokens: Tensor | None = None  # (B, T) int64
     lengths: Tensor | None = None  # (B,) int64, real tokens in a row
@@ -32,6 +33,7 @@ class Experience:
     desirable: Tensor | None = None  # (rows that are learned,) bool, good answers; the others are bad
     response_mask: Tensor | None = None  # (B, T) bool, generated tokens, the end token included
     finished: Tensor | None = None  # (B,) bool, the response has its end token
+    older: Tensor | None = None  # (B, T) bool, generated tokens that earlier iterations have begun the response with
     # the likeliest response to each of the P different prompts
     greedy_tokens: Tensor | None = None  # (P, T) int64; T of their own
     greedy_lengths: Tensor | None = None  # (P,) int64

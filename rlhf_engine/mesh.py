@@ -10,6 +10,7 @@ import contextlib
 import gc
 import os
 import socket
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -147,28 +148,53 @@ class ParallelMesh:
         """Number of the replica that this rank generates with."""
         return self.pp_rank * self.dp + self.dp_rank
 
-    # -- exports, which the main rank writes -------------------------------------------------------------------
-
-    def shards_to_main(self, tensor: Tensor | None, shape: torch.Size, dtype: torch.dtype, source: int) -> list[Tensor]:
-        """A parameter's shard on every tensor parallel rank, on the main rank; nothing on the others.
+    def gather_ragged(self, values: Tensor) -> Tensor:
+        """`(replicas, longest)` on every CPU: 1-d values of each replica that generates, by its number, and 0 behind
+        what is shorter.
 
         Args:
-            tensor: this rank's shard; None on ranks that need not have it.
-            source: the first of the tensor parallel ranks that have it.
+            values: on any device, of any length; the same on tensor parallel ranks.
         """
-        has_it = source <= self.rank < source + self.tp
-        num_shards = self.tp if has_it or self.is_main else 0
-        shards = [torch.empty(shape, dtype=dtype, device=self.device) for _ in range(num_shards)]
-        if has_it:
+        longest = torch.tensor([len(values)], device=self.device)
+        dist.all_reduce(longest, dist.ReduceOp.MAX)
+        whole = torch.zeros(int(longest), dtype=values.dtype, device=self.device)
+        whole[: len(values)] = values.to(self.device)
+        for group, size in ((self.dp_group, self.dp), (self.pp_group, self.pp)):
+            parts = [torch.empty_like(whole) for _ in range(size)]
+            dist.all_gather(parts, whole, group=group)
+            whole = torch.stack(parts)
+        return whole.flatten(0, 1).cpu()
+
+    # -- parameters whole, for exports -------------------------------------------------------------------------
+
+    def shards_to(
+        self, target: int, tensor: Tensor | None, shape: torch.Size, dtype: torch.dtype, source: int, is_split: bool
+    ) -> list[Tensor]:
+        """A parameter's shard of every tensor parallel rank, or the one copy where it is not split, on rank `target`;
+        nothing on the others.
+
+        Args:
+            tensor: this rank's; None on ranks that need not have it.
+            source: the first of tensor parallel ranks that have it, `target` among them if it has it.
+        """
+        group = range(source, source + self.tp)
+        root = target if target in group else source
+        num_shards = self.tp if is_split else 1
+        is_end = self.rank in (root, target)
+        shards = [torch.empty(shape, dtype=dtype, device=self.device) for _ in range(num_shards if is_end else 0)]
+        if self.rank == root and num_shards == 1:
             assert tensor is not None
-            dist.all_gather(shards, tensor.contiguous(), group=self.tp_group)
-        if source != 0:
+            shards = [tensor.detach().contiguous()]
+        elif self.rank in group and num_shards > 1:
+            assert tensor is not None
+            dist.gather(tensor.detach().contiguous(), shards or None, root, self.tp_group)
+        if root != target:
             for shard in shards:
-                if self.is_main:
-                    dist.recv(shard, source)
-                elif self.rank == source:
-                    dist.send(shard, 0)
-        return shards if self.is_main else []
+                if self.rank == target:
+                    dist.recv(shard, root)
+                else:
+                    dist.send(shard, target)
+        return shards if self.rank == target else []
 
     # -- small things --------------------------------------------------------------------------------------
 
@@ -176,6 +202,12 @@ class ParallelMesh:
         """`value` of every rank, by rank."""
         parts: list[Any] = [None] * self.world_size
         dist.all_gather_object(parts, value)
+        return parts
+
+    def to_main(self, value: Any) -> list[Any]:
+        """`value` of every rank, by rank, on the main rank; nothing on the others."""
+        parts: list[Any] = [None] * self.world_size if self.is_main else []
+        dist.gather_object(value, parts if self.is_main else None, 0)
         return parts
 
     def any_rank(self, flags: Tensor) -> list[bool]:
@@ -189,6 +221,19 @@ class ParallelMesh:
         box = [value]
         dist.broadcast_object_list(box, 0, device=self.device)
         return box[0]
+
+    def tensor_from_main(self, value: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The main rank's `value`, of a shape and type that all know, on every CPU.
+
+        Args:
+            value: None on the others.
+        """
+        found = torch.empty(tuple(shape), dtype=dtype, device=self.device)
+        if self.is_main:
+            assert value is not None
+            found.copy_(value)
+        dist.broadcast(found, 0)
+        return found.cpu()
 
     def barrier(self) -> None:
         """Waits for all ranks."""

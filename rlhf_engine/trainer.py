@@ -172,7 +172,7 @@ def close_trace(ctx: Context, folder: Path, times: Mapping[str, float], peak: fl
         for stage, flops in ctx.trace.flops.items():
             figures[f"mfu/{stage}"] = flops / (times[f"time/{stage}"] * ctx.mesh.world_size * peak)
     if ctx.config.trace:
-        ranks = ctx.mesh.all_gather_object((ctx.trace.spans, moments(ctx.mesh)))
+        ranks = ctx.mesh.to_main((ctx.trace.spans, moments(ctx.mesh)))
         if ctx.mesh.is_main:
             append_events(folder / "trace.json", ranks, ctx.state.iteration - 1)
     ctx.trace.clear()

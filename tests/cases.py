@@ -128,8 +128,14 @@ def rollouts_as_on_cuda():
     from rlhf_engine.rollout import engine, graphs
 
     def called_again(step, pool):
-        result = step()
-        return lambda: result.copy_(step()), result, pool
+        results = []  # of which there is one, at the same place each time
+
+        def replay():
+            found = step()
+            results.append(found if not results else results[0].copy_(found))
+            return results[0]
+
+        return replay, pool
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "reads_by_row", lambda cache: True)
@@ -147,6 +153,7 @@ def generate(
     limits: list[int] | None = None,
     poison: int | None = None,
     as_on_cuda: bool = False,
+    begun: list[tuple] | None = None,
 ):
     """Responses of the run's policy to prompts whose noise is keyed by `ids`, and the last report of their progress.
 
@@ -155,9 +162,11 @@ def generate(
         limits: of their lengths.
         poison: a token whose embedding is not a number.
         as_on_cuda: see `rollouts_as_on_cuda`.
+        begun: what there is of each, as this gives it.
     """
     from rlhf_engine.launching.build import base_policy
     from rlhf_engine.rollout.generate import rollout
+    from rlhf_engine.rollout.progress import Response
     from rlhf_engine.rollout.sampling import sample_keys
 
     ctx = context(overrides, layout)
@@ -177,6 +186,7 @@ def generate(
             (*ctx.tokenizer.end_ids, *ends),
             decode=ctx.tokenizer.decode,
             limits=limits,
+            begun=begun and [Response(*part) for part in begun],
             report=reports.append,
         )
     return [(r.tokens, r.log_probs, r.finished) for r in responses], reports[-1]
@@ -233,16 +243,22 @@ def hf_role(folder: str, layout: tuple, head: str = "lm"):
 
 
 def hf_round_trip(folder: str, layout: tuple, rows: list[list[int]], out: str, head: str = "lm") -> torch.Tensor:
-    """Outputs for the rows, `(B, T, V)` or `(B, T, 1)`; the model's weights are written to `out` in HF format."""
+    """Outputs for the rows, `(B, T, V)` or `(B, T, 1)`; the model's weights are written to `out` in HF format, and to
+    `out`_spread as if it were so large that every rank writes some."""
     from rlhf_engine.converting.export import export_role, head_config
+    from rlhf_engine.hf import shares
     from rlhf_engine.hf.files import copy_assets
     from rlhf_engine.models.stream import forward
 
     role = hf_role(folder, layout, head)
     fn = functools.partial(whole_logits, role) if head == "lm" else lambda output, batch: output
     add = functools.partial(copy_assets, Path(folder))
-    export_role(role, Path(out), head_config(role.model, head, Path(folder)), add)
-    return forward(role, {"tokens": torch.tensor(rows)}, fn, 2)
+    config = head_config(role.model, head, Path(folder))
+    export_role(role, Path(out), config, add)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shares, "_LEAST_BYTES", 1)
+        export_role(role, Path(f"{out}_spread"), config, add)
+    return forward(role, {"tokens": torch.tensor(rows)}, fn, 2)[:, : len(rows[0])]
 
 
 def hf_greedy(
@@ -456,9 +472,12 @@ def matmul_flops(model: dict, layout: tuple, rows: int, length: int) -> int:
     """FLOPs of a forward's linear layers, as torch counts them."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    role = build_role(model, "lm", layout)
+    def grouped(x, weight, *_, **__) -> int:
+        return 2 * x[0] * x[1] * weight[2]  # of (N, I) and (E, I, O)
+
+    role, also = build_role(model, "lm", layout), {torch.ops.aten._grouped_mm: grouped}
     tokens = torch.zeros(rows, length, dtype=torch.int64)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=also) as counter:
         role.modules[0](tokens, torch.arange(length).expand_as(tokens), None)
     counts = counter.get_flop_counts()["Global"]
     return sum(n for operator, n in counts.items() if "attention" not in str(operator))

@@ -7,10 +7,12 @@ import torch.distributed as dist
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from rlhf_engine import mesh
 from rlhf_engine.models import build, layers, residency, role, stream
 from rlhf_engine.rollout import engine
+from rlhf_engine.signals import RunError
 
 
 def host_tensor(rank: int) -> None:
@@ -61,6 +63,38 @@ def item_in_capture(rank: int) -> None:
         return step(self, tokens, *args)
 
     engine.Decoder.decode = decode
+
+
+def noted_layers(rank: int) -> None:
+    """No fault: says how many kernels a layer takes, from one to the next, in a decode step and in a forward."""
+    step, heads, gate = engine.Decoder.decode, engine.Decoder._heads, layers.SwiGLU.forward
+    found: dict[str, list[int]] = {}
+
+    def note(kind: str) -> None:
+        kernels = _get_current_dispatch_mode().stage.kernels
+        found.setdefault(kind, []).append(kernels)
+
+    def decode(self, *args):
+        found["decode"] = []
+        return step(self, *args)
+
+    def heads_noted(self, *args):
+        note("decode")
+        return heads(self, *args)
+
+    def forward(self, *args, **kwargs):
+        note("forward")
+        return gate(self, *args, **kwargs)
+
+    generate = engine.Engine.run
+
+    def said(self):
+        generate(self)
+        between = {kind: at[-1] - at[-2] for kind, at in found.items()}
+        raise RunError(f"kernels of a layer: {between}")
+
+    engine.Decoder.decode, engine.Decoder._heads, layers.SwiGLU.forward = decode, heads_noted, forward
+    engine.Engine.run = said
 
 
 def other_order(rank: int) -> None:
@@ -149,5 +183,13 @@ def needs_apex(rank: int) -> None:
     """No fault: megatron must have found the stand-in for apex."""
     from apex.optimizers import FusedAdam
     from megatron.core.optimizer import Adam
+
+    assert Adam is FusedAdam
+
+
+def needs_transformer_engine(rank: int) -> None:
+    """No fault: megatron must have found the stand-in for transformer-engine."""
+    from megatron.core.optimizer import Adam
+    from transformer_engine.pytorch import FusedAdam
 
     assert Adam is FusedAdam

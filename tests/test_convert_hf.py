@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -23,6 +24,7 @@ from test_hf_folders import role_of
 from rlhf_engine.converting import importer
 from rlhf_engine.converting.layout import one_rank
 from rlhf_engine.data.tokenizer import Tokenizer
+from rlhf_engine.hf.files import file_names
 from rlhf_engine.launching.preflight import plan
 
 TOOL = ROOT / "tools" / "convert_hf" / "convert.py"
@@ -142,7 +144,7 @@ def test_ctrl_c(imported, source, tmp_path, command, left):
     code = (
         "import runpy, sys\nfrom rlhf_engine.converting import convert, importer\n"
         "def interrupt(*args):\n    raise KeyboardInterrupt\n"
-        "importer.copy_assets = convert.HFWriter.close = interrupt\n"
+        "importer.copy_assets = convert.complete = interrupt\n"
         f"sys.argv = ['convert.py', *{words!r}, '--out', {str(tmp_path / 'out')!r}]\n"
         f"runpy.run_path({str(TOOL)!r}, run_name='__main__')"
     )
@@ -150,6 +152,31 @@ def test_ctrl_c(imported, source, tmp_path, command, left):
     assert result.returncode == 130 and "Traceback" not in result.stderr, result.stderr
     assert result.stderr.splitlines()[-1].startswith("interrupted")
     assert [path.name for path in tmp_path.iterdir()] == left
+
+
+def test_several_processes(convert, source, tmp_path, monkeypatch, capsys):
+    """Each writes files of its own, and what one refuses is refused and leaves nothing."""
+    warm.start_server()
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: warm.CONTEXT)
+    hf, mg, out = tmp_path / "hf", tmp_path / "mg", tmp_path / "out"
+    assert convert("import", "--hf", source, "--out", mg, "--processes", 0) == 2
+    assert "--processes 0: 1 or more" in capsys.readouterr().err
+    shutil.copytree(source, hf)
+    for path in hf.glob("*.safetensors"):
+        save_file(
+            {key: x.fill_(torch.nan) if key == "model.norm.weight" else x for key, x in load_file(path).items()},
+            path,
+            {"format": "pt"},
+        )
+    words = ("--out", mg, "--pp", 2, "--processes", 2)
+    assert convert("import", "--hf", hf, *words) == 2
+    assert "model.norm.weight has entries that are not finite" in capsys.readouterr().err.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    assert convert("import", "--hf", source, *words) == 0
+    assert convert("export", "--megatron", mg, "--out", out, "--max-shard-gb", 100e-6, "--processes", 2) == 0
+    assert_same_weights(out, source)
+    files = sorted(path.name for path in out.glob("*.safetensors"))
+    assert files == file_names(len(files)) and len(files) > 1
 
 
 def test_an_import_that_was_killed_goes_on(convert, source, tmp_path):

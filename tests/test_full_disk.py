@@ -21,7 +21,7 @@ from tensorboard.summary.writer import event_file_writer
 from rlhf_engine.algorithms import records
 from rlhf_engine.algorithms.algorithm import Evaluation
 from rlhf_engine.config import LogConfig
-from rlhf_engine.hf.files import HFWriter, whole_folder
+from rlhf_engine.hf.files import whole_folder, write_files
 from rlhf_engine.launching import phase
 from rlhf_engine.launching.compose import compose
 from rlhf_engine.models.residency import Parcel
@@ -171,9 +171,9 @@ def test_no_room_for_report_and_summary(disk, capsys):
 
 def export(disk: Path) -> None:
     with durable.needed(disk / "hf"), whole_folder(disk / "hf") as folder:
-        writer = HFWriter(folder)
-        writer.add("weight", torch.ones(1 << 20))
-        writer.close({})
+        write_files(
+            folder, {"model.safetensors": {"weight": (weight := torch.ones(1 << 20))}}, iter([("weight", weight)])
+        )
 
 
 def offload(disk: Path) -> None:

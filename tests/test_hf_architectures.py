@@ -135,11 +135,14 @@ def test_logits_and_round_trip(worlds, folders, tmp_path, name, layout):
     assert wanted.std() > 0.3
     for logits in found:
         torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=0)
-    assert_same_weights(tmp_path / "out", folder)
-    source, copy = (json.loads((f / "config.json").read_text()) for f in (folder, tmp_path / "out"))
-    assert copy == source
-    _, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not any(info.values()), info
+    ranks = math.prod(layout[:3])
+    for out, files in ((tmp_path / "out", 1), (tmp_path / "out_spread", ranks)):
+        assert_same_weights(out, folder)
+        assert len(list(out.glob("*.safetensors"))) == files
+        source, copy = (json.loads((f / "config.json").read_text()) for f in (folder, out))
+        assert copy == source
+        _, info = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+        assert not any(info.values()), info
 
 
 CACHED = ("llama-tied-llama3", "gpt2", "mistral", "qwen3-moe", "qwen2-untied-window", "qwen3-tied-bias")

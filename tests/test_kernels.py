@@ -771,14 +771,18 @@ def test_cache_sized_chunks_cover_every_row(device, monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("batch", "groups", "queries", "dim", "window"),
-    [(1, 1, 1, 8, None), (5, 2, 4, 64, None), (3, 4, 1, 80, 5), (4, 2, 7, 16, 70), (2, 1, 20, 128, 1)],
-)
-def test_cached_attention(device, dtype, batch, groups, queries, dim, window):
+    ("batch", "groups", "queries", "dim", "window", "longest"),
+    [
+        (1, 1, 1, 8, None, 200), (5, 2, 4, 64, None, 200), (3, 4, 1, 80, 5, 200), (4, 2, 7, 16, 70, 200),
+        (2, 1, 20, 128, 1, 200), (5, 1, 3, 16, None, 1030), (3, 2, 2, 80, 600, 1030),
+    ],
+)  # fmt: skip
+def test_cached_attention(device, dtype, batch, groups, queries, dim, window, longest):
     """Sequences of 1 to 200 positions, their blocks anywhere in a cache that holds what is not a number where nobody
-    should look; the first block is in all of them."""
+    should look; the first block is in all of them. In Triton those of more are split, and programs of short ones have
+    nothing to do."""
     size = 16 if dim > 64 else 32
-    lengths = torch.tensor([1, 200, 64, 65, 17][:batch])
+    lengths = torch.tensor([1, longest, 64, 65, 17][:batch])
     columns = -(-int(lengths.max()) // size)
     numbers = 1 + torch.randperm(batch * columns, generator=torch.Generator().manual_seed(2)).view(batch, columns)
     numbers[:, 0] = numbers[0, 0]
@@ -800,3 +804,19 @@ def test_cached_attention(device, dtype, batch, groups, queries, dim, window):
     found = kernels.cached_attention(*on_device, window)
     assert found.dtype is dtype
     assert close(found, expected, GRADIENT[dtype] * 2)
+
+
+def test_splits_follow_from_shapes():
+    """Until four programs are on each of 132 multiprocessors, and none has fewer than 256 positions of the longest."""
+    splits = pytest.importorskip("rlhf_kernels.attention_triton").num_splits
+    found = [splits(*shape) for shape in ((8, 8, 2048), (1, 8, 1 << 17), (8, 8, 511), (64, 8, 4096), (600, 1, 4096))]
+    assert found == [8, 64, 1, 1, 1]
+
+
+def test_parts_of_split_attention(device):
+    """The same bits each time, and nothing of parts that nobody wrote."""
+    q, lengths, table = random(2, 2, 3, 16), torch.tensor([1030, 3]), torch.arange(66).view(2, 33) % 40
+    cache = random(2, 40, 2, 32, 16, seed=1)
+    on_device = [x.to(device) for x in (q, cache, table, lengths)]
+    found = [kernels.cached_attention(*on_device) for _ in range(3)]
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2]) and found[0].isfinite().all()

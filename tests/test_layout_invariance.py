@@ -104,13 +104,41 @@ def test_packed_micro_batches_change_nothing(worlds, small_run, reference, phase
         assert_same(found["figures"], reference[phase]["figures"], f"{phase} on {layout}, rank {rank}")
 
 
-def test_packed_micro_batches_of_experts(worlds, small_run):
+@pytest.fixture(scope="module")
+def mixture(worlds, small_run) -> tuple[list[str], dict]:
+    """Settings of a model with experts that learns to share tokens out among them, and the first iteration of phases
+    that train it alone, and with a critic, on one rank."""
     settings = [*SETTINGS, f"output_dir={small_run}/experts", "model.architecture=mixtral", "model.num_experts=4"]
-    settings.append(f"tokenizer.path={small_run}/tokenizer/tokenizer.model")
-    wanted = worlds(1).run(cases.first_iteration, settings, (1, 1, 1), "sft")[0]
-    packed = [*settings, "schedule.micro_batch_tokens=300"]
-    found = worlds(2).run(cases.first_iteration, packed, (1, 1, 2, False, 2), "sft")[0]
-    assert_same(found["figures"], wanted["figures"], "experts")
+    settings += [
+        "model.num_layers=4",
+        f"tokenizer.path={small_run}/tokenizer/tokenizer.model",
+        "policy.router_aux_loss_coef=0.5",
+    ]
+    found = {phase: worlds(1).run(cases.first_iteration, settings, (1, 1, 1), phase)[0] for phase in ("sft", "ppo")}
+    return settings, found
+
+
+@pytest.mark.parametrize("phase", ["sft", "ppo"])
+@pytest.mark.parametrize(
+    ("layout", "extra"),
+    [
+        ((1, 1, 2, False, 2), ["schedule.micro_batch_tokens=300"]),
+        ((1, 2, 1), []),
+        ((2, 1, 2, True, 2), ["schedule.recompute=full"]),
+        ((2, 2, 1, True), ["sft.micro_batch_size=2", "ppo.micro_batch_size=2"]),
+        ((1, 2, 1, False, 1, 2), ["schedule.micro_batch_tokens=99999"]),  # less micro-batches than stages
+    ],
+    ids=str,
+)
+def test_experts_are_shared_out_alike(worlds, mixture, phase, layout, extra):
+    """Loss, load-balancing loss, gradients and each expert's share of the tokens; experts on ranks of their own, router
+    and tokens split over tensor parallel ranks, layers over stages, rows over micro-batches and replicas."""
+    settings, wanted = mixture
+    found = worlds(layout[0] * layout[1] * layout[2]).run(cases.first_iteration, [*settings, *extra], layout, phase)
+    assert {"policy/router_aux_loss", "policy/expert_share/3"} <= wanted[phase]["figures"].keys()
+    for rank, each in enumerate(found):
+        assert each["tokens"] == wanted[phase]["tokens"]
+        assert_same(each["figures"], wanted[phase]["figures"], f"{phase} on {layout}, rank {rank}")
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])

@@ -21,7 +21,8 @@ from rlhf_engine.models.work import Work, pack
 
 
 def work(lengths: list[int], budget: int | None, dp=1, dp_rank=0, tp=1, size=2, together=1) -> Work:
-    role = SimpleNamespace(mesh=SimpleNamespace(dp=dp, dp_rank=dp_rank, tp=tp, device="cpu"), micro_batch_tokens=budget)
+    mesh = SimpleNamespace(dp=dp, dp_rank=dp_rank, tp=tp, device="cpu")
+    role = SimpleNamespace(mesh=mesh, micro_batch_tokens=budget, width_unit=tp)
     tokens, found = pad_rows([[1] * length for length in lengths], tp)
     return Work(role, {"tokens": tokens, "lengths": found}, None, size, together)
 
@@ -67,6 +68,15 @@ def test_packing(data):
     for dp_rank in range(dp):
         mine = [work(lengths, budget, dp, dp_rank, tp, together=together).cut(*part) for part in split]
         assert sum(int(batch["tokens"].sum()) for batch in mine) == sum(int(batch["lengths"].sum()) for batch in mine)
+
+
+def test_rows_are_filled_up_to_a_unit():
+    """Beyond the longest too, with zeros."""
+    filled = work([5, 18, 3], 32)
+    filled.role.width_unit = 16
+    assert [(rows.tolist(), width) for rows, width in filled.parts] == [([[1]], 32), ([[0, 2]], 16)]
+    tokens = filled.cut(torch.tensor([[1]]), 32)["tokens"]
+    assert tokens.shape == (1, 32) and tokens[:, 18:].eq(0).all() and tokens[:, :18].equal(filled.batch["tokens"][1:2])
 
 
 def test_rows_of_every_shape_come_back_whole():

@@ -11,9 +11,12 @@ from test_schedule import CTX
 from rlhf_engine.algorithms import greedy, redraw
 from rlhf_engine.algorithms.rollouts import PROVIDED, draw
 from rlhf_engine.config import RolloutConfig
+from rlhf_engine.context import TrainState
 from rlhf_engine.experience import pad_rows, spans
 from rlhf_engine.models.residency import Presence
 from rlhf_engine.observing.metrics import Metrics
+from rlhf_engine.rollout.progress import Response
+from rlhf_engine.rollout.sampling import sample_keys
 from rlhf_engine.schedule import Schedule, Stage
 
 ROLES = ("policy",)
@@ -48,7 +51,7 @@ SCORE = Stage("score", "local", grade, None, ("prompts", "tokens"), ("scores",))
 def run(monkeypatch):
     """`run(rounds)` of prompts [1], [5] and [2], two samples each: the experience, figures, prompts that were sampled,
     and the next one."""
-    monkeypatch.setattr(redraw.rollouts, "record_responses", lambda *args: None)
+    monkeypatch.setattr(redraw.responding, "record_responses", lambda *args: None)
 
     def get(rounds: int):
         prompts = iter([1, 5, 2, 3, 6, 7, 8])
@@ -97,18 +100,21 @@ def test_the_likeliest_responses_are_scored_once_for_each_prompt(monkeypatch, ki
     """With the stage that scores the samples, of which one asks a model and yields what it is asked."""
     asked = []
 
-    def respond_greedily(ctx, policy, x, config):
-        asked.append((x.prompts, config.greedy))
-        return respond(ctx, policy, x), None
+    ids = {int(key): i for i, key in enumerate(sample_keys(1, 0, torch.arange(10)))}
+
+    def respond_greedily(ctx, policy, prompts, keys, config):
+        asked.append((prompts, config.greedy))
+        rows = zip(prompts, keys.tolist(), strict=True)
+        return [Response([ids[key]] * p[0], [-1.0] * p[0], True) for p, key in rows], None
 
     def by_model(ctx, role, x):
         yield "work"
         return grade(ctx, role, x)
 
-    monkeypatch.setattr(greedy.rollouts, "respond", respond_greedily)
+    monkeypatch.setattr(greedy, "respond", respond_greedily)
     score = Stage("score", kind, grade if kind == "local" else by_model, "reward", SCORE.reads, SCORE.writes)
-    settings, config = SimpleNamespace(samples_per_prompt=2), SimpleNamespace(rollout=RolloutConfig())
-    ctx = SimpleNamespace(settings=settings, config=config, responded=[])
+    settings, config = SimpleNamespace(samples_per_prompt=2), SimpleNamespace(rollout=RolloutConfig(), seed=1)
+    ctx = SimpleNamespace(settings=settings, config=config, state=TrainState(), mesh=SimpleNamespace(tp=1))
     generation, scoring = greedy.stages(score)
     x = SimpleNamespace(prompts=[[5], [5], [2], [2]], sample_ids=torch.tensor([5, 6, 8, 9]))
     for name, value in generation.body(ctx, None, x).items():

@@ -100,10 +100,15 @@ def test_a_run_starts_saves_stops_and_resumes(ranks, tmp_path, layout):
     for name, size in planned.items():
         if f"{name} of iteration 1" in moved:
             assert moved[f"{name} of iteration 1"] == pytest.approx(size, rel=0.02, abs=10_000), name
+    # messages between stages wait for nothing
+    assert not [place for place in policy.waits if "p2p_communication" in place or "models/stream.py" in place]
     if layout == "one":
         found_waits = {key: sum(by_name[key].waits.values()) for key in WAITS}
         assert all(found_waits[key] <= most for key, most in WAITS.items()), found_waits
         assert rollout.captures and rollout.replays
+        # the graph, and its tokens to the host, which waits for the step before; rows that have changed would be a third
+        assert rollout.step == {"launches": 2, "waits": 1}
+        print(found_waits)
     show(found, [])
     write(found, [], tmp_path / "rehearsal.json")
     assert json.loads((tmp_path / "rehearsal.json").read_text())["faults"] == []
@@ -173,6 +178,14 @@ def test_eight_ranks(ranks, tmp_path):
     assert all(report["stages"] for attempt in found.attempts for report in attempt)
 
 
+def test_kernels_of_a_layer(ranks, tmp_path):
+    """Of a decode step four products, attention, two norms that add what was made before, heads and gate; of a forward
+    in training the additions and both rotations besides, and queries of groups are copied to lie side by side."""
+    options = [*FEW_ROWS, "mesh.dp=1", "phases=[sft]", "sft.iterations=1"]
+    found = run(ranks, tmp_path, *options, before="planted:noted_layers")
+    assert found.faults == ["kernels of a layer: {'forward': 13, 'decode': 9}"]
+
+
 def test_many_replicas(ranks, tmp_path):
     found = run(ranks, tmp_path, "mesh.dp=8", "phases=[sft]", "sft.micro_batch_size=1", "sft.iterations=1")
     assert found.faults == [] and found.ranks == list(range(8))
@@ -186,10 +199,25 @@ def test_with_apex(tmp_path):
     assert "the save within iteration 0" in [stage["name"] for stage in found.attempts[0][0]["stages"]]
 
 
+def test_with_transformer_engine(tmp_path, monkeypatch):
+    """Its layers, in products of 8 bits, which a stand-in holds to the sizes that they come in."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE / "te"), os.environ.get("PYTHONPATH", "")]))
+    with started(str(HERE), str(HERE / "te")) as ranks:
+        found = run(
+            ranks, tmp_path, "mesh.tp=2", "mesh.sequence_parallel=true", "model.layers=te", "dtype=fp8",
+            "phases=[sft,grpo]", "sft.iterations=1", "grpo.iterations=1", "data.sources=[sums]", "reward.fns=[exact]",
+            before="planted:needs_transformer_engine",
+        )  # fmt: skip
+    assert found.faults == [] and len(found.attempts) == 2
+    names = {stage["name"] for attempt in found.attempts for report in attempt for stage in report["stages"]}
+    assert names >= {f"{stage} of iteration 0" for stage in ("rollout", "log_probs", "train_policy")}, names
+
+
 def test_a_rank_of_each_stage_of_many(ranks, tmp_path):
     found = run(
         ranks, tmp_path, "mesh.tp=2", "mesh.pp=8", "mesh.dp=4", "mesh.sequence_parallel=true", "model.num_layers=16",
-        "phases=[sft]", "sft.batch_size=64", "sft.micro_batch_size=1", "rehearse.micro_batches=2",
+        "phases=[sft,reward]", "sft.batch_size=64", "sft.micro_batch_size=1", "reward.batch_size=64",
+        "reward.micro_batch_size=1", "rehearse.micro_batches=2",
     )  # fmt: skip
     assert found.faults == []
     assert found.ranks == [0, 8, 48, 63] and len(found.attempts) == 1

@@ -9,7 +9,7 @@ import torch
 from rlhf_engine.rollout.admission import expected_blocks
 from rlhf_engine.rollout.attention import BlockReading
 from rlhf_engine.rollout.cache import BLOCK, KVCache, Rows, num_blocks
-from rlhf_engine.rollout.engine import _batches, _width
+from rlhf_engine.rollout.prefill import batches, padded_width
 from rlhf_kernels import reference
 
 NONE = np.zeros(0, np.int64)
@@ -111,6 +111,6 @@ def test_prompts_that_are_prefilled_together():
         return [[i] * length for i, length in enumerate(lengths)]
 
     lengths = (1, 16, 17, 64, 65, 128, 129, 257, 513, 1024, 1025)
-    assert [_width(n) for n in lengths] == [16, 16, 32, 64, 80, 128, 160, 320, 640, 1024, 1280]
-    assert list(_batches(of(9000, 9000, 8000, 100), 1 << 14)) == [(0, 1), (1, 2), (2, 4)]
-    assert list(_batches([[1] * 8000] * 5 + [[2] * 8000] * 2 + [[3] * 8000], 1 << 14)) == [(0, 7), (7, 8)]
+    assert [padded_width(n) for n in lengths] == [16, 16, 32, 64, 80, 128, 160, 320, 640, 1024, 1280]
+    assert list(batches(of(9000, 9000, 8000, 100), 1 << 14)) == [(0, 1), (1, 2), (2, 4)]
+    assert list(batches([[1] * 8000] * 5 + [[2] * 8000] * 2 + [[3] * 8000], 1 << 14)) == [(0, 7), (7, 8)]

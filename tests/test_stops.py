@@ -120,5 +120,6 @@ def test_an_iteration_that_is_cut_otherwise_is_refused(small_run, worlds, tmp_pa
 
 def test_a_state_comes_back_whole():
     state = TrainState(3, 7, 0.1, None, RunningMoments(1.0, 2.0, 3.0), Skipped({"policy": 3}, {"policy": 1}))
+    state.carried, state.tail = Experience(prompts=[[5]]), 12
     state.experience = Experience(prompts=[[1], [2, 3]], stages=["rollout"], steps={"train_critic": 2})
     assert TrainState.from_dict(state.to_dict()) == state

@@ -107,7 +107,7 @@ def test_no_activation_is_kept_for_the_next_stage():
     """What a stage received lives as long as its micro-batch."""
     held: list = []
     chunk = SimpleNamespace(set_input_tensor=held.append)
-    role = SimpleNamespace(name="policy", chunks=[chunk], modules=[lambda *inputs: held[-1][0] + 1])
+    role = SimpleNamespace(name="policy", balance=None, chunks=[chunk], modules=[lambda *inputs: held[-1][0] + 1])
     stream = _Stream(None, 0, Trace())
     stream.set_input_tensor([received := torch.ones(2)])
     output, _ = stream.step(Work(role, {}, None, 1), {"tokens": torch.ones(1, 2)}, True, forward_only=True)

@@ -121,7 +121,7 @@ def stage_table(config: RunConfig) -> tuple[Stage, ...]:
     table = [
         *sampled,
         Stage("advantage", "local", advantage, None, measured, ("advantages",)),
-        *rollouts.importance_stages(settings),
+        *rollouts.importance_stages(config, settings),
         update_stage(config, "distill", train, states, "teacher" if states else None),
     ]
     return (*table, *records.stages(settings, table))

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from ..context import Context
 from ..models.role import RoleModel
+from ..rollout.sampling import sample_keys
 from ..schedule import Fields, Stage, Works
-from . import rollouts
 from .redraw import taken
+from .responding import as_fields, respond
 
 _FIELDS = ("tokens", "lengths", "response_mask", "finished")
 
@@ -54,6 +55,7 @@ def stages(score: Stage) -> list[Stage]:
 def greedy(ctx: Context, policy: RoleModel, x) -> dict[str, Tensor]:
     """The likeliest token at a time, once for each prompt."""
     n = ctx.settings.samples_per_prompt
-    first = SimpleNamespace(prompts=x.prompts[::n], sample_ids=x.sample_ids[::n])
-    found, _ = rollouts.respond(ctx, policy, first, replace(ctx.config.rollout, greedy=True))
-    return {f"greedy_{name}": found[name] for name in _FIELDS}
+    prompts, keys = x.prompts[::n], sample_keys(ctx.config.seed, ctx.state.iteration, x.sample_ids[::n])
+    found, _ = respond(ctx, policy, prompts, keys, replace(ctx.config.rollout, greedy=True))
+    fields = as_fields(ctx, prompts, found)
+    return {f"greedy_{name}": fields[name] for name in _FIELDS}

@@ -98,7 +98,7 @@ def stage_table(config: RunConfig) -> tuple[Stage, ...]:
     table = [
         *sampled,
         Stage("advantage", "local", advantage, None, measured, ("advantages",)),
-        *rollouts.importance_stages(config.grpo),
+        *rollouts.importance_stages(config, config.grpo),
         update_stage(config, "grpo"),
     ]
     return (*table, *records.stages(config.grpo, table))

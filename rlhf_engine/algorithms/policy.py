@@ -19,6 +19,7 @@ from ..models.role import RoleModel
 from ..models.work import Batch, Work
 from ..schedule import Body, Stage, Works
 from .algorithm import Evaluation
+from .carry import num_new_prompts
 from .heads import policy_log_probs
 from .rollouts import PROVIDED, SEQUENCE, draw, minibatches, sampled
 from .samples import compare
@@ -125,10 +126,11 @@ class SamplingAlgorithm:
         self.steps = self.iterations * self.config.epochs * self.config.num_minibatches
 
     def batch(self, ctx: Context) -> Experience:
-        """`prompts_per_iteration` prompts, each `samples_per_prompt` times."""
+        """`prompts_per_iteration` prompts, each `samples_per_prompt` times; with `rollout.tail=carry` as many as are
+        missing of those under way."""
         if ctx.state.iteration == 0:
             ctx.state.kl_coef = self.config.kl_coef
-        return draw(ctx)
+        return draw(ctx, num_new_prompts(ctx))
 
     def evaluate(self, ctx: Context, final: bool) -> Evaluation:
         """The policy, beside the reference where there is one; while it trains `eval.samples` may say enough."""

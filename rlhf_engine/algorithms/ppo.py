@@ -170,7 +170,7 @@ def stage_table(config: RunConfig) -> tuple[Stage, ...]:
         *rollouts.stages(config),
         Stage("values", "infer", values, "critic", SEQUENCE, ("values",)),
         Stage("advantage", "local", advantage, None, measured, ("rewards", "returns", *whitened)),
-        *rollouts.importance_stages(config.ppo),
+        *rollouts.importance_stages(config, config.ppo),
         Stage("train_critic", "train", train_critic, "critic", (*SEQUENCE, "values", "returns")),
         update_stage(config, "ppo", train_policy, ["advantage_moments"]),
     ]

@@ -19,7 +19,7 @@ from ..surviving import durable
 from .rollouts import SEQUENCE
 
 _OF_TOKENS = (
-    *SEQUENCE, "finished", "sampler_log_probs", "log_probs", "ref_log_probs", "values", "scores", "rewards",
+    *SEQUENCE, "finished", "older", "sampler_log_probs", "log_probs", "ref_log_probs", "values", "scores", "rewards",
     "advantages", "returns", "importance",
 )  # fmt: skip
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..context import Context
 from ..schedule import Fields, Stage, Works
-from . import rollouts
+from . import responding, rollouts
 
 
 def stages(rounds: int, rollout: Stage, score: Stage) -> list[Stage]:
@@ -66,7 +66,7 @@ def again(stage: Stage, number: int) -> Stage:
             return {name: getattr(x, name) for name in stage.writes}
         found = whole(x, stage.body(ctx, role, part(x)))
         if stage.kind == "rollout":
-            rollouts.record_responses(ctx, found["response_mask"], found["finished"])
+            responding.record_responses(ctx, found["response_mask"], found["finished"])
         return found
 
     def infer(ctx: Context, role: Any, x) -> Works:

@@ -8,26 +8,25 @@ from __future__ import annotations
 import functools
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from rlhf_kernels import importance_weights
 
-from ..config import RolloutConfig, RunConfig, SamplingConfig
+from ..config import RunConfig, SamplingConfig
 from ..context import Context
 from ..data.dataset import Example
-from ..experience import Experience, pad_rows, spans
+from ..experience import Experience, pad_rows
 from ..models.role import RoleModel
 from ..models.work import Batch, Work
-from ..rewards.functions import Sample
-from ..rollout.generate import rollout as generate
-from ..rollout.progress import Progress, Response
 from ..rollout.sampling import sample_keys
 from ..schedule import Stage, Works
+from . import carry
 from .algorithm import RoleSpec
 from .heads import choose, last_scores, policy_log_probs, score_batch
+from .responding import as_fields, as_sample, record_rollout, respond, scoring
 
 SEQUENCE = ("tokens", "lengths", "response_mask")
 BEFORE = (("sft", "policy"),)  # the weights that policy and reference start from
@@ -40,7 +39,7 @@ _MAX_LOG_PROB_GAP = {torch.float32: 1e-4, torch.bfloat16: 0.5}
 
 def stages(config: RunConfig, reference: bool = True) -> list[Stage]:
     """Rows of a table: from prompts to responses, their log-probs and scores; reward functions take the place of the
-    reward model's row.
+    reward model's row, and `carry.rollout`, which reads and writes more, that of the rollout.
 
     Args:
         reference: whether there is one.
@@ -49,18 +48,24 @@ def stages(config: RunConfig, reference: bool = True) -> list[Stage]:
     by_function = Stage("score", "local", score_by_functions, None, answered, ("scores",))
     by_model = Stage("score", "infer", score, "reward", ("prompts", "reward_prompts", "tokens", "lengths"), ("scores",))
     made = (*SEQUENCE, "finished", "sampler_log_probs")
+    drawn = Stage("rollout", "rollout", rollout, "policy", ("prompts", "row_fields", "sample_ids"), made)
+    if is_carrying := config.rollout.tail == "carry":
+        provided = tuple(sorted(PROVIDED))
+        drawn = Stage("rollout", "rollout", carry.rollout, "policy", provided, (*provided, *made, "older"))
+    measured = (*SEQUENCE, "sampler_log_probs", *(["older"] if is_carrying else []))
     by_reference = Stage("ref_log_probs", "infer", ref_log_probs, "reference", SEQUENCE, ("ref_log_probs",))
     return [
-        Stage("rollout", "rollout", rollout, "policy", ("prompts", "row_fields", "sample_ids"), made),
-        Stage("log_probs", "infer", log_probs, "policy", (*SEQUENCE, "sampler_log_probs"), ("log_probs",)),
+        drawn,
+        Stage("log_probs", "infer", log_probs, "policy", measured, ("log_probs",)),
         *([by_reference] if reference else []),
         by_function if config.reward.fns else by_model,
     ]
 
 
-def importance_stages(settings: SamplingConfig) -> list[Stage]:
+def importance_stages(config: RunConfig, settings: SamplingConfig) -> list[Stage]:
     """The row that weights what the sampler has drawn, where that is asked for."""
-    reads = ("log_probs", "sampler_log_probs", "response_mask")
+    older = ["older"] if config.rollout.tail == "carry" else []
+    reads = ("log_probs", "sampler_log_probs", "response_mask", *older)
     row = Stage("importance", "local", importance, None, reads, ("importance",))
     return [row] if settings.importance != "none" else []
 
@@ -74,7 +79,7 @@ def scorer(config: RunConfig) -> RoleSpec | None:
 
 def draw(ctx: Context, count: int | None = None) -> Experience:
     """So many prompts, by default those of an iteration, each as often as it is sampled."""
-    drawn = ctx.draw(ctx.phase, count or ctx.settings.prompts_per_iteration)
+    drawn = ctx.draw(ctx.phase, ctx.settings.prompts_per_iteration if count is None else count)
     examples = [example for example in drawn for _ in range(ctx.settings.samples_per_prompt)]
     return Experience(
         prompts=[example.prompt for example in examples],
@@ -92,73 +97,11 @@ def row_fields(examples: Sequence[Example]) -> list[str]:
 def rollout(ctx: Context, policy: RoleModel, x) -> dict[str, Tensor]:
     """Samples a response to every prompt from the training weights; functions that can begin to score, do."""
     started = time.perf_counter()
-    begins = ctx.settings.is_scored and ctx.mesh.is_main and ctx.rewards is not None and ctx.rewards.apart
-    begin = _scoring(ctx, x) if begins else None
-    fields, progress = respond(ctx, policy, x, ctx.config.rollout, begin)
-    seconds = time.perf_counter() - started
-    record_responses(ctx, fields["response_mask"], fields["finished"])
-    ctx.metrics.record("throughput/slot_occupancy", progress.slot_occupancy)
-    ctx.metrics.record("throughput/prefill_share", progress.prefill_share)
-    ctx.metrics.record("idle/rollout", progress.idle_share)
-    ctx.metrics.record("rollout/preempted", progress.preempted)
-    ctx.metrics.record("throughput/generated_tokens_per_second", fields["response_mask"].sum() / seconds)
-    return fields
-
-
-def respond(
-    ctx: Context,
-    policy: RoleModel,
-    x,
-    config: RolloutConfig,
-    begin: Callable[[Mapping[int, Response]], None] | None = None,
-) -> tuple[dict[str, Tensor], Progress]:
-    """A response to every prompt, as fields, and how that went.
-
-    Args:
-        begin: is told of responses as they are finished.
-    """
     keys = sample_keys(ctx.config.seed, ctx.state.iteration, x.sample_ids)
-    progress = Progress()
-
-    def report(now: Progress) -> None:
-        nonlocal progress
-        progress = now
-        if ctx.mesh.is_main and now.rows_done < now.num_rows:
-            place = f"{ctx.phase} {ctx.state.iteration + 1}/{ctx.settings.iterations}"
-            speed = f"{now.tokens / now.seconds:.4g} tokens/s  {now.slot_occupancy:.0%} of slots busy"
-            print(f"{place}  rollout {now.rows_done}/{now.num_rows}  {speed}", flush=True)
-
-    responses = generate(
-        policy,
-        x.prompts,
-        keys,
-        config,
-        ctx.tokenizer.end_ids,
-        decode=ctx.tokenizer.decode,
-        report=report,
-        finished=begin,
-    )
-    if begin is not None:
-        begin(dict(enumerate(responses)))
-    tokens, lengths = pad_rows([p + r.tokens for p, r in zip(x.prompts, responses, strict=True)], ctx.mesh.tp)
-    starts = torch.tensor([len(p) for p in x.prompts])
-    response_mask = spans(starts, lengths, tokens.shape[1])
-    flat = torch.tensor([log_prob for r in responses for log_prob in r.log_probs])
-    finished = torch.tensor([r.finished for r in responses])
-    fields = {
-        "tokens": tokens,
-        "lengths": lengths,
-        "response_mask": response_mask,
-        "finished": finished,
-        "sampler_log_probs": torch.zeros(tokens.shape).masked_scatter(response_mask, flat),
-    }
-    return fields, progress
-
-
-def record_responses(ctx: Context, response_mask: Tensor, finished: Tensor) -> None:
-    """How long they are, and how many came to their end."""
-    ctx.metrics.record("rollout/response_length", response_mask.sum() / len(response_mask))
-    ctx.metrics.record("rollout/finished", finished.float().mean())
+    found, progress = respond(ctx, policy, x.prompts, keys, ctx.config.rollout, scoring(ctx, x))
+    fields = as_fields(ctx, x.prompts, found)
+    record_rollout(ctx, fields, progress, time.perf_counter() - started)
+    return fields
 
 
 def log_probs(ctx: Context, policy: RoleModel, x) -> Works:
@@ -170,7 +113,10 @@ def log_probs(ctx: Context, policy: RoleModel, x) -> Works:
         return {"log_probs": x.sampler_log_probs}
     both = yield log_probs_work(ctx, policy, x)
     log_probs, entropy = both.unbind(1)
-    state.log_prob_gap = float((log_probs - x.sampler_log_probs).abs().max())
+    gaps = log_probs - x.sampler_log_probs
+    if hasattr(x, "older"):  # which other weights have drawn
+        gaps = gaps.masked_fill(x.older, 0.0)
+    state.log_prob_gap = float(gaps.abs().max())
     ctx.metrics.record("rollout/log_prob_gap", state.log_prob_gap)
     if config.old_log_probs == "sampler" and ctx.mesh.is_main:
         suffices = state.log_prob_gap <= most
@@ -205,32 +151,13 @@ def score_by_functions(ctx: Context, _, x) -> dict[str, Tensor]:
 
 def function_scores(ctx: Context, x) -> tuple[Tensor, dict[str, float]]:
     """Scores `(B,)` and the mean of each function, which the main rank calls."""
-    found = None
+    scores, means = None, dict[str, float]()
     if ctx.mesh.is_main:
         assert ctx.rewards is not None
         rows = zip(x.prompts, x.tokens.tolist(), x.lengths.tolist(), x.row_fields, strict=True)
-        found = ctx.rewards([_sample(ctx, p, row[len(p) : n], fields) for p, row, n, fields in rows])
-    scores, means = ctx.mesh.from_main(found)
-    return torch.tensor(scores, dtype=torch.float32), means
-
-
-def _sample(ctx: Context, prompt: Sequence[int], response: Sequence[int], fields: str) -> Sample:
-    decode = ctx.tokenizer.decode
-    return Sample(decode(prompt), decode(response), tuple(prompt), tuple(response), fields)
-
-
-def _scoring(ctx: Context, x) -> Callable[[Mapping[int, Response]], None]:
-    """What has responses scored as they are finished, each once."""
-    rewards, begun = ctx.rewards, set[int]()
-    assert rewards is not None
-    rewards.forget()
-
-    def begin(found: Mapping[int, Response]) -> None:
-        new = [i for i in found if i not in begun]
-        begun.update(new)
-        rewards.start([_sample(ctx, x.prompts[i], found[i].tokens, x.row_fields[i]) for i in new])
-
-    return begin
+        found, means = ctx.rewards([as_sample(ctx, p, row[len(p) : n], fields) for p, row, n, fields in rows])
+        scores = torch.tensor(found, dtype=torch.float32)
+    return ctx.mesh.tensor_from_main(scores, [len(x.prompts)], torch.float32), ctx.mesh.from_main(means)
 
 
 def importance(ctx: Context, _, x) -> dict[str, Tensor]:
@@ -242,6 +169,8 @@ def importance(ctx: Context, _, x) -> dict[str, Tensor]:
     plain = importance_weights(*both, of=config.importance_of, limit=torch.inf)
     ctx.metrics.mean("importance/mean", found, x.response_mask)
     ctx.metrics.mean("importance/cut", (found != plain).float(), x.response_mask)
+    if hasattr(x, "older"):
+        ctx.metrics.mean("importance/older", found, x.older)
     return {"importance": found}
 
 

@@ -13,10 +13,11 @@ from rlhf_kernels import kl_estimate
 from ..config import RolloutConfig
 from ..context import Context
 from ..data.dataset import Example
-from ..experience import Experience, pad_rows, spans
+from ..experience import Experience
 from ..models.role import RoleModel
 from ..models.stream import infer
-from ..rollout.generate import Response, rollout
+from ..rollout.generate import rollout
+from ..rollout.responses import Responses
 from ..rollout.sampling import sample_keys
 from .algorithm import Evaluation
 from .rollouts import function_scores, log_probs_work, row_fields, scores_work
@@ -30,7 +31,7 @@ class Samples:
     """What one policy said to some prompts."""
 
     examples: list[Example]
-    responses: list[Response]
+    responses: Responses
     texts: list[str]
     golds: list[float] | None
 
@@ -58,7 +59,7 @@ def sample_dialogues(ctx: Context, policy: RoleModel, examples: list[Example]) -
 
 def respond(
     ctx: Context, policy: RoleModel, examples: Sequence[Example], iteration: int, config: RolloutConfig
-) -> list[Response]:
+) -> Responses:
     """A response to each prompt, with the noise of an iteration."""
     keys, tokenizer = sample_keys(ctx.config.seed, iteration, torch.arange(len(examples))), ctx.tokenizer
     prompts = [example.prompt for example in examples]
@@ -106,11 +107,10 @@ def _scores(ctx: Context, x: Experience) -> tuple[Tensor | None, dict[str, float
     return function_scores(ctx, x) if ctx.rewards is not None else (None, {})
 
 
-def experience(ctx: Context, examples: Sequence[Example], responses: Sequence[Response]) -> Experience:
+def experience(ctx: Context, examples: Sequence[Example], responses: Responses) -> Experience:
     """Responses behind their prompts, to be scored."""
     prompts = [example.prompt for example in examples]
-    tokens, lengths = pad_rows([p + r.tokens for p, r in zip(prompts, responses, strict=True)], ctx.mesh.tp)
-    mask = spans(torch.tensor([len(p) for p in prompts]), lengths, tokens.shape[1])
+    tokens, lengths, mask = responses.behind(prompts, ctx.mesh.tp)
     reward_prompts = [example.reward_prompt for example in examples]
     return Experience(prompts, reward_prompts, row_fields(examples), tokens=tokens, lengths=lengths, response_mask=mask)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -148,6 +149,11 @@ class SamplingConfig:
         """Of an iteration."""
         return self.prompts_per_iteration * self.samples_per_prompt
 
+    def prompts_under_way(self, rollout: RolloutConfig) -> int:
+        """That an iteration generates for, of which it learns from `prompts_per_iteration`."""
+        share = rollout.done_share if rollout.tail == "carry" else 1.0
+        return math.ceil(self.prompts_per_iteration / share - 1e-9)
+
     @property
     def is_scored(self) -> bool:
         """Whether responses have scores that something is learned from."""
@@ -180,6 +186,11 @@ class SamplingConfig:
             raise ConfigError(
                 f"{name}.importance={self.importance} compares the sampler with the trainer, whose log-probs"
                 f" {name}.old_log_probs=sampler does not compute: use {name}.old_log_probs=trainer"
+            )
+        if rollout.tail == "carry" and self.importance == "none":
+            raise ConfigError(
+                f"rollout.tail=carry has tokens of older policies, and {name}.importance=none counts them as the"
+                f" present one's: use {name}.importance=truncated, or masked"
             )
         if self.importance_limit <= 1:
             raise ConfigError(f"{name}.importance_limit={self.importance_limit} must be above 1")
@@ -269,6 +280,11 @@ class GroupConfig(SamplingConfig):
         super().check(name, reward, rollout, dp)
         if self.samples_per_prompt == 1 and self.redraws:
             raise ConfigError(f"{name}.redraws={self.redraws} needs {name}.samples_per_prompt of 2 or more")
+        if self.redraws and rollout.tail == "carry":
+            raise ConfigError(
+                f"{name}.redraws={self.redraws} finishes what it draws, and rollout.tail=carry does not: use"
+                f" {name}.redraws=0 or rollout.tail=finish"
+            )
         is_alone = self.is_scored and self.samples_per_prompt == 1
         if is_alone and self.advantage not in ("reinforce++", "remax", "none"):
             raise ConfigError(

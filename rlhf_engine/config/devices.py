@@ -25,6 +25,7 @@ class Device:
         node: devices of a node.
         latency, collective: seconds that one operation, and one collective, costs whatever its size.
         base: bytes that a process holds before it has a model.
+        fp8: times `flops` that products in 8 bits reach; 0 where there are none.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Device:
     latency: float = 5e-6
     collective: float = 20e-6
     base: float = 0.0
+    fp8: float = 0.0
 
     def slowed(self, factor: float) -> Device:
         """The device where everything but what it sends takes `factor` times as long."""
@@ -56,12 +58,19 @@ class Device:
 
 
 def _gpu(
-    name: str, memory: float, teraflops: float, bandwidth: float, link: float, network: float, host: float
+    name: str,
+    memory: float,
+    teraflops: float,
+    bandwidth: float,
+    link: float,
+    network: float,
+    host: float,
+    fp8: float = 2.0,
 ) -> Device:
     """In GB, TFLOP/s, TB/s and GB/s, as data sheets have them."""
     return Device(
         name, memory * 1e9, teraflops * 1e12 * MATMUL_SHARE, bandwidth * 1e12 * MEMORY_SHARE,
-        link * 1e9 * LINK_SHARE, network * 1e9 * LINK_SHARE, host * 1e9 * LINK_SHARE, 8,
+        link * 1e9 * LINK_SHARE, network * 1e9 * LINK_SHARE, host * 1e9 * LINK_SHARE, 8, fp8=fp8,
     )  # fmt: skip
 
 
@@ -69,7 +78,7 @@ def _gpu(
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        _gpu("a100", 80, 312, 2.04, 300, 25, 32),
+        _gpu("a100", 80, 312, 2.04, 300, 25, 32, fp8=0.0),
         _gpu("h100", 80, 989, 3.35, 450, 50, 64),
         _gpu("h200", 141, 989, 4.8, 450, 50, 64),
         _gpu("b200", 180, 2250, 8.0, 900, 50, 64),

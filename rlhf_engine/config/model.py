@@ -23,7 +23,8 @@ class RopeScaling:
 
 @dataclass
 class ModelConfig:
-    """A decoder; the defaults are Llama's. Used for random weights; a checkpoint at `policy.path` brings its own."""
+    """A decoder; the defaults are Llama's. Used for random weights; a checkpoint at `policy.path` brings its own, but
+    for `layers`."""
 
     architecture: str = "llama"  # whose HF names and keys the weights have: a module of rlhf_engine/hf
     num_layers: int = 4
@@ -50,10 +51,12 @@ class ModelConfig:
     num_experts: int | None = None  # null: one dense MLP a layer
     experts_per_token: int = 2
     normalize_experts: bool = True  # the weights of a token's experts add up to 1
+    router_aux_loss_coef: float = 0.0  # of the loss that keeps experts equally busy, where a model of text is trained
     tie_word_embeddings: bool = True
     score_token: int | None = None  # a reward model that reads its score at this token, put behind each dialogue
     score_pad: int | None = None  # a reward model that reads its score at the last token that is not this one
     init_std: float = 0.02
+    layers: Literal["own", "te"] = "own"  # te: transformer-engine's; in which a model is computed, not which one it is
 
     @property
     def head_size(self) -> int:
@@ -74,6 +77,8 @@ class PolicyConfig:
     # HF folder, or what tools/convert_hf made of one, that the first phase starts from; null: random weights of `model`
     path: str | None = None
     ignore_keys: list[str] = field(default_factory=list)  # of its config.json, read as if they were not there
+    # in place of the model's; null: a checkpoint's where its config.json has output_router_logits, as in transformers
+    router_aux_loss_coef: float | None = None
 
 
 def check_model(mesh: MeshConfig, model: ModelConfig) -> None:
@@ -113,8 +118,45 @@ def check_model(mesh: MeshConfig, model: ModelConfig) -> None:
             f"model.experts_per_token={model.experts_per_token} does not lie between {fewest} and"
             f" num_experts={model.num_experts}"
         )
+    if model.router_aux_loss_coef and model.num_experts is None:
+        raise ConfigError(
+            f"router_aux_loss_coef={model.router_aux_loss_coef} shares tokens out among experts, and a model of"
+            f" num_experts=null has none: leave it out"
+        )
     if model.head_dim is None and model.hidden_size % model.num_attention_heads:
         raise ConfigError(
             f"model.hidden_size={model.hidden_size} is not a multiple of num_attention_heads="
             f"{model.num_attention_heads}: change it or set model.head_dim"
         )
+
+
+_FP8_UNIT = 16  # of the sides of a product in 8 bits
+
+
+def check_fp8(mesh: MeshConfig, model: ModelConfig) -> None:
+    """Refuses what has no products in 8 bits.
+
+    Raises:
+        ConfigError: names the size that they do not come in, or what cannot have them.
+    """
+    if model.num_experts is not None:
+        raise ConfigError("dtype=fp8 is not for mixtures of experts, which stay in bfloat16: use dtype=bfloat16")
+    context = model.max_position_embeddings
+    if model.positions == "learned" and context % (_FP8_UNIT * mesh.tp):
+        raise ConfigError(
+            f"dtype=fp8 fills rows up to multiples of {_FP8_UNIT * mesh.tp} tokens, and the model has no positions"
+            f" beyond {context}: use dtype=bfloat16"
+        )
+    heads, groups = model.num_attention_heads // mesh.tp, model.num_key_value_heads // mesh.tp
+    sides = {
+        "hidden_size": model.hidden_size,
+        "intermediate_size / mesh.tp": model.intermediate_size // mesh.tp,
+        "num_attention_heads x head_dim / mesh.tp": heads * model.head_size,
+        "(num_attention_heads + 2 num_key_value_heads) x head_dim / mesh.tp": (heads + 2 * groups) * model.head_size,
+    }
+    for name, size in sides.items():
+        if size % _FP8_UNIT:
+            raise ConfigError(
+                f"dtype=fp8 needs sizes that {_FP8_UNIT} divides, and the model's {name} is {size}: use dtype=bfloat16"
+                + (", or another mesh.tp" if mesh.tp > 1 else "")
+            )

@@ -43,13 +43,14 @@ _AT_LEAST: dict[str, float] = {
          "seed", "end_id", "lr", "min_lr", "weight_decay", "beta1", "beta2", "eps", "clip_grad", "kl_coef", "gamma",
          "gae_lambda", "critic_lambda", "max_log_prob_gap", "clip_ratio", "clip_ratio_high", "clip_value", "processes",
          "retries", "std_eps", "overlong_buffer", "overlong_penalty", "redraws", "coef", "init_std", "max_restarts",
-         "samples", "margin", "label_smoothing", "reward_coef", "desirable_weight", "undesirable_weight"),
+         "samples", "margin", "label_smoothing", "reward_coef", "desirable_weight", "undesirable_weight",
+         "router_aux_loss_coef"),
         0,
     ),
 }  # fmt: skip
 _POSITIVE = {
     "beta", "gae_alpha", "kl_target", "kl_horizon", "max_kl", "max_log_prob_gap", "stage", "temperature", "timeout",
-    "top_p", "cache_share",
+    "top_p", "cache_share", "done_share",
     "rope_theta", "rms_norm_eps", "memory", "factor", "low_freq_factor", "high_freq_factor",
     "original_max_position_embeddings",
 }  # fmt: skip

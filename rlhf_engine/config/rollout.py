@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import Literal
 
 from .reading import ConfigError, size
 
@@ -23,6 +24,10 @@ class RolloutConfig:
     slots: int = 256  # sequences decoded at once on one replica
     kv_tokens: int | None = None  # positions of the KV cache of one replica; null: what cache_share holds
     cache_share: float = 0.5  # of the free memory, for the KV cache: prefill and logits need some too
+    # carry: an iteration learns from the prompts whose responses are done first, and what is unfinished then goes on in
+    # the next one, with its weights (docs/algorithms.md)
+    tail: Literal["finish", "carry"] = "finish"
+    done_share: float = 0.8  # of the prompts under way, what is done and learned from when the others are carried
     cuda_graphs: bool = True  # launch a decode step as one; false: to compare with
 
     @property
@@ -38,6 +43,8 @@ def check_rollout(rollout: RolloutConfig) -> None:
         raise ConfigError(f"rollout.top_p={rollout.top_p} must lie in (0, 1]")
     if rollout.cache_share >= 1:
         raise ConfigError(f"rollout.cache_share={rollout.cache_share} must lie in (0, 1): a share of free memory")
+    if rollout.done_share > 1:
+        raise ConfigError(f"rollout.done_share={rollout.done_share} must lie in (0, 1]: a share of what is under way")
     if rollout.min_p > 1:
         raise ConfigError(f"rollout.min_p={rollout.min_p} must lie in [0, 1]")
     if "" in rollout.stop:

@@ -25,7 +25,7 @@ from .algorithms import (
 from .data import DataConfig, TokenizerConfig
 from .evaluating import EvalConfig, check_best, check_eval
 from .mesh import MeshConfig
-from .model import ModelConfig, PolicyConfig, check_model
+from .model import ModelConfig, PolicyConfig, check_fp8, check_model
 from .observing import LogConfig
 from .planning import PlanConfig, RehearseConfig
 from .reading import ConfigError
@@ -57,7 +57,8 @@ class RunConfig:
     output_dir: str = "runs/default"
     output: str | None = None  # file written by the score and generate jobs
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on cuda, float32 on cpu
+    # auto: bfloat16 on cuda, float32 on cpu; fp8: bfloat16, and the layers' products in 8 bits (model.layers=te)
+    dtype: Literal["auto", "float32", "bfloat16", "fp8"] = "auto"
     trace: bool = False  # what each rank does and when, in OUTPUT_DIR/PHASE/trace.json, for ui.perfetto.dev
     export_hf: bool = True  # each phase leaves its trained models in HF format, in OUTPUT_DIR/PHASE/hf
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -131,6 +132,10 @@ def check(config: RunConfig, mesh: MeshConfig, *models: ModelConfig) -> None:
         raise ConfigError(f"phases is empty: choose from {', '.join(typing.get_args(Phase))}")
     for each in models:
         check_model(mesh, each)
+        if config.dtype == "fp8":
+            check_fp8(mesh, each)
+    if config.dtype == "fp8" and config.model.layers != "te":
+        raise ConfigError("dtype=fp8 needs transformer-engine's layers: use model.layers=te, or dtype=bfloat16")
     assert mesh.dp is not None
     phases = set(config.phases)
     for phase in config.phases:

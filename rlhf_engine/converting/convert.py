@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,28 @@ from ..config import ConfigError, ModelConfig
 from ..data.chat import Messages
 from ..data.tokenizer import Tokenizer
 from ..hf.config import Head, parse, read_json
-from ..hf.files import HFFolder, HFWriter, copy_assets, whole_folder
-from ..hf.index import is_checkpoint
+from ..hf.files import HFFolder, complete, copy_assets, cut, file_names, whole_folder, write_files
+from ..hf.index import SCORE_BIAS, is_checkpoint
 from ..hf.pickles import read_index
 from ..hf.weights import Difference, Table, compare, leftover
-from ..mesh import ParallelMesh
 from ..surviving import durable
 from .export import RunExport, head_config
-from .layout import Progress, layout, one_rank
+from .layout import Parameter, Progress, layout, one_rank
+from .workers import spread
 
 _PROMPTS: list[Messages] = [[{"role": "user", "content": "What is 1 + 1?\n\nSay it twice."}]]
+
+
+@dataclass(frozen=True)
+class Held:
+    """A whole parameter of a checkpoint, and the type that it is stored as."""
+
+    parameter: Parameter
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return self.parameter.shape.numel() * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -51,31 +64,41 @@ class Checkpoint:
     def described(self) -> Path:
         return self.source or self.folder
 
-    def read(self, mesh: ParallelMesh, progress: Callable[[int], Progress]) -> Iterator[tuple[str, Tensor]]:
-        """Its HF tensors, one parameter's at a time."""
+    def held(self) -> dict[str, Held]:
+        """Its parameters, by name.
+
+        Raises:
+            ConfigError: it lacks one.
+        """
         model, head, prefix = self.model()
+        metadata = FileSystemReader(self.folder).read_metadata().state_dict_metadata
+        with one_rank() as mesh:
+            found = layout(model, head, prefix, mesh)
+        for place in (place for parameter in found for place in parameter.places):
+            if place.key not in metadata:
+                raise ConfigError(f"{self.folder} has no tensor {place.key}: config.json describes another model")
+        dtypes = [metadata[parameter.places[0].key].properties.dtype for parameter in found]  # type: ignore[union-attr]
+        return {parameter.name: Held(parameter, dtype) for parameter, dtype in zip(found, dtypes, strict=True)}
+
+    def read(self, held: Iterable[Held], advance: Progress) -> Iterator[tuple[str, Tensor]]:
+        """HF tensors of parameters, one parameter's at a time."""
+        model, head, _ = self.model()
+        table = Table(model, head)
         reader = FileSystemReader(self.folder)
         metadata = reader.read_metadata()
         reader.set_up_storage_reader(metadata, True)
-        table = Table(model, head)
-        found = layout(model, head, prefix, mesh)
-        for place in (place for parameter in found for place in parameter.places):
-            if place.key not in metadata.state_dict_metadata:
-                raise ConfigError(f"{self.folder} has no tensor {place.key}: config.json describes another model")
-        dtypes = [metadata.state_dict_metadata[p.places[0].key].properties.dtype for p in found]  # type: ignore[union-attr]
-        advance = progress(sum(p.shape.numel() * d.itemsize for p, d in zip(found, dtypes, strict=True)))
-        for parameter, dtype in zip(found, dtypes, strict=True):
+        for each in held:
             parts = []
-            for place in parameter.places:
-                planner = _Place(place, dtype)
+            for place in each.parameter.places:
+                planner = _Place(place, each.dtype)
                 stored = metadata.state_dict_metadata[place.key]
                 chunk = ChunkStorageMetadata(torch.Size(place.global_offset), planner.tensor.shape)
                 plan = LoadPlan(create_read_items_for_chunk_list(place.key, stored, [chunk]))  # type: ignore[arg-type]
                 reader.read_data(plan, planner).wait()
                 parts.append(planner.tensor.reshape(place.local_shape))
             shard = parts[0] if len(parts) == 1 else torch.cat(parts)
-            yield from table.export(parameter.name, [shard]).items()
-            advance(shard.nbytes)
+            advance(each.num_bytes)
+            yield from table.export(each.parameter.name, [shard]).items()
 
     def model(self) -> tuple[ModelConfig, Head, str]:
         """Its configuration, its head, and the prefix of its keys."""
@@ -142,35 +165,72 @@ class _Place(DefaultLoadPlanner):
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None: ...
 
 
-def export_folder(checkpoint: Checkpoint, out: Path, max_bytes: int, start: Callable[[int], Progress]) -> list[str]:
-    """Writes the HF folder `out` from a megatron checkpoint; what one should know of it."""
+def export_folder(
+    checkpoint: Checkpoint,
+    out: Path,
+    max_bytes: int,
+    start: Callable[[int], Progress],
+    processes: int | None = None,
+) -> list[str]:
+    """Writes the HF folder `out` from a megatron checkpoint, each process files of its own; what one should know of
+    it.
+
+    Args:
+        max_bytes: of a file.
+        processes: see `spread`.
+    """
     model, head, _ = checkpoint.model()
     checkpoint.check_score()
     tokenizer = checkpoint.tokenizer()
     run = RunExport(model, head, checkpoint.described, tokenizer, _PROMPTS) if tokenizer is not None else None
-    with one_rank() as mesh, whole_folder(out) as folder:
-        writer = HFWriter(folder, max_bytes)
-        for name, tensor in checkpoint.read(mesh, start):
-            writer.add(name, tensor)
+    held, table = checkpoint.held(), Table(model, head)
+    config = run.config if run is not None else head_config(model, head, checkpoint.described)
+    biases = [held.pop(name) for name in list(held) if table.row(name)[0].hf == SCORE_BIAS]
+    for _, bias in checkpoint.read(biases, lambda num_bytes: None):
+        config = config | ({"score_bias": float(bias)} if bias else {})
+    parts = cut({name: each.num_bytes for name, each in held.items()}, max_bytes)
+    files = [_File(name, [held[x] for x in part]) for name, part in zip(file_names(len(parts)), parts, strict=True)]
+    sizes = {file: sum(each.num_bytes for each in file.held) for file in files}
+    with whole_folder(out) as folder:
+        work = functools.partial(_write_file, checkpoint, folder)
+        for _ in spread(work, sizes, start(sum(sizes.values())), processes):
+            pass
+        complete(folder, [file.name for file in files], config)
         if run is not None:
-            writer.close(run.config)
             run.write(folder)
         else:
-            writer.close(head_config(model, head, checkpoint.described))
             copy_assets(checkpoint.described, folder)
     return run.notes if run is not None else []
 
 
+@dataclass(frozen=True, eq=False)
+class _File:
+    """Of an HF folder, and the parameters whose tensors it has."""
+
+    name: str
+    held: list[Held]
+
+
+def _write_file(checkpoint: Checkpoint, folder: Path, file: _File, advance: Progress) -> None:
+    model, head, _ = checkpoint.model()
+    table, tensors = Table(model, head), dict[str, Tensor]()
+    for each in file.held:
+        shape = torch.empty(each.parameter.shape, dtype=each.dtype, device="meta")
+        tensors |= table.export(each.parameter.name, [shape])
+    write_files(folder, {file.name: tensors}, checkpoint.read(file.held, advance))
+
+
 def verify(checkpoint: Checkpoint, hf: Path, start: Callable[[int], Progress]) -> tuple[int, list[Difference]]:
     """How many tensors of a checkpoint equal those of an HF folder bit for bit, and which of either do not."""
-    with one_rank() as mesh:
-        source, used = HFFolder(hf), set[str]()
+    source, used = HFFolder(hf), set[str]()
+    held = checkpoint.held()
+    advance = start(sum(each.num_bytes for each in held.values()))
 
-        def tensors() -> Iterator[tuple[str, Tensor]]:
-            for name, tensor in checkpoint.read(mesh, start):
-                used.add(name)
-                yield name, tensor
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in checkpoint.read(held.values(), advance):
+            used.add(name)
+            yield name, tensor
 
-        equal, found = compare(tensors(), source)
-        unused = leftover(source, checkpoint.model()[0], used)
-        return equal, [*found, *(Difference(entry.name, "is in the HF folder alone") for entry in unused)]
+    equal, found = compare(tensors(), source)
+    unused = leftover(source, checkpoint.model()[0], used)
+    return equal, [*found, *(Difference(entry.name, "is in the HF folder alone") for entry in unused)]

@@ -13,28 +13,29 @@ from ..data.saved import Special, read_back, save_tokenizer, special
 from ..data.templates import read_json as read_json_if_there
 from ..data.tokenizer import Tokenizer
 from ..hf.config import ARCHITECTURES, Head, read_json, understood, write_model_config
-from ..hf.files import HFWriter, whole_folder, write_json
-from ..hf.weights import save_weights
+from ..hf.files import complete, whole_folder, write_json
+from ..hf.shares import save_weights
 from ..models.role import RoleModel
 
 
 def export_role(
     role: RoleModel, target: Path, config: dict[str, Any], add: Callable[[Path], Any] = lambda folder: None
 ) -> None:
-    """Writes `target` from every rank's part of a model; replaces what was there once all of it is on the disk.
+    """Writes `target`, each rank files of its own; replaces what was there once all of it is on the disk.
 
     Args:
         config: its config.json, from `head_config`.
         add: writes what belongs to the model besides into a folder, on the main rank.
     """
+    mesh = role.mesh
     with contextlib.ExitStack() as stack:
-        writer = HFWriter(stack.enter_context(whole_folder(target))) if role.mesh.is_main else None
+        folder = mesh.from_main(stack.enter_context(whole_folder(target)) if mesh.is_main else None)
         stack.enter_context(role.on_device())
-        save_weights(role.chunks, role.model, role.head, role.mesh, writer)
-        if writer is not None:
-            writer.close(config)
-            add(writer.folder)
-    role.mesh.barrier()
+        files, bias = save_weights(role.chunks, role.model, role.head, mesh, folder)
+        if mesh.is_main:
+            complete(folder, files, config | ({"score_bias": bias} if bias else {}))
+            add(folder)
+    mesh.barrier()
 
 
 def head_config(model: ModelConfig, head: Head, source: Path | None) -> dict[str, Any]:

@@ -1,15 +1,15 @@
-"""HF folder to a megatron checkpoint, one tensor at a time: torch's checkpoint writer asks for each in its turn."""
+"""HF folder to a megatron checkpoint, one tensor at a time: torch's checkpoint writer asks for each in its turn. The
+shards of a rank are written by one process."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import io
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,41 +26,57 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from ..config import ConfigError, MeshConfig, ModelConfig, check_model
 from ..hf.config import Head, family, parse, read_json, understood
-from ..hf.files import HFFolder, copy_assets, whole_folder, write_json
+from ..hf.files import HFFolder, PieceFile, copy_assets, whole_folder, write_json
 from ..hf.rows import Vocabulary
 from ..hf.weights import Table, check_leftover
-from ..mesh import ParallelMesh
 from ..models.checkpoint import IMPORTED
 from ..models.partition import padded_vocab_size, stage_layers
 from ..surviving import durable
 from .export import head_config
 from .layout import Progress, layout, one_rank
+from .workers import spread
 
-_PIECE = 1 << 18  # bytes of a write
+
+@dataclass(frozen=True)
+class _Part:
+    """What an item of a plan is made of: of a shard of a parameter all, or one of as many parts as it has places."""
+
+    name: str
+    shape: torch.Size
+    rank: int
+    place: int
+    num_places: int
+    dtype: torch.dtype
 
 
-class _Importer(DefaultSavePlanner):
-    """A save planner whose tensors are read shortly before their turn to be written comes.
+@dataclass(frozen=True, eq=False)
+class _Shards:
+    """Those of one rank."""
 
-    A thread reads the next one while the writer writes; both let go of the interpreter for most of that.
-    """
+    rank: int
+    plan: SavePlan
+    parts: dict[MetadataIndex, _Part]
 
-    def __init__(self, source: HFFolder, model: ModelConfig, head: Head, tp: int, pp: int, mesh: ParallelMesh):
-        super().__init__()
-        self.source, self.model, self.tp, self.pp = source, model, tp, pp
-        self.table = Table(model, head)
-        self.parameters = layout(model, head, IMPORTED, mesh)
-        self.resolvers: dict[MetadataIndex, tuple[str, torch.Size, int, int, int, torch.dtype]] = {}
-        self.progress: Progress = lambda num_bytes: None
-        self.reader = ThreadPoolExecutor(1)
-        self.coming: Iterator[Future[Tensor]] = iter(())
 
-    def plans(self, dtype: torch.dtype | None) -> list[SavePlan]:
-        """What each rank of a TP x PP mesh would write. Every HF tensor is looked at, and none is read."""
-        items: list[list[WriteItem]] = [[] for _ in range(self.tp * self.pp)]
+@dataclass(frozen=True)
+class _Import:
+    """A folder as the shards of a TP x PP mesh."""
+
+    hf: Path
+    model: ModelConfig
+    head: Head
+    tp: int
+    pp: int
+
+    def plans(self, source: HFFolder, dtype: torch.dtype | None) -> list[list[tuple[WriteItem, _Part]]]:
+        """What each rank writes. Every HF tensor is looked at, and none is read."""
+        table = Table(self.model, self.head)
+        with one_rank() as mesh:
+            parameters = layout(self.model, self.head, IMPORTED, mesh)
+        items: list[list[tuple[WriteItem, _Part]]] = [[] for _ in range(self.tp * self.pp)]
         used: set[str] = set()
-        for parameter in self.parameters:
-            row, numbers = self.table.row(parameter.name)
+        for parameter in parameters:
+            row, numbers = table.row(parameter.name)
             shape = list(parameter.shape)
             if isinstance(row, Vocabulary):
                 assert self.model.vocab_size is not None
@@ -70,18 +86,16 @@ class _Importer(DefaultSavePlanner):
             shard = torch.empty(shape, device="meta")
             windows = row.windows(numbers, shard, self.model, 0, self.tp)
             # an empty part of each tells whether it is there, its shape and its type
-            kinds = [self.source.read(replace(window, stop=window.start)).dtype for window in windows]
+            kinds = [source.read(replace(window, stop=window.start)).dtype for window in windows]
             kind = functools.reduce(torch.promote_types, kinds)
             used |= {window.name for window in windows}
             for rank in range(self.tp if row.dim is not None else 1):
                 for i, place in enumerate(parameter.places):
                     item = self._item(place, shard, len(parameter.places), row.dim, rank, dtype or kind)
-                    self.resolvers[item.index] = (
-                        parameter.name, shard.shape, rank, i, len(parameter.places), dtype or kind
-                    )  # fmt: skip
-                    items[self._stage(parameter.name) * self.tp + rank].append(item)
-        check_leftover(self.source, self.model, used)
-        return [SavePlan(part) for part in items]
+                    part = _Part(parameter.name, shard.shape, rank, i, len(parameter.places), dtype or kind)
+                    items[self._stage(parameter.name) * self.tp + rank].append((item, part))
+        check_leftover(source, self.model, used)
+        return items
 
     def _item(
         self, place: ShardedTensor, shard: Tensor, num_places: int, dim: int | None, rank: int, dtype: torch.dtype
@@ -104,9 +118,18 @@ class _Importer(DefaultSavePlanner):
         stages = [stage for stage, n in enumerate(stage_layers(self.model.num_layers, self.pp)) for _ in range(n)]
         return stages[int(name.split(".")[2])]
 
-    def read_ahead(self, plan: SavePlan) -> None:
-        """To be called before the items of `plan` are written, in their order."""
-        self.coming = self._futures(plan)
+
+class _Planner(DefaultSavePlanner):
+    """A save planner whose tensors are read shortly before their turn to be written comes.
+
+    A thread reads the next one while the writer writes; both let go of the interpreter for most of that.
+    """
+
+    def __init__(self, job: _Import, shards: _Shards, reader: Executor, advance: Progress):
+        super().__init__()
+        self.job, self.parts, self.reader, self.advance = job, shards.parts, reader, advance
+        self.source, self.table = HFFolder(job.hf), Table(job.model, job.head)
+        self.coming = self._futures(shards.plan)
 
     def _futures(self, plan: SavePlan) -> Iterator[Future[Tensor]]:
         before: Future[Tensor] | None = None
@@ -120,44 +143,31 @@ class _Importer(DefaultSavePlanner):
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:  # type: ignore[override]
         data = next(self.coming).result()
-        self.progress(data.nbytes)
+        self.advance(data.nbytes)
         return data
 
     def _read(self, item: WriteItem) -> Tensor:
-        name, shape, rank, i, num_places, dtype = self.resolvers[MetadataIndex(item.index.fqn, item.index.offset)]
-        if num_places > 1:  # of a gated MLP: each half is an HF tensor of its own
-            row, numbers = self.table.row(name)
-            windows = row.windows(numbers, torch.empty(shape, device="meta"), self.model, rank, self.tp)
-            part = self.source.read(windows[i])
+        part, model, tp = self.parts[MetadataIndex(item.index.fqn, item.index.offset)], self.job.model, self.job.tp
+        if part.num_places > 1:  # of a gated MLP: each half is an HF tensor of its own
+            row, numbers = self.table.row(part.name)
+            windows = row.windows(numbers, torch.empty(part.shape, device="meta"), model, part.rank, tp)
+            data = self.source.read(windows[part.place])
         else:
-            whole = self.table.load(name, shape, self.source, rank, self.tp)
+            whole = self.table.load(part.name, part.shape, self.source, part.rank, tp)
             assert whole is not None
-            part = whole
+            data = whole
         assert item.tensor_data is not None
-        part = part.to(dtype).reshape(item.tensor_data.chunk.sizes).contiguous()
+        data = data.to(part.dtype).reshape(item.tensor_data.chunk.sizes).contiguous()
         # a tensor is saved with all of its storage, which here may be a whole file that is mapped to memory
-        start = part.storage_offset() * part.itemsize
-        storage: Any = part.untyped_storage()[start : start + part.nbytes]
-        return part.new_empty(0).set_(storage, 0, part.shape, part.stride())
-
-
-class _File(io.FileIO):
-    """Written in small pieces. A whole tensor at once would ask the page cache for huge pages, which in a virtual
-    machine take three times as long to come by."""
-
-    def write(self, data) -> int:
-        view = memoryview(data).cast("B")
-        for i in range(0, len(view), _PIECE):
-            piece = view[i : i + _PIECE]
-            while len(piece):
-                piece = piece[super().write(piece) :]
-        return len(view)
+        start = data.storage_offset() * data.itemsize
+        storage: Any = data.untyped_storage()[start : start + data.nbytes]
+        return data.new_empty(0).set_(storage, 0, data.shape, data.stride())
 
 
 class _FileSystem(FileSystem):
     @contextlib.contextmanager
     def create_stream(self, path, mode):
-        with _File(path, mode) as stream:
+        with PieceFile(path, mode) as stream:
             yield stream
 
 
@@ -170,15 +180,17 @@ def import_folder(
     start: Callable[[int], Progress],
     ignore_keys: Sequence[str] = (),
     head: Head | None = None,
+    processes: int | None = None,
 ) -> None:
-    """Writes `out` as the shards of a TP x PP mesh; a run that was killed goes on at the first shard not finished,
-    unless the HF folder's files have changed since.
+    """Writes `out` as the shards of a TP x PP mesh, each process shards of its own; a run that was killed goes on with
+    those that are not finished, unless the HF folder's files have changed since.
 
     Args:
         dtype: None keeps that of each tensor.
         start: is given the total of bytes, and returns what is told of those done.
         ignore_keys: see `parse`.
         head: None takes that of config.json.
+        processes: see `spread`.
 
     Raises:
         ConfigError: the folder is not one that can be imported; nothing is left behind.
@@ -194,25 +206,23 @@ def import_folder(
         "source": str(hf.resolve()), "files": files, "tp": tp, "pp": pp, "dtype": str(dtype), "head": head,
         "ignore_keys": list(ignore_keys),
     }  # fmt: skip
-    with one_rank() as mesh, whole_folder(out, manifest) as folder:
-        planner = _Importer(source, model, head, tp, pp, mesh)
-        plans, metadata = create_default_global_save_plan(planner.plans(dtype))
-        sizes = [sum(_num_bytes(item) for item in plan.items) for plan in plans]
-        planner.progress = start(sum(sizes))
-        torch.serialization.set_crc32_options(False)  # nothing reads the sums, and they take longer than the writing
-        writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
-        writer.fs = _FileSystem()
-        results = []
-        for rank, plan in enumerate(writer.prepare_global_plan(plans)):
-            done = folder / f"rank_{rank}.json"
-            if done.is_file():
-                results.append(_read_results(done))
-                planner.progress(sizes[rank])
-                continue
-            planner.read_ahead(plan)
-            results.append(writer.write_data(plan, planner).wait())
-            _write_results(done, results[-1])
-        writer.finish(metadata, results)
+    job = _Import(hf, model, head, tp, pp)
+    with whole_folder(out, manifest) as folder:
+        items = job.plans(source, dtype)
+        plans, metadata = create_default_global_save_plan([SavePlan([item for item, _ in each]) for each in items])
+        writer = _writer(folder)
+        plans = writer.prepare_global_plan(plans)
+        sizes = {
+            _Shards(rank, plan, {item.index: part for item, part in each}): sum(map(_num_bytes, plan.items))
+            for rank, (plan, each) in enumerate(zip(plans, items, strict=True))
+        }
+        marks = [folder / f"rank_{rank}.json" for rank in range(len(plans))]
+        left = {shards: size for shards, size in sizes.items() if not marks[shards.rank].is_file()}
+        advance = start(sum(sizes.values()))
+        advance(sum(sizes.values()) - sum(left.values()))
+        for shards, found in spread(functools.partial(_write, job, folder), left, advance, processes):
+            _write_results(marks[shards.rank], found)
+        writer.finish(metadata, [_read_results(done) for done in marks])
         torch.save({}, folder / "common.pt")
         save_config(CheckpointingConfig("torch_dist", 1), str(folder))
         config = understood(source.config, where) if head == usual else head_config(model, head, hf)
@@ -232,6 +242,18 @@ def _head(source: HFFolder, where: str, asked: Head | None) -> Head:
             f"{score.path} has a score's head, {score.name}, beside a language model's: choose --head lm or scalar"
         )
     return head
+
+
+def _writer(folder: Path) -> FileSystemWriter:
+    torch.serialization.set_crc32_options(False)  # nothing reads the sums, and they take longer than the writing
+    writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
+    writer.fs = _FileSystem()
+    return writer
+
+
+def _write(job: _Import, folder: Path, shards: _Shards, advance: Progress) -> list[WriteResult]:
+    with ThreadPoolExecutor(1) as reader:
+        return _writer(folder).write_data(shards.plan, _Planner(job, shards, reader, advance)).wait()
 
 
 def _num_bytes(item: WriteItem) -> int:

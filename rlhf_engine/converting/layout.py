@@ -15,7 +15,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
 from ..config import MeshConfig, ModelConfig
 from ..hf.config import Head
-from ..hf.weights import Table, parameters
+from ..hf.weights import Table, globally
 from ..mesh import ParallelMesh
 from ..models.build import build_model, on_meta
 from ..models.checkpoint import IMPORTED
@@ -51,10 +51,11 @@ def layout(model: ModelConfig, head: Head, prefix: str, mesh: ParallelMesh) -> l
         gpt = build_model(model, mesh, head, torch.float32)
         state = gpt.sharded_state_dict(prefix=f"{prefix}.")
         found = []
-        for (name, parameter), local in zip(parameters([gpt]), (n for n, _ in gpt.named_parameters()), strict=True):
-            entry = state[f"{prefix}.{local}"]
+        for local, whole in gpt.named_parameters():
+            entry, named = state[f"{prefix}.{local}"], list(globally(gpt, local, whole))
             places = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
-            found.append(Parameter(name, parameter.shape, places))
+            each = len(places) // len(named)
+            found += [Parameter(name, p.shape, places[i * each :][:each]) for i, (name, p) in enumerate(named)]
     return found
 
 

@@ -190,9 +190,11 @@ def write_model_config(model: ModelConfig) -> dict[str, Any]:
     if "first_sliding_layer" in hf:
         hf["max_window_layers"] = hf.pop("first_sliding_layer")
         hf["use_sliding_window"] = model.sliding_window is not None
+    if "router_aux_loss_coef" in hf:
+        hf["output_router_logits"] = model.router_aux_loss_coef > 0
     hf["head_dim"] = model.head_size
     back = asdict(parse(hf, "model"))
-    ignored = {"init_std", "head_dim", "first_sliding_layer", "score_pad"}
+    ignored = {"init_std", "head_dim", "first_sliding_layer", "score_pad", "layers"}
     for key in values.keys() - ignored:
         if back[key] != asdict(model)[key]:
             raise ConfigError(f"model.{key}={asdict(model)[key]!r}: {architecture.name} has {back[key]!r} only")

@@ -1,26 +1,26 @@
-"""Tensors of an HF folder, read by the slice and written in files of a limited size."""
+"""Tensors of an HF folder, read by the slice and written one after the other, in files of a limited size."""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import pickle
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import ConfigError
 from ..surviving import durable
 from .config import family, read_json
-from .index import SCORE_BIAS, index, lm_head, untied
+from .index import SCORE_BIAS, index, lm_head, stored_tensors, untied
 from .rows import Window
 
 # Besides weights and config.json, what an HF folder may hold that belongs to the model. Never code.
@@ -30,7 +30,9 @@ ASSETS = (
 )  # fmt: skip
 TEMPLATES = "additional_chat_templates"
 
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# types of weights by their names in safetensors files
+_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_PIECE = 1 << 18  # bytes of a write
 
 
 class HFFolder:
@@ -73,7 +75,7 @@ class HFFolder:
                     tensor = file.get_slice(name)[bounds]
             except SafetensorError as error:
                 raise ConfigError(f"{path}: {error}") from None
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in _NAMES:
             raise ConfigError(f"{path}: {name} is stored as {tensor.dtype}: a quantised model is not read")
         if tensor.numel() and not all(bool(end.isfinite()) for end in tensor.aminmax()):  # which pass NaN on
             raise ConfigError(f"{path}: {name} has entries that are not finite")
@@ -103,57 +105,106 @@ class HFFolder:
         return self._bin[1]
 
 
-class HFWriter:
-    """Writes tensors as safetensors files of at most `max_bytes` each, with an index where there are several."""
+class PieceFile(io.FileIO):
+    """Written in small pieces. A whole tensor at once would ask the page cache for huge pages, which in a virtual
+    machine take three times as long to come by."""
 
-    def __init__(self, folder: Path, max_bytes: int = 5 * 10**9):
-        self.folder, self.max_bytes = folder, max_bytes
-        self.score_bias: float | None = None
-        self.pending: dict[str, Tensor] = {}
-        self.files: list[list[str]] = []
-        self.num_bytes = 0
-        self.dtypes: set[torch.dtype] = set()
-        folder.mkdir(parents=True, exist_ok=True)
+    def write(self, data) -> int:
+        view = memoryview(data).cast("B")
+        for i in range(0, len(view), _PIECE):
+            piece = view[i : i + _PIECE]
+            while len(piece):
+                piece = piece[super().write(piece) :]
+        return len(view)
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """A whole tensor, on any device."""
-        if name == SCORE_BIAS:
-            self.score_bias = float(tensor)
-            return
-        if self.pending and sum(t.nbytes for t in self.pending.values()) + tensor.nbytes > self.max_bytes:
-            self._flush()
-        self.pending[name] = tensor.cpu().contiguous()
-        self.num_bytes += tensor.nbytes
-        self.dtypes.add(tensor.dtype)
 
-    def _flush(self) -> None:
-        try:
-            save_file(self.pending, self.folder / f"part-{len(self.files)}", {"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(f"{self.folder}: {error}") from None
-        self.files.append(list(self.pending))
-        self.pending = {}
+class TensorFile:
+    """A safetensors file that is written one tensor after the other, so that none but that is in memory; safetensors'
+    own writer takes all at once.
 
-    def close(self, config: dict[str, Any]) -> None:
-        """The index, and config.json with the dtype that was written."""
-        self._flush()
-        total = len(self.files)
-        names = [f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)]
-        if total == 1:
-            names = ["model.safetensors"]
-        else:
-            weight_map = {tensor: name for name, part in zip(names, self.files, strict=True) for tensor in part}
-            listing = {"metadata": {"total_size": self.num_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-            write_json(self.folder / "model.safetensors.index.json", listing)
-        for i, name in enumerate(names):
-            os.replace(self.folder / f"part-{i}", self.folder / name)
-        if len(self.dtypes) == 1:
-            (dtype,) = self.dtypes
-            key = "dtype" if "dtype" in config else "torch_dtype"
-            config = config | {key: str(dtype).removeprefix("torch.")}
-        if self.score_bias:
-            config = config | {"score_bias": self.score_bias}
-        write_json(self.folder / "config.json", config)
+    Args:
+        tensors: those that will come, by their names and in their order, on any device. Where types differ the widest
+            come first, so that each is aligned.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, Tensor]):
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        start = 0
+        for name, tensor in tensors.items():
+            place = [start, start + tensor.nbytes]
+            header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
+            start += tensor.nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self.file = PieceFile(path, "wb")
+        self.file.write(len(text).to_bytes(8, "little") + text)
+
+    def add(self, tensor: Tensor) -> None:
+        """The next one, on any device."""
+        self.file.write(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """All of it is on the disk then."""
+        with self.file:
+            if error[0] is None:
+                os.fsync(self.file.fileno())
+
+
+def write_files(folder: Path, files: Mapping[str, Mapping[str, Tensor]], tensors: Iterator[tuple[str, Tensor]]) -> None:
+    """Safetensors files by their names.
+
+    Args:
+        files: see `TensorFile`.
+        tensors: of all of them in their order.
+    """
+    for name, wanted in files.items():
+        with TensorFile(folder / name, wanted) as file:
+            for expected in wanted:
+                found, tensor = next(tensors)
+                assert (found, tensor.shape, tensor.dtype) == (expected, wanted[expected].shape, wanted[expected].dtype)
+                file.add(tensor)
+
+
+def file_names(count: int) -> list[str]:
+    """Of the weights of an HF folder."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+
+
+def cut(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
+    """Consecutive names for each file, of `max_bytes` at most; one that is larger has its own."""
+    files: list[list[str]] = []
+    left = 0
+    for name, size in sizes.items():
+        if not files or size > left:
+            files.append([])
+            left = max_bytes
+        files[-1].append(name)
+        left -= size
+    return files
+
+
+def complete(folder: Path, names: Sequence[str], config: dict[str, Any]) -> None:
+    """Their index, where there are several, put together from their headers, and config.json with their type."""
+    weight_map: dict[str, str] = {}
+    total, dtypes = 0, set()
+    for file in names:
+        for name, entry in stored_tensors(folder / file).items():
+            weight_map[name] = file
+            total += entry.stop - entry.start
+            dtypes.add(entry.dtype)
+    if len(names) > 1:
+        listing = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(folder / "model.safetensors.index.json", listing)
+    if len(dtypes) == 1:
+        (dtype,) = (dtype for dtype, name in _NAMES.items() if name in dtypes)
+        key = "dtype" if "dtype" in config else "torch_dtype"
+        config = config | {key: str(dtype).removeprefix("torch.")}
+    write_json(folder / "config.json", config)
 
 
 def copy_assets(source: Path, folder: Path) -> None:

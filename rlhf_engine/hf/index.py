@@ -233,7 +233,7 @@ def untied(config: Path, head: str, embedding: str) -> str:
 
 def _tensors(path: Path) -> dict[str, Entry]:
     if path.suffix == ".safetensors":
-        return _safetensors(path)
+        return stored_tensors(path)
     try:
         return {name: Entry(path, name, shape) for name, shape in pickles.shapes(path).items()}
     except pickle.UnpicklingError as error:
@@ -242,8 +242,8 @@ def _tensors(path: Path) -> dict[str, Entry]:
         raise ConfigError(f"{path} is no file of tensors: {error}") from None
 
 
-def _safetensors(path: Path) -> dict[str, Entry]:
-    """From a safetensors header, whose offsets must end where the file ends."""
+def stored_tensors(path: Path) -> dict[str, Entry]:
+    """Of a safetensors file, from its header, whose offsets must end where the file ends."""
     size = path.stat().st_size
     with path.open("rb") as file:
         begin = 8 + int.from_bytes(file.read(8), "little")

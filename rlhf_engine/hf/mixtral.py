@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .architecture import Architecture
 from .llama import ATTENTION, DEFAULTS, EMBEDDING, HF, KEYS
 from .rows import LAYER, Gated, Row
 
 EXPERT = f"{LAYER}mlp.experts.local_experts.*."
-EXPERT_KEYS = {"num_experts_per_tok": "experts_per_token"}
-# both belong to a loss of pre-training
-EXPERT_IRRELEVANT = frozenset({"router_aux_loss_coef", "output_router_logits"})
+EXPERT_KEYS = {"num_experts_per_tok": "experts_per_token", "router_aux_loss_coef": "router_aux_loss_coef"}
+
+
+def load_balancing(hf: dict[str, Any]) -> None:
+    """transformers adds the load-balancing loss where it is asked for the router's logits."""
+    if not hf.pop("output_router_logits", False):
+        hf["router_aux_loss_coef"] = 0.0
+
 
 MIXTRAL = Architecture(
     name="mixtral",
@@ -24,9 +31,10 @@ MIXTRAL = Architecture(
         "max_position_embeddings": 131072,
         "num_local_experts": 8,
         "num_experts_per_tok": 2,
+        "router_aux_loss_coef": 0.001,
     },
     constants={"hidden_act": "silu", "router_jitter_noise": 0.0},
-    irrelevant=EXPERT_IRRELEVANT,
+    normalize=load_balancing,
     rows=(
         *EMBEDDING,
         *ATTENTION,

@@ -6,7 +6,7 @@ from typing import Any
 
 from .architecture import Architecture
 from .llama import ATTENTION, EMBEDDING, HF
-from .mixtral import EXPERT, EXPERT_IRRELEVANT, EXPERT_KEYS
+from .mixtral import EXPERT, EXPERT_KEYS, load_balancing
 from .qwen2 import sliding_window
 from .qwen3 import QK_NORMS, QWEN3
 from .rows import LAYER, Gated, Row
@@ -14,6 +14,7 @@ from .rows import LAYER, Gated, Row
 
 def plain(hf: dict[str, Any]) -> None:
     sliding_window(hf)
+    load_balancing(hf)
     hf["first_sliding_layer"] = 0  # `max_window_layers` is not read
     hf["num_experts"] = hf.pop("num_local_experts", None) or hf["num_experts"]
     hf.pop("intermediate_size", None)  # of dense layers, of which there are none
@@ -37,10 +38,10 @@ QWEN3_MOE = Architecture(
         "num_experts": 128,
         "num_experts_per_tok": 8,
         "norm_topk_prob": False,
+        "router_aux_loss_coef": 0.001,
     },
     constants={"hidden_act": "silu", "decoder_sparse_step": 1, "mlp_only_layers": []},
     fields={"qk_norm": True},
-    irrelevant=EXPERT_IRRELEVANT,
     normalize=plain,
     rows=(
         *EMBEDDING,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from ..config import ConfigError, ModelConfig
 from ..mesh import ParallelMesh
 from .config import ARCHITECTURES, Head
-from .files import HFFolder, HFWriter
+from .files import HFFolder
 from .index import SCORE_BIAS, Entry, lm_head
 from .rows import Row, Window
 
@@ -85,6 +85,10 @@ class Table:
                 whole.narrow(window.dim, window.start, length).copy_(part.narrow(window.dim, 0, length))
         return found
 
+    def is_split(self, name: str) -> bool:
+        """Whether tensor parallel ranks have different parts of a parameter."""
+        return self.row(name)[0].dim is not None
+
     def is_copy(self, name: str) -> bool:
         """Whether a parameter is the last pipeline stage's copy of a tied embedding."""
         return self.head == "lm" and self.model.tie_word_embeddings and name == "output_layer.weight"
@@ -96,14 +100,26 @@ def parameters(chunks: Iterable[GPTModel]) -> Iterator[tuple[str, Tensor]]:
     """
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
-            if match := re.match(r"decoder\.layers\.(\d+)\.(.*)", name):
-                layer = chunk.decoder.layers[int(match[1])]
-                name = f"decoder.layers.{layer.layer_number - 1}.{match[2]}"
-                if match := re.match(r"(.*\.local_experts)\.(\d+)\.(.*)", name):
-                    name = f"{match[1]}.{layer.mlp.local_expert_indices[int(match[2])]}.{match[3]}"
-            name = re.sub(r"self_attention\.linear_qkv\.layer_norm_(\w+)", r"input_layernorm.\1", name)
-            name = re.sub(r"mlp\.linear_fc1\.layer_norm_(\w+)", r"pre_mlp_layernorm.\1", name)
-            yield name, parameter
+            yield from globally(chunk, name, parameter)
+
+
+def globally(chunk: GPTModel, name: str, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A parameter of a chunk under its global name, or where a layer's experts are one tensor, each of them under its
+    own: a view of it, with its part of the gradient."""
+    if match := re.match(r"decoder\.layers\.(\d+)\.(.*)", name):
+        layer = chunk.decoder.layers[int(match[1])]
+        name = f"decoder.layers.{layer.layer_number - 1}.{match[2]}"
+        if match := re.match(r"(.*\.experts)\.weight(\d)", name):
+            for i, number in enumerate(layer.mlp.local_expert_indices):
+                expert = parameter.data[i]
+                gradient = getattr(parameter, "main_grad", None)
+                if gradient is not None and gradient.untyped_storage().size():  # it comes and goes
+                    expert.main_grad = gradient[i]  # type: ignore[attr-defined]
+                yield f"{match[1]}.local_experts.{number}.linear_fc{match[2]}.weight", expert
+            return
+    name = re.sub(r"self_attention\.linear_qkv\.layer_norm_(\w+)", r"input_layernorm.\1", name)
+    name = re.sub(r"mlp\.linear_fc1\.layer_norm_(\w+)", r"pre_mlp_layernorm.\1", name)
+    yield name, parameter
 
 
 @torch.no_grad()
@@ -125,12 +141,12 @@ def load_weights(
                 parameter.copy_(tensor)
     except ConfigError as found:
         error = str(found)
-    everyone = mesh.all_gather_object((error, used))
-    for error, _ in everyone:
-        if error:
-            raise ConfigError(error)
+    for said in filter(None, mesh.all_gather_object(error)):
+        raise ConfigError(said)
     if isinstance(source, HFFolder):
-        check_leftover(source, model, set().union(*(names for _, names in everyone)))
+        names = sorted(source.tensors)
+        is_used = mesh.any_rank(torch.tensor([name in used for name in names], device=mesh.device))
+        check_leftover(source, model, {name for name, found in zip(names, is_used, strict=True) if found})
 
 
 def check_leftover(source: HFFolder, model: ModelConfig, used: set[str]) -> None:
@@ -150,36 +166,6 @@ def leftover(source: HFFolder, model: ModelConfig, used: set[str]) -> list[Entry
     ignored = ARCHITECTURES[model.architecture].ignored
     names = sorted(source.tensors.keys() - used)
     return [source.tensors[name] for name in names if not re.fullmatch(ignored, name)]
-
-
-def save_weights(
-    chunks: Iterable[GPTModel], model: ModelConfig, head: Head, mesh: ParallelMesh, writer: HFWriter | None
-) -> None:
-    """Every HF tensor of a model spread over the mesh, to the main rank's `writer` (None on the others)."""
-    for name, tensor in whole_tensors(dict(parameters(chunks)), Table(model, head), mesh):
-        assert writer is not None
-        writer.add(name, tensor)
-
-
-@torch.no_grad()
-def whole_tensors(mine: Mapping[str, Tensor], table: Table, mesh: ParallelMesh) -> Iterator[tuple[str, Tensor]]:
-    """Every HF tensor of what is spread over the mesh, whole on the main rank; the others, which get none, take part.
-
-    The ranks take turns by parameter, so no rank holds more than a file's worth.
-
-    Args:
-        mine: this rank's `parameters`, or something of their names and shapes, such as gradients.
-    """
-    listing = [(name, p.shape, p.dtype) for name, p in mine.items() if not table.is_copy(name)]
-    written: set[str] = set()
-    for source, names in enumerate(mesh.all_gather_object(listing)):
-        for name, shape, dtype in names:
-            if name in written:
-                continue
-            written.add(name)  # the first rank that has a parameter is the first of its tensor parallel group
-            shards = mesh.shards_to_main(mine.get(name), shape, dtype, source)
-            if mesh.is_main:
-                yield from table.export(name, shards).items()
 
 
 @dataclass(frozen=True)

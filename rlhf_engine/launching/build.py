@@ -67,6 +67,7 @@ def build_role(ctx: Context, name: str, spec: RoleSpec) -> RoleModel:
         Path(config.output_dir) / "offloaded" if config.schedule.moves(name) else None,
         config.schedule.recompute,
         config.schedule.micro_batch_tokens,
+        config.dtype == "fp8",
     )
     for phase, source in spec.weights:
         if found := last_checkpoint(ctx, phase):
@@ -95,7 +96,7 @@ def load_base(role: RoleModel, path: str | None, seed: int = 0) -> None:
 def _dtype(config: RunConfig, mesh: ParallelMesh) -> torch.dtype:
     if config.dtype == "auto":
         return torch.bfloat16 if mesh.device.type == "cuda" else torch.float32
-    return getattr(torch, config.dtype)
+    return torch.bfloat16 if config.dtype == "fp8" else getattr(torch, config.dtype)
 
 
 # Ranks may see a shared folder at different times, so the main rank looks and tells the others.

@@ -9,6 +9,7 @@ from ..config import BUILDS_ON, JOBS, ConfigError, RunConfig
 from ..surviving import durable
 
 SUMMARY = "summary.json"  # of a finished phase
+_COMPUTED = {"layers"}  # how a model is computed: what is there can be loaded whatever it is
 
 
 def check_output_dir(config: RunConfig) -> None:
@@ -26,7 +27,7 @@ def check_output_dir(config: RunConfig) -> None:
             continue
         for section, values in (with_reward if "reward" in (phase, *builds_on) else now).items():
             for key, value in values.items():
-                if (old := (before.get(section) or {}).get(key, value)) != value:
+                if (old := (before.get(section) or {}).get(key, value)) != value and key not in _COMPUTED:
                     raise ConfigError(
                         f"{section}.{key}={value}, and {path.parent} was made with {old}: use another output_dir"
                     )

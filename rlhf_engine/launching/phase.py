@@ -6,7 +6,7 @@ import gc
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -89,6 +89,8 @@ def open_phase(ctx: Context, algorithm: Algorithm) -> Phase | None:
         check_cut(ctx, folder / "config.yaml")
         ctx.state.experience.widen(ctx.mesh.tp)
         ctx.metrics.hold(ctx.state.metrics, ctx.mesh)
+    if ctx.state.carried is not None:
+        check_carried(ctx, folder / "config.yaml")
     if ctx.mesh.is_main:
         (folder / SUMMARY).unlink(missing_ok=True)  # of a phase that gets more iterations, which is not finished now
     logbook = Logbook(
@@ -201,13 +203,34 @@ def check_cut(ctx: Context, before: Path) -> None:
     Raises:
         ConfigError: they would be other rows now.
     """
+    for key, was, now in _changed(ctx, before, {"seed", *(f"{ctx.phase}.{name}" for name in _CUT)}):
+        raise ConfigError(
+            f"{key}={now}, and {ctx.phase} was stopped within iteration {ctx.state.iteration + 1} with {was}:"
+            f" start it once more with {key}={was}, to the end of that iteration at least"
+        )
+
+
+def check_carried(ctx: Context, before: Path) -> None:
+    """Responses that are carried need an iteration that goes on with them, in the groups that they are of.
+
+    Args:
+        before: as of `check_cut`.
+
+    Raises:
+        ConfigError: there would be none.
+    """
+    for key, was, now in _changed(ctx, before, {"rollout.tail", f"{ctx.phase}.samples_per_prompt"}):
+        raise ConfigError(
+            f"{key}={now}, and {ctx.phase} carries responses that were begun with {was}: start it once more with"
+            f" {key}={was} and rollout.done_share=1, to the end of an iteration at least"
+        )
+
+
+def _changed(ctx: Context, before: Path, keys: Collection[str]) -> list[tuple[str, str, str]]:
+    """Which of these keys have other values than in a configuration: that, and the present one, as they are typed."""
     old = ctx.mesh.from_main(durable.read(before) if ctx.mesh.is_main else None) or {}
-    for key, was, now in changes(old, asdict(ctx.config)):
-        if key in {"seed", *(f"{ctx.phase}.{name}" for name in _CUT)}:
-            raise ConfigError(
-                f"{key}={now}, and {ctx.phase} was stopped within iteration {ctx.state.iteration + 1} with {was}:"
-                f" start it once more with {key}={was}, to the end of that iteration at least"
-            )
+    found = changes(old, asdict(ctx.config))
+    return [(key, was.strip('"'), now.strip('"')) for key, was, now in found if key in keys]
 
 
 def finish(phase: Phase, evaluation: Evaluation) -> None:

@@ -33,6 +33,7 @@ from .folders import (
     read_teacher,
     read_tokenizer,
 )
+from .layers import check_layers
 from .sizes import settle
 
 _NO_DIFFERENCE = {"path", "kv_tokens", "cuda_graphs", "vocab_size"}  # to the rows of a job
@@ -96,8 +97,8 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
     if world_size is None or config.starts_nothing:
         world_size = _world_size(config, device)
     mesh = resolve_mesh(config.mesh, world_size)
-    if device == "cpu" and config.dtype == "bfloat16":
-        raise ConfigError("dtype=bfloat16 needs a GPU: megatron's optimizers keep float32 weights on a CPU")
+    if device == "cpu" and config.dtype in ("bfloat16", "fp8"):
+        raise ConfigError(f"dtype={config.dtype} needs a GPU: megatron's optimizers keep float32 weights on a CPU")
     jobs = set(config.phases) & JOBS
     # other ranks do as the main one does, and need not look once more
     is_main = os.environ.get("RANK", "0") == "0" and not config.starts_nothing
@@ -106,16 +107,21 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
     policy = Base(None, config.model)
     if config.policy.path:
         policy = read_base(config.policy.path, "policy", config.policy.ignore_keys)
+    if (coefficient := config.policy.router_aux_loss_coef) is not None:
+        policy = replace(policy, model=replace(policy.model, router_aux_loss_coef=coefficient))
     reward = policy
     if config.reward.path:
         reward = read_base(config.reward.path, "reward", config.reward.ignore_keys)
     bases = {"policy": policy, "reward": reward}
     if teacher := read_teacher(config):
         bases["teacher"] = teacher
+    for base in bases.values():
+        base.model.layers = config.model.layers
     context = min(base.model.max_position_embeddings for base in bases.values())
     settled = settle(config, mesh, policy.model, context, device)
     if not config.plan.search:  # which looks at other meshes, and checks each
         check(config, mesh, *(base.model for base in bases.values()))
+    check_layers(config, device, is_main)
     tokenizer = read_tokenizer(config, policy)
     if reward is not policy:
         check_vocabulary(tokenizer, reward, "reward")

@@ -19,6 +19,7 @@ from megatron.core.tensor_parallel import (
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -29,15 +30,19 @@ from ..config import ModelConfig, Recompute
 from ..cpu import cuda_calls_stay
 from ..hf.config import Head
 from ..mesh import ParallelMesh
+from . import te
+from .balance import Router
+from .experts import Dispatcher, GroupedExperts
 from .layers import (
-    ColumnWithoutBias,
     CoreAttention,
     LayerNorm,
     LMHead,
     RMSNorm,
-    RowWithoutBias,
+    Rotary,
     ScalarHead,
+    SwiGLU,
     scaled_frequencies,
+    without_bias,
 )
 from .partition import chunk_layers, padded_vocab_size
 
@@ -47,14 +52,16 @@ _ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": functools.partial(F
 
 
 def transformer_config(
-    model: ModelConfig, mesh: ParallelMesh, dtype: torch.dtype, folded: bool = False, recompute: Recompute = "none"
-) -> TransformerConfig:
+    model: ModelConfig, mesh: ParallelMesh, dtype: torch.dtype, folded: bool = False, recompute: Recompute = "none",
+    fp8: bool = False,
+) -> TransformerConfig:  # fmt: skip
     """Megatron's configuration of `model` on `mesh`.
 
     Args:
         folded: the whole depth and all experts on one rank and no sequence parallelism, for generation under
             pipelines or expert parallelism.
         recompute: what backward computes again.
+        fp8: see `te.settings`.
     """
     pp = 1 if folded else mesh.pp
     return TransformerConfig(
@@ -87,12 +94,13 @@ def transformer_config(
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,  # see `optim.accumulate_in_products`
+        apply_rope_fusion=model.positions == "rotary",
         recompute_granularity=None if recompute == "none" else recompute,
         recompute_method="uniform" if recompute == "full" else None,
         recompute_num_layers=1 if recompute == "full" else None,
         **(_experts(model, mesh, folded) if model.num_experts is not None else {}),
+        **(te.settings(model, fp8) if model.layers == "te" else {}),
     )
 
 
@@ -105,7 +113,7 @@ def _experts(model: ModelConfig, mesh: ParallelMesh, folded: bool) -> dict[str, 
         moe_router_pre_softmax=not model.normalize_experts,
         moe_router_load_balancing_type="none",
         moe_router_dtype="fp32",  # as the sampler's: whom bfloat16 chooses, its last digit decides
-        moe_token_dispatcher_type="allgather",
+        moe_token_dispatcher_type="allgather",  # which `Dispatcher` replaces
         moe_grouped_gemm=False,
         expert_model_parallel_size=1 if folded else mesh.ep,
         expert_tensor_parallel_size=mesh.tp,
@@ -126,6 +134,7 @@ def build_model(
     chunk: int = 0,
     folded: bool = False,
     recompute: Recompute = "none",
+    fp8: bool = False,
 ) -> GPTModel:
     """A chunk of this rank's part of the model, its weights allocated and not filled.
 
@@ -133,15 +142,15 @@ def build_model(
         head: "lm" gives hidden states `(B, S, H)` (under sequence parallelism this rank's part of S), "scalar" gives
             `(B, S, 1)` in float32.
         chunk: of this rank's `mesh.virtual_pp`.
-        folded, recompute: see `transformer_config`.
+        folded, recompute, fp8: see `transformer_config`.
     """
     assert model.vocab_size is not None
-    config = transformer_config(model, mesh, dtype, folded, recompute)
+    config = transformer_config(model, mesh, dtype, folded, recompute, fp8)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     if folded:
         groups.pp = groups.ep = mesh.self_group
         groups.tp_ep = groups.expt_tp = mesh.tp_group
-    norm = {"rms": RMSNorm, "layer": LayerNorm}[model.norm]
+    norm: type = te.NORM if model.layers == "te" else {"rms": RMSNorm, "layer": LayerNorm}[model.norm]
     spec = _layer_spec(model, norm)
     num_layers = get_num_layers_to_build(config, chunk, 0 if folded else mesh.pp_rank)
     with cuda_calls_stay(mesh.device):
@@ -160,14 +169,23 @@ def build_model(
         )
     if model.rope_scaling is not None:
         gpt.rotary_pos_emb.inv_freq = scaled_frequencies(gpt.rotary_pos_emb.inv_freq, model.rope_scaling)
+    # of what megatron builds, here and below, the forward alone is another
+    if model.positions == "rotary":
+        gpt.rotary_pos_emb.__class__, gpt.rotary_pos_emb.dtype = Rotary, dtype
     if model.positions == "learned" and gpt.pre_process:
         table = gpt.embedding.position_embeddings.weight  # megatron leaves it in float32
         table.data = table.data.to(dtype=dtype)
+    if model.layers == "te":
+        te.finish(gpt)
     for block in gpt.decoder.layers:
-        if block.layer_number > model.first_sliding_layer:
-            block.self_attention.core_attention.window = model.sliding_window
+        if model.num_experts is not None:
+            block.mlp.token_dispatcher.__class__ = Dispatcher  # of which megatron knows no name
+        slides = block.layer_number > model.first_sliding_layer
+        block.self_attention.core_attention.window = model.sliding_window if slides else None
+        if type(block.mlp) is MLP and model.gated_mlp and model.activation == "silu":
+            block.mlp.__class__ = SwiGLU
     if head == "lm" and gpt.post_process:
-        gpt.output_layer.__class__ = LMHead  # megatron builds the layer itself, and only its forward is another
+        gpt.output_layer.__class__ = LMHead
     if head == "scalar" and gpt.post_process:
         gpt.output_layer = ScalarHead(config, mesh.tp_group)
     for tensor in itertools.chain(gpt.parameters(), gpt.buffers()):
@@ -193,38 +211,37 @@ def on_meta() -> Iterator[None]:
         yield
 
 
-def _layer_spec(model: ModelConfig, norm: type[RMSNorm]) -> ModuleSpec:
-    """Megatron's local layer with our norms, our attention, and biases where the model has them."""
+def _layer_spec(model: ModelConfig, norm: type) -> ModuleSpec:
+    """Megatron's local layer with our norms and our attention, or its layer of transformer-engine's parts; biases where
+    the model has them."""
     spec = get_gpt_layer_local_spec(
         num_experts=model.num_experts, moe_grouped_gemm=False, qk_layernorm=model.qk_norm, normalization="RMSNorm"
     )
+    if model.layers == "te":
+        spec = te.layer_spec(model, spec.submodules.mlp)
     layer = spec.submodules
-    layer.input_layernorm = layer.pre_mlp_layernorm = norm
     attention = layer.self_attention.submodules
-    attention.core_attention = CoreAttention
-    if model.qk_norm:
-        attention.q_layernorm = attention.k_layernorm = norm
+    if model.layers == "own":
+        layer.input_layernorm = layer.pre_mlp_layernorm = norm
+        attention.core_attention = CoreAttention
+        if model.qk_norm:
+            attention.q_layernorm = attention.k_layernorm = norm
     if not model.qkv_bias:
-        attention.linear_qkv = ColumnWithoutBias
+        attention.linear_qkv = without_bias(attention.linear_qkv)
     if not model.proj_bias:
-        attention.linear_proj = RowWithoutBias
-    if not model.mlp_bias and model.num_experts is None:
-        mlp = layer.mlp.keywords["submodules"] if isinstance(layer.mlp, functools.partial) else layer.mlp.submodules
-        mlp.linear_fc1, mlp.linear_fc2 = ColumnWithoutBias, RowWithoutBias
+        attention.linear_proj = without_bias(attention.linear_proj)
+    mlp = layer.mlp.keywords["submodules"] if isinstance(layer.mlp, functools.partial) else layer.mlp.submodules
+    if model.num_experts is not None:
+        mlp.experts, mlp.router = GroupedExperts, Router
+    elif not model.mlp_bias:
+        mlp.linear_fc1, mlp.linear_fc2 = without_bias(mlp.linear_fc1), without_bias(mlp.linear_fc2)
     return spec
 
 
 def _mark_parameters(gpt: GPTModel) -> None:
     """Marks what is split over tensor parallel ranks. Megatron does so while it draws initial weights, which we
-    do not ask of it; unmarked, the gradient norm would count the first rank's shard alone.
-
-    Experts are marked as such at EP 1 too. They have an optimizer of their own, and a checkpoint can only be loaded
-    where there are as many optimizers as where it was saved.
-    """
+    do not ask of it; unmarked, the gradient norm would count the first rank's shard alone."""
     for module in gpt.modules():
-        if isinstance(module, ColumnParallelLinear | RowParallelLinear) and module.is_expert:
-            for parameter in module.parameters():
-                parameter.allreduce = False  # type: ignore[attr-defined]
         if isinstance(module, RowParallelLinear):
             split = [(module.weight, 1)]
         elif isinstance(module, ColumnParallelLinear | VocabParallelEmbedding):

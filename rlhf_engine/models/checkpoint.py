@@ -193,7 +193,7 @@ class Checkpoints:
         if self._writing is None:
             return self._is_saved
         writing, self._writing = self._writing, None
-        reports = self.mesh.all_gather_object(writing.report())
+        reports = self.mesh.to_main(writing.report())
         error = next((f"{said} (rank {rank})" for rank, (said, _, _) in enumerate(reports) if said), None)
         name = None
         if self.mesh.is_main:
@@ -431,7 +431,7 @@ def _without_common_errors() -> Iterator[list[str]]:
 
 def load_weights(checkpoint: Path, name: str, role: RoleModel) -> None:
     """Fills `role` with the weights that the checkpoint holds under `name`, a head of another kind left out."""
-    model = {key: shard for key, shard in shards.weights(role, name).items() if "_extra_state" not in key}
+    model = shards.weights(role, name)
     held = load_sharded_metadata(str(checkpoint))
     if f"{name}.output_layer.bias" in held or role.head == "scalar":
         same_head = (f"{name}.output_layer.bias" in held) == (role.head == "scalar")

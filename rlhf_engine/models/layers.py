@@ -6,13 +6,19 @@ S sequence, B batch, N query heads and G key-value heads of this rank, D head si
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
+from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
+
+from rlhf_kernels import rms_norm, rotate, swiglu
 
 from ..config import RopeScaling
 from ..cpu import parameter_device
@@ -30,7 +36,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., H)` of the same shape."""
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class LayerNorm(RMSNorm):
@@ -46,16 +52,30 @@ class LayerNorm(RMSNorm):
         return F.layer_norm(x, (x.shape[-1],), self.weight, self.bias, self.eps)
 
 
-class ColumnWithoutBias(tensor_parallel.ColumnParallelLinear):
-    """Megatron's config gives a bias to all linear layers or to none."""
+class SwiGLU(MLP):
+    """Megatron's feed-forward layer whose gate and activation are one operation."""
 
-    def __init__(self, *args, bias: bool, **kwargs):
-        super().__init__(*args, bias=False, **kwargs)
+    def forward(self, hidden_states: Tensor, per_token_scale=None, **unused) -> tuple[Tensor, Tensor | None]:
+        """`(S, B, H)` to the same and a bias that is yet to be added."""
+        x, bias = self.linear_fc1(hidden_states)
+        return self.linear_fc2(swiglu(x if bias is None else x + bias))
 
 
-class RowWithoutBias(tensor_parallel.RowParallelLinear):
-    def __init__(self, *args, bias: bool, **kwargs):
-        super().__init__(*args, bias=False, **kwargs)
+@functools.cache
+def without_bias(linear: type[nn.Module]) -> type[nn.Module]:
+    """A linear layer's class without bias: megatron's config gives one to all linear layers or to none."""
+
+    class WithoutBias(linear):  # type: ignore[valid-type,misc]
+        def __init__(self, *args, bias: bool, **kwargs):
+            super().__init__(*args, bias=False, **kwargs)
+
+    return WithoutBias
+
+
+def bias_of(module) -> Tensor | None:
+    """Of a norm or a linear layer; transformer-engine's have an empty one where there is none."""
+    bias = getattr(module, "bias", None)
+    return None if bias is None or bias.numel() == 0 else bias
 
 
 def scaled_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
@@ -72,6 +92,29 @@ def scaled_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
     kept = ((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0, 1)
     return kept * frequencies + (1 - kept) * frequencies / scaling.factor
+
+
+class Rotary(RotaryEmbedding):
+    """Megatron's, with cosines and sines in place of angles, in the type that heads are turned in: made once for all
+    layers and micro-batches, as far as the longest of them goes."""
+
+    dtype: torch.dtype
+    table: Tensor | None = None
+
+    def forward(self, max_seq_len: int, **unused) -> Tensor:  # type: ignore[override]
+        """`(2, S, 1, 1, D)`, which megatron hands to the attention of each layer as it would the angles."""
+        if self.table is None or self.table.shape[1] < max_seq_len:
+            angles = self.get_emb(max_seq_len)
+            self.table = torch.stack([angles.cos(), angles.sin()]).to(self.dtype)
+        return self.table[:, :max_seq_len]
+
+
+def _turned(heads: Tensor, table: Tensor, interleaved: bool = False) -> Tensor:
+    """`(S, B, N, D)` by `Rotary`'s table."""
+    return rotate(heads, *table)
+
+
+rope_utils.fused_apply_rotary_pos_emb = _turned  # in the place of transformer-engine's, under `apply_rope_fusion`
 
 
 def causal_mask(length: int, window: int | None, device: torch.device) -> Tensor | None:

@@ -11,8 +11,12 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, clip_grads, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel import layers as linear_layers
 from megatron.core.utils import local_multi_tensor_l2_norm, local_multi_tensor_scale
 from torch import Tensor
+
+from rlhf_kernels import wide_addmm_
 
 from ..config import OptimizerConfig
 from ..cpu import cuda_type_names
@@ -35,9 +39,33 @@ if clip_grads.multi_tensor_scale_impl is local_multi_tensor_scale:
     clip_grads.multi_tensor_scale_impl = _scale
 
 
+class _Accumulation:
+    """Apex's extension of this name, by torch."""
+
+    @staticmethod
+    def wgrad_gemm_accum_fp32(x: Tensor, grad: Tensor, total: Tensor) -> None:
+        """Adds the gradient of a linear layer's weight, of inputs `(T, H)` and gradients `(T, F)`, to `(F, H)`."""
+        wide_addmm_(total, grad.t(), x)
+
+
+if not linear_layers._grad_accum_fusion_available:
+    linear_layers.fused_weight_gradient_mlp_cuda = _Accumulation
+
+
+def accumulate_in_products(chunk: GPTModel) -> None:
+    """The gradients of linear layers' weights are added to those of the minibatch within their products, and not
+    rounded to the weights' type before."""
+    for module in chunk.modules():
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear):
+            module.gradient_accumulation_fusion = True
+
+
 def wrap_ddp(chunk: GPTModel, config: OptimizerConfig) -> DistributedDataParallel:
     """Megatron's DDP: gradients in float32 buffers, reduced once per optimizer step."""
-    overlap = next(chunk.parameters()).is_cuda if config.overlap is None else config.overlap
+    on_gpu = next(chunk.parameters()).is_cuda
+    if on_gpu:
+        accumulate_in_products(chunk)
+    overlap = on_gpu if config.overlap is None else config.overlap
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=config.distributed,

@@ -54,10 +54,10 @@ def layer_parameters(model: ModelConfig, tp: int, ep: int) -> Parameters:
     dense += (qkv if model.qkv_bias else 0) + (hidden if model.proj_bias else 0)
     dense += 2 * per_norm * size if model.qk_norm else 0
     mlp = hidden * fc1 + inner * hidden + (fc1 + hidden if model.mlp_bias else 0)
-    largest = max(hidden * qkv, hidden * fc1)
     if model.num_experts is None:
-        return Parameters(dense + mlp, 0, largest)
-    return Parameters(dense + model.num_experts * hidden, model.num_experts // ep * mlp, largest)
+        return Parameters(dense + mlp, 0, max(hidden * qkv, hidden * fc1))
+    experts = model.num_experts // ep  # in one tensor
+    return Parameters(dense + model.num_experts * hidden, experts * mlp, max(hidden * qkv, experts * hidden * fc1))
 
 
 def rank_parameters(model: ModelConfig, head: str, mesh: MeshConfig, stage: int) -> Parameters:

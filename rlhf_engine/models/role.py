@@ -21,9 +21,11 @@ from torch.nn import ModuleList
 from ..config import ModelConfig, OptimizerConfig, Recompute
 from ..hf.config import Head
 from ..mesh import ParallelMesh
+from .balance import Balance
 from .build import build_model
 from .optim import build_optimizer, gradient_tensors, optimizer_tensors, wrap_ddp
 from .residency import Parcel, Presence
+from .te import FP8_TOKENS
 
 
 def head_weight(gpt: GPTModel) -> Tensor:
@@ -39,6 +41,7 @@ class RoleModel:
     Attributes:
         chunks: this rank's parts of it in the order of their depth: one, or `mesh.virtual_pp` that lie apart.
         modules: the same as they are trained, in megatron's DDP.
+        balance: of its experts, where it has some and is trained.
 
     Args:
         name: of the role; prefixes its metrics and its entries in a checkpoint.
@@ -50,6 +53,7 @@ class RoleModel:
             its gradients, which nobody needs between updates, come and go.
         micro_batch_tokens: tokens of one forward, padding included, that rows are packed to; None: those of the work's
             `micro_batch_size` longest rows.
+        fp8: its layers, which are transformer-engine's, compute their products in 8 bits.
     """
 
     def __init__(
@@ -64,20 +68,45 @@ class RoleModel:
         offload: Path | None = None,
         recompute: Recompute = "none",
         micro_batch_tokens: int | None = None,
+        fp8: bool = False,
     ):
         self.name, self.model, self.mesh, self.head, self.dtype = name, model, mesh, head, dtype
-        chunks = [build_model(model, mesh, head, dtype, i, recompute=recompute) for i in range(mesh.virtual_pp)]
+        chunks = [
+            build_model(model, mesh, head, dtype, i, recompute=recompute, fp8=fp8) for i in range(mesh.virtual_pp)
+        ]
         self.chunks: Any = ModuleList(chunks)  # of GPTModels
         self.is_trained = optimizer is not None
         self.presence = Presence.TRAINING
         self._offload = offload
         self._parcels: dict[Presence, Parcel] = {}
         self.micro_batch_tokens = micro_batch_tokens
+        self.width_unit = mesh.tp * (FP8_TOKENS if fp8 else 1)  # what divides the width of its micro-batches
         self.modules: list[Any] = list(self.chunks)
         self._optimizer_config, self._total_steps = optimizer, total_steps
+        self.balance: Balance | None = None
+        if self.is_trained and model.num_experts is not None:
+            self._watch_routers(model.num_experts)
         if not self.is_trained:
             self.chunks.requires_grad_(False)
             self.chunks.eval()  # megatron's experts ask for sequence parallelism only where gradients are at stake
+
+    def _watch_routers(self, num_experts: int) -> None:
+        """As in transformers, models with a scalar head have no load-balancing loss."""
+        coefficient = self.model.router_aux_loss_coef if self.head == "lm" else 0.0
+        shape = self.model.num_layers, num_experts, self.model.experts_per_token
+        self.balance = Balance(*shape, coefficient, self.mesh.device)
+        for chunk in self.chunks:
+            for layer in chunk.decoder.layers:
+                layer.mlp.router.balance = self.balance
+
+    @contextlib.contextmanager
+    def unbalanced(self) -> Iterator[None]:
+        """Within it steps leave the load-balancing loss out."""
+        balance, self.balance = self.balance, None
+        try:
+            yield
+        finally:
+            self.balance = balance
 
     def start(self) -> None:
         """Called once the weights are in place: wraps a trained role for DDP and builds its optimizer."""

@@ -37,6 +37,7 @@ def _weights(role: RoleModel, name: str) -> dict[str, Any]:
         f"{i}.{key.removeprefix(f'{name}.')}": shard
         for i, chunk in enumerate(role.chunks)
         for key, shard in chunk.sharded_state_dict(prefix=f"{name}.").items()
+        if not key.endswith("_extra_state")  # empty: nothing has a state beside its parameters, in 8 bits neither
     }
 
 

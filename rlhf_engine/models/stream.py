@@ -31,6 +31,7 @@ from ..hf.weights import parameters
 from ..mesh import ParallelMesh
 from ..observing.metrics import Metrics
 from ..observing.trace import Trace
+from .balance import Balance
 from .flops import BACKWARD, forward_flops
 from .optim import gradient_tensors
 from .pipeline import chunk_group, forward_order
@@ -83,7 +84,8 @@ def train_step(works: Sequence[Work], metrics: Metrics, trace: Trace) -> dict[st
     replicas and micro-batches; of several works of one role, the sum of all their losses divided by that of all counts.
     Statistics (sums over the same count, or one of their own) become `role/name` metrics. Of several steps of an
     iteration these are means, and so is `role/grad_norm`, beside the largest, `role/grad_norm_max`;
-    `role/learning_rate` is the last one's.
+    `role/learning_rate` is the last one's. Of experts there are besides how the tokens were shared out among them, and
+    their load-balancing loss, which is not in `role/loss` but in the gradients (`balance.py`).
 
     Returns:
         For each role None, or what was not finite, its loss or a gradient, and where: then it is as it was before.
@@ -100,6 +102,9 @@ def train_step(works: Sequence[Work], metrics: Metrics, trace: Trace) -> dict[st
 
 def _step(works: Sequence[Work], roles: Sequence[RoleModel], metrics: Metrics, trace: Trace) -> dict[str, str | None]:
     totals = [torch.zeros([], dtype=torch.int, device=role.mesh.device) for role in roles]
+    for role in roles:
+        if role.balance is not None and role.balance.coefficient:
+            _settle_balance(role.balance, [work for work in works if work.role is role], trace)
     outcomes = _run(works, trace, forward_only=False)
     for work, results in zip(works, outcomes, strict=True):
         lengths = work.batch["lengths"]
@@ -128,9 +133,23 @@ def _step(works: Sequence[Work], roles: Sequence[RoleModel], metrics: Metrics, t
             if role.mesh.is_main:  # which every rank knows whole
                 metrics.add(f"{role.name}/grad_norm", grad_norm)
             metrics.most(f"{role.name}/grad_norm_max", grad_norm)
+        if role.balance is not None:
+            figures = role.balance.figures()
+            for key, value in figures.items() if role.mesh.is_main and problems[role.name] is None else ():
+                metrics.add(f"{role.name}/{key}", value)
         role.scheduler.step(1)  # of a skipped update too: it counts what the phase has behind it
         metrics.record(f"{role.name}/learning_rate", learning_rate)
     return problems
+
+
+@torch.no_grad()
+def _settle_balance(balance: Balance, works: Sequence[Work], trace: Trace) -> None:
+    """Counts what the experts of a role are given in a step, before it is made."""
+    with balance.counting():
+        outcomes = _run(works, trace, forward_only=True)
+    mesh = works[0].role.mesh
+    counts = [count for results in outcomes for _, count, _ in results if mesh.tp_rank == 0]  # of the last stage
+    balance.settle(sum(counts, torch.zeros([], dtype=torch.int64, device=mesh.device)))
 
 
 def _problems(works: Sequence[Work], outcomes: Sequence[list], roles: Sequence[RoleModel]) -> dict[str, str | None]:
@@ -176,7 +195,8 @@ def _run(works: Sequence[Work], trace: Trace, forward_only: bool) -> list[list[A
     # chunks pass on as many as there are stages; what fills them up goes first, or it would be the last of its role
     empty = max(0, mesh.pp - len(micro_batches)) if mesh.virtual_pp > 1 else 0
     work, batch = micro_batches[0]
-    micro_batches = [(replace(work, fn=_nothing), batch)] * empty + micro_batches
+    nothing = {name: torch.zeros_like(field) for name, field in batch.items()}
+    micro_batches = [(replace(work, fn=_nothing), nothing)] * empty + micro_batches
     roles = list(dict.fromkeys(work.role for work in works))
     last = {id(work.role): i for i, (work, _) in enumerate(micro_batches)}
     steps = [(work, batch, last[id(work.role)] == i) for i, (work, batch) in enumerate(micro_batches)]
@@ -247,9 +267,12 @@ class _Stream(Module):
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         gpt = work.role.chunks[self.chunk]
         gpt.set_input_tensor(self.input)
+        balance, counted = work.role.balance, {}
+        if balance is not None and (balance.is_counting or not forward_only):
+            counted["padding_mask"] = positions >= batch["lengths"].unsqueeze(1)
         with self.trace.span(work.role.name, "forward"):
             # right padding and a causal model: no real token sees padding, so there is no mask
-            output = work.role.modules[self.chunk](tokens, positions, None)
+            output = work.role.modules[self.chunk](tokens, positions, None, **counted)
         gpt.set_input_tensor(None)  # which would be kept as long as the role
 
         def begins(gradient: Tensor) -> None:

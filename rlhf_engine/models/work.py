@@ -52,7 +52,9 @@ class Work:
         lengths = self.batch["lengths"] if "lengths" in self.batch else torch.full((len(self.batch["tokens"]),), whole)
         longest = lengths.view(-1, self.together).amax(1)
         order = longest.argsort(descending=True, stable=True).view(-1, mesh.dp)  # a line goes to all replicas
-        widths = [min(whole, -(-length // mesh.tp) * mesh.tp) for length in longest[order[:, 0]].tolist()]
+        unit = self.role.width_unit
+        most = whole if unit == mesh.tp else -(-whole // unit) * unit
+        widths = [min(most, -(-length // unit) * unit) for length in longest[order[:, 0]].tolist()]
         budget = self.role.micro_batch_tokens or self.micro_batch_size * whole
         found, start = [], 0
         for end in pack(widths, budget // self.together, _COST // self.together):
@@ -68,8 +70,15 @@ class Work:
         for name, field in self.batch.items():
             field = field[rows[mesh.dp_rank]]
             per_token = field.dim() > 1 and field.shape[1] == whole
-            found[name] = field[:, :width].contiguous() if per_token else field
+            found[name] = _to_width(field, width) if per_token else field
         return {name: field.to(mesh.device) for name, field in self.prepare(found).items()}
+
+
+def _to_width(field: Tensor, width: int) -> Tensor:
+    """`(rows, T, ...)` cut to so many positions, or filled up with zeros."""
+    field = field[:, :width].contiguous()
+    missing = width - field.shape[1]
+    return torch.cat([field, field.new_zeros(len(field), missing, *field.shape[2:])], 1) if missing else field
 
 
 # tokens that could be computed in the time that a micro-batch costs beside its tokens

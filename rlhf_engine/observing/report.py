@@ -33,6 +33,16 @@ CHARTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Entropy", "", ("policy/entropy",)),
     ("Clip fraction", "", ("policy/clip_fraction", "critic/clip_fraction")),
     ("Gradient norm", "log", ("policy/grad_norm", "critic/grad_norm", "reward/grad_norm")),
+    (
+        "Load-balancing loss of experts",
+        "",
+        ("policy/router_aux_loss", "critic/router_aux_loss", "reward/router_aux_loss"),
+    ),
+    (
+        "Largest share that one expert has of a layer's tokens",
+        "",
+        ("policy/expert_share_max", "critic/expert_share_max", "reward/expert_share_max"),
+    ),
     ("Response length", "", ("rollout/response_length",)),
     ("Log-prob gap, rollout to training", "log", ("rollout/log_prob_gap",)),
     ("Learning rate", "", ("policy/learning_rate", "critic/learning_rate", "reward/learning_rate")),

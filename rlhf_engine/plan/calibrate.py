@@ -118,7 +118,7 @@ def _small(plan: Plan, folder: str) -> Plan:
         {
             **sampling,
             "sft.batch_size": config.sft.micro_batch_size, "reward.batch_size": config.reward.micro_batch_size,
-            "rollout.max_new_tokens": new, "rollout.min_new_tokens": new,
+            "rollout.max_new_tokens": new, "rollout.min_new_tokens": new, "rollout.tail": "finish",
             "data.cache_dir": config.data.cache_dir or folder,
         },
     )  # fmt: skip

@@ -46,7 +46,7 @@ class StageForecast:
 
     Args:
         flops: of the models, over all ranks.
-        sent: bytes that a rank sends over each group ("tp", "pp", "dp"), where that is most.
+        sent: bytes that a rank sends over each group ("tp", "ep", "pp", "dp"), where that is most.
         moved: bytes of roles that come for it and leave behind it, of a rank.
         idle: share of the pipeline's length that ranks have nothing to do.
         memory: of a rank of each pipeline stage, at its fullest.
@@ -122,7 +122,7 @@ class Forecaster:
         self.specs: dict[str, RoleSpec] = self.algorithm.roles()
         self.models = {name: models[spec.base] for name, spec in self.specs.items()}
         is_float32 = config.dtype == "float32" or not device.is_gpu
-        self.numbers = Numbers(4 if is_float32 else 2, "cuda" if device.is_gpu else "cpu")
+        self.numbers = Numbers(4 if is_float32 else 2, "cuda" if device.is_gpu else "cpu", config.dtype == "fp8")
         schedule = Schedule(self.algorithm.stages, self.algorithm.provided, self.specs)
         offloaded = [name for name in self.specs if config.schedule.moves(name)]
         self.groups = schedule.groups(config.schedule, mesh.pp, offloaded)
@@ -301,9 +301,9 @@ class Forecaster:
         return -(-rows // (self.dp * self.rows.usual[0]))
 
     def _per_replica(self) -> tuple[int, int]:
-        """Rows that a replica generates, and different prompts among them."""
+        """Rows that a replica has under way, and different prompts that are new among them."""
         replicas = self.dp * self.mesh.pp
-        return -(-self.rows.total // replicas), -(-self.rows.distinct // replicas)
+        return -(-(self.rows.total + self.rows.carried) // replicas), -(-self.rows.distinct // replicas)
 
     def _stage(self, group: Sequence[Stage]) -> StageForecast:
         kind, name = group[0].kind, "+".join(stage.name for stage in group)
@@ -347,13 +347,15 @@ class Forecaster:
         positions = min(self._cache(group, p)[1] for p in range(self.mesh.pp))
         held = decoded_at_once(positions, rows, prompts, prompt, response)
         slots = min(rows, self.config.rollout.slots, held)
+        rows = -(-self.rows.total // (self.dp * self.mesh.pp))  # of which there are responses in the end
         shape = rows, slots, prompts, prompt, response
-        seconds = costs.generate(*shape)
+        again = self.rows.carried / (self.dp * self.mesh.pp)  # in the middle of their responses, on average
+        seconds = costs.generate(*shape) + again * costs.prefill(prompt + response // 2)
         world = self.mesh.tp * self.mesh.pp * self.dp
         # prompts once each, then a token at a time
         flops = forward_flops(model, "lm", [prompt] * self.rows.distinct, self.rows.distinct)
         longer = forward_flops(model, "lm", [prompt + response], response) - forward_flops(model, "lm", [prompt], 0)
-        flops += self.rows.total * longer
+        flops += self.rows.total * longer + forward_flops(model, "lm", [prompt + response // 2] * self.rows.carried, 0)
         tokens = prompts * prompt + rows * response
         sent = {"tp": model.num_layers * costs.tp_bytes(tokens), "pp": costs.fold_bytes()}
         return self._shared(seconds, world * seconds) + costs.exchange(*shape), flops, sent, 0.0
@@ -362,8 +364,8 @@ class Forecaster:
         """One pass of the roles' micro-batches, or for training all steps of the iteration."""
         rows, stages = self.rows, range(self.mesh.pp)
         tokens = rows.usual[0] * rows.usual[1]
-        forward, backward, flops = [], [], 0.0
-        sent = {"tp": 0.0, "pp": 0.0, "dp": 0.0}
+        forward, backward, counted, flops = [], [], [], 0.0
+        sent = {"tp": 0.0, "ep": 0.0, "pp": 0.0, "dp": 0.0}
         steps, kind = rows.steps if train else 1, "train" if train else "infer"
         for name in names:
             costs, model, head = self._costs(name, kind), self.models[name], self.specs[name].head
@@ -373,18 +375,30 @@ class Forecaster:
             passes = (1 + BACKWARD) if train else 1
             one = forward_flops(model, head, [sum(rows.expected)], rows.expected[1])
             flops += passes * one * self._rows(name, kind) * steps
-            both_ways = 2 if train else 1
+            is_counted = train and self._is_balanced(name)
+            both_ways = 2 + is_counted if train else 1
+            counted += [onward] * (count * is_counted)
             layers = -(-model.num_layers // self.mesh.pp)
             sent["tp"] += steps * count * both_ways * layers * costs.tp_bytes(tokens)
+            sent["ep"] += steps * count * both_ways * layers * costs.ep_bytes(tokens)
             sent["pp"] += steps * count * both_ways * self.mesh.virtual_pp * costs.pp_bytes(tokens)
         if self.mesh.virtual_pp > 1:  # fewer micro-batches than stages are filled up with empty ones
-            forward, backward = ([*times, *times[-1:] * (self.mesh.pp - len(times))] for times in (forward, backward))
+            forward, backward, counted = (
+                [*times, *times[-1:] * (self.mesh.pp - len(times))] for times in (forward, backward, counted)
+            )
         seconds, idle = simulate(forward, backward if train else None, costs.transfer(tokens), self.mesh.virtual_pp)
         busy = self.mesh.tp * self.dp * sum(map(sum, forward + backward))
         seconds = self._shared(seconds, busy) + self._updates(names, kind)
+        if counted:
+            busy = self.mesh.tp * self.dp * sum(map(sum, counted))
+            seconds += self._shared(simulate(counted, None, costs.transfer(tokens), self.mesh.virtual_pp)[0], busy)
         for name, optimizer in self._optimizers(names, kind):
             sent["dp"] += steps * max(self._costs(name, kind).dp_bytes(p, optimizer) for p in stages)
         return seconds * steps, flops, sent, idle
+
+    def _is_balanced(self, name: str) -> bool:
+        """Whether a forward before each update counts what a role's experts are given (`models/balance.py`)."""
+        return self.specs[name].head == "lm" and self.models[name].router_aux_loss_coef > 0
 
     def _rows(self, name: str, kind: str) -> int:
         """That pass through a role: in an optimizer step, or all of an iteration."""

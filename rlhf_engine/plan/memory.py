@@ -48,10 +48,12 @@ class Numbers:
     Args:
         itemsize: bytes of a weight and of an activation.
         device: "cpu" or "cuda".
+        fp8: layers compute their products in 8 bits, of weights in `itemsize` bytes.
     """
 
     itemsize: int
     device: str
+    fp8: bool = False
 
     @property
     def holes(self) -> float:
@@ -114,17 +116,29 @@ def layer_activations(
         floats += norm_floats * (heads + groups)
     if recompute == "none":
         floats += heads  # log-sum-exp of each query
-    # the input of the activation, its output, the other half of the gate, and what the second projection reads
-    mlp = 5 * inner if model.gated_mlp else 2 * inner
+    mlp = feed_forward(model, numbers) * inner
     if model.num_experts is not None:
-        # the tokens of each expert side by side, and their results before the router's weights
-        mlp = model.experts_per_token * (model.hidden_size + mlp + inner)
+        mlp = model.experts_per_token * (model.hidden_size + mlp)  # the tokens of each expert side by side
+    if numbers.fp8:
+        # products keep their inputs in 8 bits, but for attention's output, which attention keeps as it is
+        items, mlp = items - 2 * hidden * (1 - 1 / item), mlp - inner * (1 - 1 / item)
     kept = tokens * ((items + mlp) * item + floats * 4)
-    if model.positions == "rotary":
-        kept += 4 * length * size * item  # sines and cosines, of queries and of keys
+    if numbers.fp8:
+        kept += 2 * layer_parameters(model, tp, mesh.ep).dense  # weights in 8 bits, scaled along both of their sides
     if model.sliding_window is not None and model.sliding_window < length and recompute == "none":
         kept += length * length * item  # the mask
     return kept
+
+
+def feed_forward(model: ModelConfig, numbers: Numbers) -> int:
+    """Numbers of a token that a feed-forward layer makes for each of its inner size: the input of the activation, which
+    with a gate is twice as wide; what the second projection reads; and between them, unless one kernel goes from the
+    first to the second, the activation and, of megatron's own gates, the other half."""
+    if not model.gated_mlp:
+        return 2
+    if model.activation != "silu" or model.num_experts is not None:
+        return 5
+    return 3 if numbers.device == "cuda" else 4
 
 
 def stage_activations(
@@ -158,8 +172,11 @@ def workspace(
         outputs: positions of the micro-batch at which the head is evaluated.
     """
     tokens, item = rows * length, numbers.itemsize
-    wide = 5 if model.gated_mlp else 3
-    layer = tokens * (3 * model.hidden_size + wide * model.intermediate_size / mesh.tp) * item
+    wide = feed_forward(model, numbers) if model.gated_mlp else 3
+    inner = wide * model.intermediate_size / mesh.tp
+    if model.num_experts is not None:
+        inner = model.experts_per_token * (model.hidden_size + inner)
+    layer = tokens * (3 * model.hidden_size + inner) * item
     if train:
         if recompute == "full":
             layer += layer_activations(model, rows, length, mesh, numbers)
@@ -225,6 +242,6 @@ def generation_workspace(
 ) -> float:
     """What comes and goes in a rollout, at most: a forward of prompts, or the sampler's view of a step's logits."""
     tokens = min(PREFILL_TOKENS[numbers.device], prompts * prompt)
-    wide = 4 if model.gated_mlp else 2
+    wide = min(4, feed_forward(model, numbers))
     prefill = tokens * (3 * model.hidden_size + wide * model.intermediate_size / mesh.tp) * numbers.itemsize
     return max(prefill, logits(model, slots, mesh))

@@ -20,6 +20,7 @@ class Rows:
         response: tokens of the longest.
         expected: tokens of a usual prompt, and of its response.
         other_text: rows that join each step of the policy (PPO-ptx).
+        carried: rows that are under way besides, and go on in the next iteration.
     """
 
     total: int
@@ -31,6 +32,7 @@ class Rows:
     response: int
     expected: tuple[int, int]
     other_text: int = 0
+    carried: int = 0
 
 
 def rows_of(phase: str, config: RunConfig) -> Rows:
@@ -43,7 +45,8 @@ def rows_of(phase: str, config: RunConfig) -> Rows:
         sizes = part.samples, part.samples // part.num_minibatches, part.epochs * part.num_minibatches
         shapes = _shapes(config, part.micro_batch_size, data.max_prompt_len + new, prompt + response)
         other_text = part.ptx.rows if part.other_text else 0
-        return Rows(*sizes, *shapes, part.prompts_per_iteration, new, (prompt, response), other_text)
+        carried = part.prompts_under_way(config.rollout) * part.samples_per_prompt - part.samples
+        return Rows(*sizes, *shapes, part.prompts_per_iteration, new, (prompt, response), other_text, carried)
     answer = plan.response_tokens or data.max_seq_len - min(prompt, data.max_seq_len - 1)
     sides, section = 2 if phase in PAIRED else 1, getattr(config, phase)
     size, longest = sides * section.batch_size, data.max_seq_len

@@ -113,7 +113,8 @@ def _role_table(phase: PhaseForecast) -> Table:
 
 def _stage_table(phase: PhaseForecast) -> Table:
     """Stages in their order, each with the bytes of its fullest rank, and the sums and greatest of an iteration."""
-    groups, kinds = ("tp", "pp", "dp"), [field.name for field in fields(Memory)]
+    groups, kinds = ["tp", "pp", "dp"], [field.name for field in fields(Memory)]
+    groups[1:1] = ["ep"] * any(stage.sent.get("ep") for stage in phase.stages)
     kinds = [kind for kind in kinds if kind != "process" or phase.device.base]  # a GPU's memory has none
     sends, holds = [f"{group} sent" for group in groups], [kind.replace("_", " ") for kind in kinds]
     stages = [stage for stage in phase.stages if stage.kind != "local"]

@@ -28,6 +28,8 @@ _FAST_HEADS = 256  # channels of a head that the flash kernel takes
 class _Event:
     """An event, which has happened as soon as it is recorded."""
 
+    gpu: FakeGPU
+
     def __init__(self, *args, **kwargs):
         self.at = 0.0
 
@@ -42,7 +44,8 @@ class _Event:
 
     def wait(self, stream=None) -> None: ...
 
-    def synchronize(self) -> None: ...
+    def synchronize(self) -> None:
+        self.gpu.wait("synchronize")
 
 
 class _Stream:
@@ -72,6 +75,7 @@ class _Pool:
 
 def install(gpu: FakeGPU, device: Device) -> None:
     """Makes this process one that sees `gpu` alone."""
+    _Event.gpu = gpu
     name, capability, processors, _ = _NAMES[device.name]
     state = torch.Generator().get_state()
 
@@ -140,6 +144,7 @@ def _install_graphs(gpu: FakeGPU) -> None:
         def replay(self) -> None:
             gpu.stage.replays += 1
             gpu.stage.kernels += self.kernels
+            gpu.stage.replayed += self.kernels
 
         def pool(self):
             return self.place
@@ -185,7 +190,7 @@ def _install_storages(gpu: FakeGPU) -> None:
 
 
 def _install_tensors(gpu: FakeGPU) -> None:
-    """`torch.tensor` of device scalars, which reads them."""
+    """`torch.tensor` of device scalars, which reads them; host tensors are as good as page-locked."""
     make = torch.tensor
 
     def plain(x):
@@ -193,7 +198,7 @@ def _install_tensors(gpu: FakeGPU) -> None:
             return [plain(y) for y in x]
         return x.item() if isinstance(x, FakeTensor) else x
 
-    def tensor(data, *args, **kwargs) -> Tensor:
+    def tensor(data, *args, pin_memory=False, **kwargs) -> Tensor:
         return make(plain(data) if isinstance(data, list | tuple) else data, *args, **kwargs)
 
     put(torch, tensor=tensor)

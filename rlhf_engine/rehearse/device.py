@@ -33,6 +33,7 @@ _VIEWS = {
     "view", "transpose", "permute", "slice", "expand", "unsqueeze", "squeeze", "as_strided", "detach", "alias", "t",
     "select", "split", "split_with_sizes", "unbind", "unfold", "_unsafe_view", "_reshape_alias", "set_", "lift_fresh",
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "record_stream", "_local_scalar_dense",
+    "device",
 }  # fmt: skip
 _TRUE = {"eq", "ne", "isfinite"}  # of floats: with themselves, and with infinity, which is how finite ones are known
 
@@ -227,7 +228,9 @@ def _to_copy(gpu: FakeGPU, func, args, kwargs):
     device = kwargs.get("device")
     if args[0].device.type == "cpu" or device is None or torch.device(device).type != "cpu":
         return NotImplemented
-    gpu.wait("copy to the host")
+    if not kwargs.get("non_blocking", False):
+        gpu.wait("copy to the host")
+    gpu.stage.kernels += 1
     found = gpu.numbers(args[0])
     return found.to(kwargs.get("dtype") or found.dtype)
 
@@ -240,6 +243,7 @@ def _copy(gpu: FakeGPU, func, args, kwargs):
         return NotImplemented
     if not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False)):
         gpu.wait("copy to the host")
+    gpu.stage.kernels += 1
     if (found := gpu.value(source)) is not None:
         target.copy_(found)
     return target

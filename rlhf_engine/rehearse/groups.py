@@ -265,6 +265,7 @@ class Group(_ProcessGroup):
             return
         stage, others = self.wire.gpu.stage, self.size() - 1
         share = {"all_reduce": 2 * others / self.size(), "reduce_scatter": others / self.size(), "all_gather": others}
+        share["all_to_all"] = others / self.size()  # what each keeps is not sent
         group = self.at_exchange[1][0]
         stage.collectives[f"{group} {name}"] += 1
         stage.sent[group] += int(size * share.get(name, 1))

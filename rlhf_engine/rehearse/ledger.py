@@ -33,6 +33,9 @@ class Stage:
         places: where most of them were asked for.
         moved: bytes copied between tensors of the host and of the device, both ways together.
         waits: of the host for the device, by place.
+        replayed: of the kernels, those that were launched as parts of graphs.
+        step: `launches` and `waits` of a decode step at most, a graph counting as one launch; of a step that is
+            replayed, where there are any.
     """
 
     name: str
@@ -50,6 +53,8 @@ class Stage:
     sent: Counter[str] = field(default_factory=Counter)
     captures: int = 0
     replays: int = 0
+    replayed: int = 0
+    step: dict[str, int] = field(default_factory=dict)
 
 
 def place() -> str:

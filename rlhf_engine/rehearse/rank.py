@@ -28,7 +28,8 @@ _NODE = 8  # ranks of a node
 # what a run imports where it first needs it: a kernel, its compiler, the reading back of an export
 _LATER = (
     "rlhf_kernels.advantage_triton", "rlhf_kernels.attention_triton", "rlhf_kernels.log_prob_triton",
-    "rlhf_kernels.losses_triton", "triton.experimental.gluon", "sentencepiece.sentencepiece_model_pb2",
+    "rlhf_kernels.losses_triton", "rlhf_kernels.norm_triton", "rlhf_kernels.rotary_triton",
+    "rlhf_kernels.swiglu_triton", "triton.experimental.gluon", "sentencepiece.sentencepiece_model_pb2",
     "transformers.models.auto.tokenization_auto",
 )  # fmt: skip
 

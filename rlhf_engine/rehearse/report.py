@@ -32,6 +32,7 @@ class Line:
         planned: bytes that the plan has for a rank of that pipeline stage; None of what it does not plan.
         sent, planned_sent: bytes of one rank over each group, the plan's of an iteration.
         moved, planned_moved: bytes of one rank between the device and the memory beside it, likewise.
+        step: see `Stage`.
     """
 
     phase: str
@@ -50,6 +51,7 @@ class Line:
     launches: Counter[str]
     captures: int
     replays: int
+    step: dict[str, int]
 
     @property
     def total(self) -> int:
@@ -74,7 +76,7 @@ def lines(found: Found) -> list[Line]:
                 phase, name, report["rank"], stage["peak"], stage["host"], memory[at] if memory else None,
                 Counter(stage["waits"]), Counter(stage["sent"]), sent, stage["moved"], moved,
                 Counter(stage["collectives"]), stage["kernels"], Counter(stage["launches"]), stage["captures"],
-                stage["replays"],
+                stage["replays"], stage["step"],
             )  # fmt: skip
             if (phase, name) not in best or line.total > best[phase, name].total:
                 best[phase, name] = line
@@ -116,6 +118,7 @@ def show(found: Found, overrides: Sequence[str]) -> None:
         "moved",
         "waits",
         "kernels",
+        "a step",
         "sent",
     ]
     for name in columns:
@@ -126,11 +129,12 @@ def show(found: Found, overrides: Sequence[str]) -> None:
             phase = line.phase
             table.add_row(phase, style="bold")
         off = f"{line.total / line.planned - 1:+.1%}" if line.planned else ""
+        step = f"{line.step['launches']} {line.step['waits']}w" if line.step else ""
         sent = " ".join(f"{group} {si(size)}" for group, size in sorted(line.sent.items()) if size)
         table.add_row(
             f"  {line.stage}", str(line.rank), si(line.total), si(line.planned or 0), off,
             *(si(line.peak.get(kind, 0)) for kind in KINDS), si(line.host), si(line.moved),
-            str(sum(line.waits.values())), si(line.kernels), sent,
+            str(sum(line.waits.values())), si(line.kernels), step, sent,
         )  # fmt: skip
     console.print(table)
     assumed: Counter[str] = Counter()

@@ -8,7 +8,6 @@ import os
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from megatron.core.dist_checkpointing import state_dict_utils
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import default_planner
 
 from .. import mesh, trainer
-from ..algorithms import rollouts, samples
+from ..algorithms import responding, samples
 from ..config import RunConfig
 from ..data.dataset import Dataset, Example
 from ..hf import files
@@ -26,7 +25,8 @@ from ..launching.phase import Phase
 from ..launching.preflight import Plan
 from ..models import checkpoint, residency, role, stream
 from ..models.optim import gradient_tensors, optimizer_tensors
-from ..rollout import cache, decoder, fold, generate, graphs, sampling
+from ..rollout import cache, engine, fold, generate, steps
+from ..rollout.responses import Responses
 from ..surviving import watchdog
 from . import groups
 from .device import CUDA, FakeGPU, put
@@ -39,6 +39,7 @@ def stand_in(gpu: FakeGPU, part: Part, plan: Plan) -> None:
     """Changes the engine in this process."""
     _mark_memory(gpu)
     _name_stages(gpu)
+    _count_steps(gpu)
     _weights(gpu)
     if plan.config.rehearse.rows == "longest":
         _longest_rows(plan.config)
@@ -108,6 +109,37 @@ def _name_stages(gpu: FakeGPU) -> None:
     put(trainer, train=train_phase)
     put(watchdog.Watchdog, stage=stage)
     put(watchdog.Watchdog, _exchange=lambda self: None)
+
+
+def _count_steps(gpu: FakeGPU) -> None:
+    """What the host does for a decode step, the loading of its rows included."""
+    load, step = steps.Steps.load, engine.Engine._step
+    before: tuple[int, ...] = ()
+
+    def figures() -> tuple[int, ...]:
+        stage = gpu.stage
+        launches = stage.kernels - stage.replayed + stage.replays
+        return launches, sum(stage.waits.values()), stage.replays, stage.captures
+
+    def loaded(self, *args) -> None:
+        nonlocal before
+        before = figures()
+        load(self, *args)
+
+    def stepped(self) -> bool:
+        nonlocal before
+        have_left, after, stage = step(self), figures(), gpu.stage
+        launches, waits, replays, captures = (now - then for now, then in zip(after, before, strict=True))
+        before = after
+        if captures:
+            stage.step = {}  # steps without a graph are no measure of the others
+        elif replays or not stage.replays:
+            for name, count in (("launches", launches), ("waits", waits)):
+                stage.step[name] = max(count, stage.step.get(name, 0))
+        return have_left
+
+    put(steps.Steps, load=loaded)
+    put(engine.Engine, _step=stepped)
 
 
 class _Untouched:
@@ -206,40 +238,37 @@ def _few_micro_batches(count: int) -> None:
 def _few_steps() -> None:
     """Of the decode steps of so many rows the first few; the others give what the last of them gave."""
 
-    def few(call):
-        def once_more(self, tokens, *args):
-            # by rows, how many calls there were and their result; it goes with the engine
-            entry = vars(self).setdefault("steps_like_this", {}).setdefault(len(tokens), [0, None])
-            entry[0] += 1
-            if entry[0] <= _STEPS:
-                entry[1] = call(self, tokens, *args)
-            return entry[1]
+    run = steps.Steps.__call__
 
-        return once_more
+    def once_more(self) -> Tensor:
+        # by rows, how many calls there were and their result; it goes with the engine
+        entry = vars(self).setdefault("steps_like_this", {}).setdefault(len(self.rows), [0, None])
+        entry[0] += 1
+        if entry[0] <= _STEPS:
+            entry[1] = run(self)
+        return entry[1]
 
-    put(graphs.DecodeGraphs, __call__=few(graphs.DecodeGraphs.__call__))
-    put(decoder.Decoder, decode=few(decoder.Decoder.decode))
-    put(sampling.Sampler, __call__=few(sampling.Sampler.__call__))
+    put(steps.Steps, __call__=once_more)
 
 
 def _own_share() -> None:
     """A replica takes the responses to its own prompts for those of replicas that are not rehearsed."""
     rollout = generate.rollout
 
-    def rollout_own(role, prompts, keys, config, end_ids, *, limits=None, **options) -> list[generate.Response]:
+    def rollout_own(role, prompts, keys, config, end_ids, *, limits=None, begun=None, **options) -> Responses:
         replicas = role.mesh.num_replicas
         need = [len(prompt) for prompt in prompts]
         own = generate.split(prompts, need, replicas)[role.mesh.replica] or list(range(len(prompts)))[:1]
         found = rollout(
             role, [prompts[i] for i in own], keys[own], config, end_ids,
-            limits=None if limits is None else [limits[i] for i in own], **options,
+            limits=limits and [limits[i] for i in own], begun=begun and [begun[i] for i in own], **options,
             shares=[range(len(own))] * replicas,
         )  # fmt: skip
         place = {i: k for k, i in enumerate(own)}
-        return [found[place.get(i, i % len(found))] for i in range(len(prompts))]
+        return found.take(torch.tensor([place.get(i, i % len(found)) for i in range(len(prompts))]))
 
     put(samples, rollout=rollout_own)
-    put(rollouts, generate=rollout_own)
+    put(responding, rollout=rollout_own)
 
 
 def _stop(part: Part) -> None:
@@ -268,7 +297,8 @@ def _without_disk() -> None:
         return f"iteration_{writing.iteration}"
 
     put(checkpoint._Writing, _write=not_written)
-    put(checkpoint.Checkpoints, _complete=named)
+    put(checkpoint.Checkpoints, _complete=named, chosen=lambda self: None)  # the next phase begins as the first
     put(state_dict_utils, validate_sharding_integrity=lambda *args, **kwargs: None)
     put(default_planner, _validate_global_plan=lambda *args: [])
-    put(files, save_file=lambda tensors, path, about: Path(path).touch())
+    put(files.TensorFile, add=lambda self, tensor: tensor.cpu())
+    put(files, stored_tensors=lambda path: {})

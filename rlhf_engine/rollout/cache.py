@@ -25,6 +25,16 @@ def num_blocks(length):
     return -(-length // BLOCK)
 
 
+def on_device(device: torch.device, *arrays: Ints) -> list[Tensor]:
+    """Copies of host arrays; the host does not wait for them."""
+    return [pinned(array, device).to(device, non_blocking=True) for array in arrays]
+
+
+def pinned(array: Ints, device: torch.device) -> Tensor:
+    """A copy on the host, from where a GPU fetches it while the host goes on."""
+    return torch.tensor(array, pin_memory=device.type == "cuda")
+
+
 class KVCache:
     """
     Attributes:
@@ -126,7 +136,7 @@ class Rows:
         """Blocks of each row, those with several readers counted in parts."""
         return np.where(self.table > 0, 1 / self.cache.readers.clip(1)[self.table], 0).sum(1)
 
-    def remove(self, places: Sequence[int]) -> None:
+    def remove(self, places: Sequence[int] | Ints) -> None:
         """Rows that end or step back; their blocks are free where nobody else reads them."""
         gone = self.table[list(places)]
         np.subtract.at(self.cache.readers, gone[gone > 0], 1)

@@ -12,6 +12,7 @@ heads each, D head size; V vocabulary.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -20,14 +21,17 @@ import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from rlhf_kernels import cached_attention, wide_mm
+from rlhf_kernels import HeadNorms, attention_heads, cached_attention, rms_norm, swiglu, wide_mm
 
-from ..models.layers import LayerNorm, RMSNorm, causal_attention, causal_mask
+from ..models.experts import by_expert, waits_for_sizes
+from ..models.layers import SwiGLU, bias_of, causal_attention, causal_mask
 from ..models.role import head_weight
 from .attention import LEAST, BlockReading
 from .cache import BLOCK, KVCache
 
-Attend = Callable[[int, Tensor], Tensor]  # the layer's number and its input to attention, to the output
+# queries, keys and values as attention takes them; given a layer's cache and places in it, the latter two go there
+Heads = Callable[..., Tensor]
+Attend = Callable[[int, Heads], Tensor]  # the layer's number and these, to attention's output
 
 
 class Decoder:
@@ -61,18 +65,17 @@ class Decoder:
 
     @property
     def is_static(self) -> bool:
-        """Whether a step does the same whatever its numbers are; experts take as many rows as they are given."""
-        return self.config.num_moe_experts is None
+        """Whether a step does the same whatever its numbers are: the host need not know how many rows an expert has."""
+        if self.config.num_moe_experts is None:
+            return True
+        return not any(waits_for_sizes(layer.mlp.experts.weight1) for layer in self.gpt.decoder.layers)
 
     def _rotary_tables(self, length: int) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines `(L, 1, n + 2, D)` that turn a group's queries and its key, and leave its value."""
-        angles = self.gpt.rotary_pos_emb(length).view(length, 1, 1, self.head_dim)
-        sign = torch.ones(self.head_dim, device=angles.device)
-        sign[: self.head_dim // 2] = -1
-        heads = (1, 1, self.num_queries + 2, 1)
-        cos, sin = angles.cos().repeat(heads), (angles.sin() * sign).repeat(heads)
+        cos, sin = self.gpt.rotary_pos_emb(length).repeat(1, 1, 1, self.num_queries + 2, 1)
+        sin[..., : self.head_dim // 2] *= -1
         cos[:, :, -1], sin[:, :, -1] = 1, 0
-        return cos.to(self.head.dtype), sin.to(self.head.dtype)
+        return cos, sin
 
     # -- the two forwards ------------------------------------------------------------------------------------
 
@@ -91,7 +94,8 @@ class Decoder:
         cuts = [batch * width for batch, width in shapes]
         masks = {(w, width): causal_mask(width, w, tokens.device) for w in set(self.windows) for _, width in shapes}
 
-        def attend(i: int, qkv: Tensor) -> Tensor:
+        def attend(i: int, heads: Heads) -> Tensor:
+            qkv = heads()
             cache.write(i, places, qkv[source, :, -2:])
             outs = []
             for part, (batch, width) in zip(qkv.split(cuts), shapes, strict=True):
@@ -137,14 +141,15 @@ class Decoder:
         places = cache.places(blocks, positions % BLOCK)
         read = self._read(positions, table, cache, reading)
 
-        def attend(i: int, qkv: Tensor) -> Tensor:
-            cache.write(i, places, qkv[:, :, -2:])
+        def attend(i: int, heads: Heads) -> Tensor:
             # the query heads of a group stand as its query positions, so keys and values are never expanded
-            return read(i, qkv[:, :, :-2]).reshape(len(tokens), -1)
+            return read(i, heads(cache.store[i], places)).reshape(len(tokens), -1)
 
         return self._logits(self._layers(tokens, positions, attend), last)[:count]
 
-    def _read(self, positions: Tensor, table: Tensor, cache: KVCache, reading: BlockReading | None) -> Attend:
+    def _read(
+        self, positions: Tensor, table: Tensor, cache: KVCache, reading: BlockReading | None
+    ) -> Callable[[int, Tensor], Tensor]:
         if reading is None:
             lengths = positions + 1
             return lambda i, q: cached_attention(q, cache.store[i], table, lengths, self.windows[i])
@@ -154,27 +159,35 @@ class Decoder:
     # -- what they share -------------------------------------------------------------------------------------
 
     def _layers(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Embedding and all layers, `(T,)` to `(T, H)`; `attend` takes a layer's `(T, G, n + 2, D)`."""
-        x = self._embed(tokens, positions)
-        if self.rotary is not None:
-            cos, sin = (table[positions] for table in self.rotary)
+        """Embedding and all layers, `(T,)` to `(T, H)`. What a layer's half makes is added where the next one's norm
+        reads the sum, unless its product has added it: on a GPU nine launches a layer."""
+        x, made = self._embed(tokens, positions), None
+        rotary = None if self.rotary is None else (self.rotary[0][positions], self.rotary[1][positions])
         for i, layer in enumerate(self.gpt.decoder.layers):
             attention = layer.self_attention
-            qkv = _linear(attention.linear_qkv, _norm(layer.input_layernorm, x))
-            qkv = qkv.view(len(tokens), self.num_groups, self.num_queries + 2, self.head_dim)
-            if self.config.qk_layernorm:
-                qkv[:, :, :-2] = _norm(attention.q_layernorm, qkv[:, :, :-2])
-                qkv[:, :, -2] = _norm(attention.k_layernorm, qkv[:, :, -2])
-            if self.rotary is not None:
-                turned = qkv.roll(self.head_dim // 2, -1)
-                qkv = torch.addcmul(qkv * cos, turned, sin) if self.fuses else qkv * cos + turned * sin
-            self._add(x, attention.linear_proj, attend(i, qkv))
-            h = _norm(layer.pre_mlp_layernorm, x)
+            heads = self._heads(attention, _norm(layer.input_layernorm, x, made), rotary)
+            made = self._product(x, attention.linear_proj, attend(i, heads))
+            h = _norm(layer.pre_mlp_layernorm, x, made)
             if self.config.num_moe_experts is None:
-                self._add(x, layer.mlp.linear_fc2, self._activate(_linear(layer.mlp.linear_fc1, h)))
+                inner = _linear(layer.mlp.linear_fc1, h)
+                inner = swiglu(inner) if isinstance(layer.mlp, SwiGLU) else self._activate(inner)
+                made = self._product(x, layer.mlp.linear_fc2, inner)
             else:
-                x += self._reduce(self._experts(layer.mlp, h))
-        return x
+                made = self._reduce(self._experts(layer.mlp, h))
+        return x if made is None else x.add_(made)
+
+    def _heads(self, attention, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Heads:
+        linear, norms = attention.linear_qkv, None
+        within = self.fuses or bias_of(attention.q_layernorm) is not None
+        qkv, bias = (_linear(linear, x), None) if within else (F.linear(x, linear.weight), bias_of(linear))
+        qkv = qkv.view(len(x), self.num_groups, self.num_queries + 2, self.head_dim)
+        if self.config.qk_layernorm:
+            query, key = attention.q_layernorm, attention.k_layernorm
+            if bias_of(query) is not None:
+                qkv[:, :, :-2], qkv[:, :, -2] = _norm(query, qkv[:, :, :-2]), _norm(key, qkv[:, :, -2])
+            else:
+                norms = HeadNorms(query.weight, key.weight, query.eps)
+        return functools.partial(attention_heads, qkv, bias, rotary, norms)
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         if self.tp_size == 1:
@@ -188,15 +201,15 @@ class Decoder:
             x = x + F.embedding(positions, self.gpt.embedding.position_embeddings.weight)
         return x
 
-    def _add(self, x: Tensor, linear, value: Tensor) -> None:
-        """Adds what a row-parallel linear layer makes of `value` to the residual, in place."""
+    def _product(self, x: Tensor, linear, value: Tensor) -> Tensor | None:
+        """What a row-parallel linear layer makes of `value`; None where that is added to the residual `x` already."""
         if self.tp_size == 1 and self.fuses:
             x.addmm_(value, linear.weight.t())
-            if linear.bias is not None:
-                x += linear.bias
-        else:
-            value = self._reduce(F.linear(value, linear.weight))
-            x += value if linear.bias is None else value + linear.bias
+            if (bias := bias_of(linear)) is not None:
+                x += bias
+            return None
+        value, bias = self._reduce(F.linear(value, linear.weight)), bias_of(linear)
+        return value if bias is None else value + bias
 
     def _reduce(self, x: Tensor) -> Tensor:
         if self.tp_size > 1:
@@ -219,18 +232,10 @@ class Decoder:
         else:
             scores, chosen = scores.topk(top)
             weights = scores.softmax(-1)
-        # rows by expert; the number of each one's is all that is waited for
-        chosen, order = chosen.flatten().sort(stable=True)
-        totals = torch.zeros(len(mlp.experts.local_experts), dtype=torch.int64, device=x.device)
-        counts = totals.index_add_(0, chosen, torch.ones_like(chosen)).tolist()
-        rows, weights = order // top, weights.flatten()[order].unsqueeze(1)
-        out = torch.zeros_like(x)
-        parts = zip(mlp.experts.local_experts, rows.split(counts), weights.split(counts), strict=True)
-        for expert, mine, weight in parts:
-            if len(mine):
-                inner = self._activate(_linear(expert.linear_fc1, x[mine]))
-                out.index_add_(0, mine, F.linear((inner * weight).to(x.dtype), expert.linear_fc2.weight))
-        return out
+        chosen, order = chosen.sort()  # in which a token's experts are added up, as in training
+        least = 1 if x.is_cuda else LEAST  # rows of an expert that are rounded alike, whoever is decoded with them
+        places = by_expert(chosen, self.config.num_moe_experts, least)
+        return mlp.experts.mix(x, weights.gather(1, order), places)
 
     def _logits(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
         if rows is not None:
@@ -238,13 +243,17 @@ class Decoder:
         return wide_mm(_norm(self.gpt.decoder.final_layernorm, x), self.head.T)
 
 
-def _norm(norm: RMSNorm, x: Tensor) -> Tensor:
-    if isinstance(norm, LayerNorm):
-        return F.layer_norm(x, norm.weight.shape, norm.weight, norm.bias, norm.eps)
-    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.eps)
+def _norm(norm, x: Tensor, add: Tensor | None = None) -> Tensor:
+    """Of `x`, to which something is added first, in place."""
+    if (bias := bias_of(norm)) is None:
+        return rms_norm(x, norm.weight, norm.eps, add)
+    if add is not None:
+        x += add
+    return F.layer_norm(x, norm.weight.shape, norm.weight, bias, norm.eps)
 
 
 def _linear(linear, x: Tensor) -> Tensor:
-    if linear.bias is None or x.dtype is torch.float32:
-        return F.linear(x, linear.weight, linear.bias)
-    return F.linear(x, linear.weight).add_(linear.bias)  # rounded twice, see `Decoder.fuses`
+    bias = bias_of(linear)
+    if bias is None or x.dtype is torch.float32:
+        return F.linear(x, linear.weight, bias)
+    return F.linear(x, linear.weight).add_(bias)  # rounded twice, see `Decoder.fuses`

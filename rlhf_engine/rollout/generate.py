@@ -16,6 +16,7 @@ from ..models.role import RoleModel
 from .engine import Engine
 from .fold import whole_model
 from .progress import Finished, Progress, Report, Response
+from .responses import Responses, pack, unpack
 from .sampling import Sampler
 
 
@@ -28,10 +29,11 @@ def rollout(
     *,
     decode: Callable[[Sequence[int]], str] | None = None,
     limits: Sequence[int] | None = None,
+    begun: Sequence[Response] | None = None,
     report: Report | None = None,
     shares: Sequence[Sequence[int]] | None = None,
     finished: Finished | None = None,
-) -> list[Response]:
+) -> Responses:
     """Responses to all prompts, in their order and the same on every rank; each replica generates its share.
 
     Args:
@@ -40,6 +42,7 @@ def rollout(
         end_ids: the tokens that end a response.
         decode: text of token ids; `config.stop` needs it.
         limits: most tokens of each response, where they differ; the model's context bounds them too.
+        begun: what there is of each response already, fewer tokens than its limit; these weights go on with it.
         report: called with this replica's progress every few seconds, and at the end with that of all.
         shares: the samples of each replica; None gives them equal work.
         finished: called every few seconds with this replica's finished responses, by the numbers of their prompts.
@@ -67,21 +70,20 @@ def rollout(
             text_ends = _text_ends(config.stop_texts, decode) if config.stop else None
             engine = Engine(
                 gpt, mesh, sampler, [tuple(prompts[i]) for i in mine], keys[mine], [most[i] for i in mine], mine,
-                config.slots, kv_tokens, text_ends, report, finished,
+                config.slots, kv_tokens, text_ends, report, finished, begun and [begun[i] for i in mine],
             )  # fmt: skip
             try:
                 responses = engine.run()
             except FloatingPointError as raised:
                 error = str(raised)  # raised on every rank, or the others would wait for this one
             progress = engine.progress
-    parts = mesh.all_gather_object((mesh.replica, dict(zip(mine, responses, strict=False)), progress, error))
+    parts = mesh.all_gather_object((mesh.replica, progress, error))
     for *_, error in parts:
         if error is not None:
             raise FloatingPointError(error)
     if report is not None:
-        report(Progress.over([part[2] for part in {part[0]: part for part in parts}.values()]))
-    found = {i: response for part in parts for i, response in part[1].items()}
-    return [found[i] for i in range(len(prompts))]
+        report(Progress.over([part[1] for part in {part[0]: part for part in parts}.values()]))
+    return unpack(mesh.gather_ragged(pack(dict(zip(mine, responses, strict=False)))), len(prompts))
 
 
 def _limits(prompts: Sequence[Sequence[int]], limits: Sequence[int], context: int) -> list[int]:

@@ -41,6 +41,13 @@ class Progress:
         return self.prefill_seconds / max(1e-9, self.busy_seconds)
 
     @classmethod
+    def in_turn(cls, parts: Sequence[Progress]) -> Progress:
+        """The progress of several rollouts, one after the other."""
+        whole = cls(*(sum(getattr(part, name) for part in parts) for name in cls.__dataclass_fields__))
+        whole.idle_share = sum(part.idle_share * part.seconds for part in parts) / max(1e-9, whole.seconds)
+        return whole
+
+    @classmethod
     def over(cls, parts: Sequence[Progress]) -> Progress:
         """The progress of all replicas together."""
         whole = cls(*(sum(getattr(part, name) for part in parts) for name in cls.__dataclass_fields__))

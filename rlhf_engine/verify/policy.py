@@ -16,7 +16,8 @@ from ..config import ConfigError
 from ..converting.export import export_role, head_config
 from ..hf.files import HFFolder
 from ..hf.index import is_checkpoint
-from ..hf.weights import RandomWeights, Source, Table, compare, parameters, whole_tensors
+from ..hf.shares import whole_tensors
+from ..hf.weights import RandomWeights, Source, Table, compare, parameters
 from ..models.partition import num_parameters, padded_vocab_size
 from ..models.role import RoleModel, head_weight
 from . import plain

@@ -132,6 +132,8 @@ def run(plan: Plan) -> int:
     report = Report(ctx)
     if mesh.is_main:
         print(f"{about['mesh']} = {mesh.world_size} ranks on {plan.device}, {rows} rows a batch")
+        if plan.config.dtype != ctx.config.dtype:
+            print(f"dtype={plan.config.dtype} is verified as dtype={ctx.config.dtype}")
         print(f"{'':8}{'check':{_NAME}}{'figure':>9} {'limit':>9}")
         shutil.rmtree(folder, ignore_errors=True)  # of a check that was killed
         folder.mkdir(parents=True)

@@ -10,7 +10,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..hf.weights import Table, parameters, whole_tensors
+from ..hf.shares import whole_tensors
+from ..hf.weights import Table, parameters
 from ..models.residency import Presence
 from ..models.stream import infer, train_step
 from ..models.work import Work
@@ -94,7 +95,8 @@ def slope(it: Iteration) -> Finding:
     """How much the losses change along the gradients, by two forwards, against what the gradients promise.
 
     The change that is asked for is between what rounding does to the loss and the loss itself, as many times the one as
-    the other is that; and less as long as that is too much for a straight line, as where values are soon clipped.
+    the other is that; and less as long as that is too much for a straight line, as where values are soon clipped. The
+    load-balancing loss of experts, which rows have no share of, is left out of both.
     """
     found = []
     for name, works in it.works.items():
@@ -102,9 +104,10 @@ def slope(it: Iteration) -> Finding:
             continue
         rounding = it.rounding[name]
         noise = rounding.loss + EPS * rounding.size
-        first = _slope(works, it, step := math.sqrt(noise * rounding.size), noise)
-        others = (_slope(works, it, step / 4**i, noise) for i in range(1, 10) if step / 4**i > _LEAST * noise)
-        found.append(next((finding for finding in itertools.chain([first], others) if finding.excess <= 1), first))
+        with works[0].role.unbalanced():
+            first = _slope(works, it, step := math.sqrt(noise * rounding.size), noise)
+            others = (_slope(works, it, step / 4**i, noise) for i in range(1, 10) if step / 4**i > _LEAST * noise)
+            found.append(next((finding for finding in itertools.chain([first], others) if finding.excess <= 1), first))
     if not found:
         raise Skipped("the gradient holds a part of the loss constant")
     return worst(found)

@@ -1,13 +1,14 @@
 """HF folders to megatron checkpoints and back.
 
-    convert.py import  --hf DIR --out DIR --tp N --pp M [--dtype bfloat16] [--head lm]
-    convert.py export  --megatron DIR --out DIR [--role policy] [--hf DIR] [--max-shard-gb 5]
+    convert.py import  --hf DIR --out DIR --tp N --pp M [--dtype bfloat16] [--head lm] [--processes N]
+    convert.py export  --megatron DIR --out DIR [--role policy] [--hf DIR] [--max-shard-gb 5] [--processes N]
     convert.py verify  --hf DIR --megatron DIR [--role policy]
     convert.py inspect DIR
 
 A run's checkpoints (OUTPUT_DIR/ppo/checkpoints/iteration_30) hold several roles and no config.json: --role chooses,
 and --hf names the folder that the run started from, or one that the run exported. With --ignore-keys KEY ... these keys
-of config.json are read as if they were not there.
+of config.json are read as if they were not there. The shards of an import and the files of an export are dealt out to
+processes, as many as there are cores and 2 GB for each, or --processes.
 """
 
 from __future__ import annotations
@@ -52,10 +53,10 @@ def import_hf(args: argparse.Namespace) -> int:
 
     index(args.hf)
     _say_unread(args.hf)
-    _refuse_existing(args.out)
+    _check(args)
     dtype = getattr(torch, args.dtype) if args.dtype else None
     with progress_bar("import") as start:
-        import_folder(args.hf, args.out, args.tp, args.pp, dtype, start, args.ignore_keys, args.head)
+        import_folder(args.hf, args.out, args.tp, args.pp, dtype, start, args.ignore_keys, args.head, args.processes)
     print(f"{args.out}: tp {args.tp} x pp {args.pp}, loads on any mesh; policy.path={args.out} starts from it")
     return 0
 
@@ -64,10 +65,10 @@ def export_hf(args: argparse.Namespace) -> int:
     """Megatron to HF."""
     from rlhf_engine.converting.convert import Checkpoint, export_folder
 
-    _refuse_existing(args.out)
+    _check(args)
     checkpoint = Checkpoint(args.megatron, args.hf, args.role, args.ignore_keys)
     with progress_bar("export") as start:
-        notes = export_folder(checkpoint, args.out, int(args.max_shard_gb * 10**9), start)
+        notes = export_folder(checkpoint, args.out, int(args.max_shard_gb * 10**9), start, args.processes)
     for note in notes:
         print(f"{args.out}: {note}")
     print(f"{args.out}: HF format")
@@ -129,9 +130,12 @@ def _say_unread(folder: Path) -> None:
         print(f"{folder}: not read: {', '.join(path.name for path in unread)}", file=sys.stderr)
 
 
-def _refuse_existing(out: Path) -> None:
+def _check(args: argparse.Namespace) -> None:
+    out: Path = args.out
     if out.exists():
         raise ConfigError(f"{out} exists: name a folder that is not there yet")
+    if args.processes is not None and args.processes < 1:
+        raise ConfigError(f"--processes {args.processes}: 1 or more")
     out.parent.mkdir(parents=True, exist_ok=True)
 
 
@@ -154,6 +158,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     command.add_argument("--hf", type=Path, help="folder with config.json and tokenizer, where the checkpoint has none")
     command.add_argument("--role")
     command.add_argument("--max-shard-gb", type=float, default=5.0)
+    for command in commands.choices.values():
+        command.add_argument("--processes", type=int, help="that write; by default as many as are worth starting")
     command = commands.add_parser("verify", help="compares the two bit for bit")
     command.set_defaults(run=verify_hf)
     command.add_argument("--hf", type=Path, required=True)
