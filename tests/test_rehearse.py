@@ -106,7 +106,7 @@ def test_a_run_starts_saves_stops_and_resumes(ranks, tmp_path, layout):
         found_waits = {key: sum(by_name[key].waits.values()) for key in WAITS}
         assert all(found_waits[key] <= most for key, most in WAITS.items()), found_waits
         assert rollout.captures and rollout.replays
-        # the graph, and its tokens to the host, which waits for the step before; rows that have changed would be a third
+        # the graph, and its tokens to the host, which waits for the step before; changed rows would be a third
         assert rollout.step == {"launches": 2, "waits": 1}
         print(found_waits)
     show(found, [])
