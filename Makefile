@@ -8,6 +8,7 @@
 # make bench-plan     plans beside measured seconds and memory: benchmarks/results/plan.csv
 # make bench-ppo      a whole PPO step against TRL's PPOTrainer: benchmarks/results/ppo.csv
 # make bench-fidelity  20 steps of SFT, reward model, DPO, KTO, GRPO and others beside TRL's: benchmarks/results/fidelity.csv
+# make bench-convert    import and export of a checkpoint beside reading and writing its bytes; BENCH='--gb 4'
 # make bench-checkpoint  what a save costs the loop, waited for or not: benchmarks/results/checkpoint.csv
 # make bench-data     preparing a data set against datasets.map; BENCH='--tokenizer DIR --file ROWS.jsonl.gz'
 # make bench-curves   every algorithm on the embedded data, three seeds: benchmarks/results/curves.csv
@@ -21,7 +22,7 @@ VENV := .venv$(shell $(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: install run test check docs chaos bench-kernels bench-schedule bench-checkpoint bench-rollout bench-data bench-ppo bench-fidelity bench-curves bench-plan format clean
+.PHONY: install run test check docs chaos bench-kernels bench-schedule bench-checkpoint bench-convert bench-rollout bench-data bench-ppo bench-fidelity bench-curves bench-plan format clean
 
 install: $(STAMP)
 
@@ -60,6 +61,9 @@ bench-schedule: install
 
 bench-checkpoint: install
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/checkpoint.py $(BENCH)
+
+bench-convert: install
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/convert.py $(BENCH)
 
 bench-plan: install
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/plan.py $(BENCH)
