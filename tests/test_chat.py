@@ -30,7 +30,7 @@ DIALOGUE = [
 ]
 CONTROLS = [
     "<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
-    "[INST]", "[/INST]",
+    "[INST]", "[/INST]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "<|python_tag|>",
 ]  # fmt: skip
 # Chat templates in the manner of published models.
 CHATML = (

@@ -22,6 +22,21 @@ TEXTS = {"chosen": "A", "rejected": "B"}
 SHAREGPT = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
 TOOL = {"role": "tool", "content": "sunny"}
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+
+
+def called(*calls: tuple[str, dict, str], said: str = "") -> dict:
+    made = [{"id": i, "type": "function", "function": {"name": name, "arguments": args}} for name, args, i in calls]
+    return {"role": "assistant", "content": said, "tool_calls": made}
+
+
+def result(id: str, said: str = "sunny") -> dict:
+    return {"role": "tool", "content": said, "tool_call_id": id}
+
+
+FIRST, SECOND = "call00001", "call00002"
+F, IN_ROME = {"name": "f", "parameters": {"type": "object", "properties": {}}}, {"city": "Rome"}
+OFFERED = [{"type": "function", "function": F}]
+OPENAI = {"id": "call_AbC", "type": "function", "function": {"name": "f", "arguments": '{"city": "Rome", "day": null}'}}
 IMAGE = {"type": "image_url", "image_url": {"url": "x.png"}}
 
 
@@ -120,6 +135,54 @@ FORMATS = {
     "prompt": ({"prompt": "Q"}, [USER], None, None),
     "prompt as JSON": ({"prompt": json.dumps([SYSTEM, USER])}, [SYSTEM, USER], None, None),
     "verl": ({"data_source": "d", "prompt": [USER], "reward_model": {"ground_truth": "2"}}, [USER], None, None),
+    "a call and its result": ([USER, CALL, TOOL, BOT], [USER, called(("f", {}, FIRST)), result(FIRST)], "A", None),
+    "a call is the answer": ([USER, CALL], [USER], called(("f", {}, FIRST)), None),
+    "openai": (
+        [USER, BOT | {"tool_calls": [OPENAI, OPENAI | {"id": "b"}]}, TOOL | {"tool_call_id": "b", "name": "f"},
+         TOOL | {"tool_call_id": "call_AbC"}],
+        [USER, called(("f", {**IN_ROME, "day": None}, FIRST), ("f", {**IN_ROME, "day": None}, SECOND), said="A"),
+         result(SECOND), result(FIRST)], None, None,
+    ),
+    "an id that is kept": (
+        [USER, CALL | {"tool_calls": [OPENAI["function"] | {"id": "abcdEF123"}]}, TOOL, BOT],
+        [USER, called(("f", {**IN_ROME, "day": None}, "abcdEF123")), result("abcdEF123")], "A", None,
+    ),
+    "a table's columns": (
+        [USER, CALL | {"tool_calls": [{"name": "f", "arguments": {"city": "Rome", "x": None}}]}, TOOL, BOT],
+        [USER, called(("f", IN_ROME, FIRST)), result(FIRST)], "A", None,
+    ),
+    "function_call": (
+        [USER, BOT | {"function_call": OPENAI["function"]}, {"role": "function", "name": "f", "content": "5"}, BOT],
+        [USER, called(("f", {**IN_ROME, "day": None}, FIRST), said="A"), result(FIRST, "5")], "A", None,
+    ),
+    "llama-factory": (
+        {"conversations": [*SHAREGPT,
+                           {"from": "function_call", "value": '{"name": "f", "arguments": {"city": "Rome"}}'},
+                           {"from": "observation", "value": "4"}, SHAREGPT[1]]},
+        [USER, called(("f", IN_ROME, FIRST), said="A"), result(FIRST, "4")], "A", None,
+    ),
+    "hermes": (
+        {"conversations": [{"from": "system", "value": "You have <tools>[]</tools>"}, SHAREGPT[0],
+                           {"from": "gpt", "value": "<tool_call>\n{'name': 'f'}\n</tool_call>"},
+                           {"from": "tool", "value": "<tool_response>\n4\n</tool_response>\n"}, SHAREGPT[1]],
+         "tools": json.dumps(OFFERED)},
+        [{"role": "system", "content": "You have <tools>[]</tools>"}, USER,
+         {"role": "assistant", "content": "<tool_call>\n{'name': 'f'}\n</tool_call>"}, result(FIRST, "4")], "A", None,
+    ),
+    "toolace": (
+        {"system": "S", "conversations": [{"from": "user", "value": "Q"}, {"from": "assistant", "value": '[f(x="1")]'},
+                                          {"from": "tool", "value": '[{"name": "f"}]'}, SHAREGPT[1]]},
+        [SYSTEM, USER, {"role": "assistant", "content": '[f(x="1")]'}, result(FIRST, '[{"name": "f"}]')], "A", None,
+    ),
+    "xlam": (
+        {"query": "Q", "answers": '[{"name": "f", "arguments": {"city": "Rome"}}, {"name": "g", "arguments": {}}]'},
+        [USER], called(("f", IN_ROME, FIRST), ("g", {}, SECOND)), None,
+    ),
+    "pairs of calls": (
+        {"prompt": "Q", "chosen": [CALL], "rejected": [WORSE]}, [USER], called(("f", {}, FIRST)), "B",
+    ),
+    "a result that is no text": ([USER, CALL, TOOL | {"content": {"x": 1}}], [USER, called(("f", {}, FIRST)),
+                                                                            result(FIRST, '{"x": 1}')], None, None),
     "text": ({"text": "T", "label": 1, "input": {"of": "another format"}}, [], "T", None),
     "columns of other rows": ({"messages": None, "text": "T", "chosen": None, "prompt": float("nan")}, [], "T", None),
     "empty columns of other rows": ({"messages": [USER, BOT], "chosen": [], "rejected": []}, [USER], "A", None),
@@ -130,7 +193,7 @@ FORMATS = {
 def test_formats(name):
     row, prompt, chosen, rejected = FORMATS[name]
     before = deepcopy(row)
-    assert replace(read_row(row, "f:1"), fields={}) == Row("f:1", prompt, chosen, rejected)
+    assert replace(read_row(row, "f:1"), fields={}, tools=None) == Row("f:1", prompt, chosen, rejected)
     assert repr(row) == repr(before)
 
 
@@ -169,11 +232,15 @@ def test_a_pair_is_two_different_answers(chosen, rejected, phases, is_hh):
         ([{"content": "Q"}], "role None is not one of"),
         ([{"role": "user", "content": None}], "content must be text, not NoneType"),
         ([{"role": "user", "content": 5}], "content must be text, not int"),
-        ([USER, BOT, TOOL, BOT], "message 3 has the role 'tool': dialogues with tools are not supported"),
-        ([USER, CALL, TOOL, BOT], "message 2 has 'tool_calls'"),
-        ([USER, BOT | {"function_call": {"name": "f"}}], "message 2 has 'function_call'"),
-        ({"conversations": [{"from": "human", "value": "Q"}, {"from": "observation", "value": "4"}]}, "'observation'"),
-        ({"messages": [USER, BOT], "tools": [{"name": "f"}]}, "'tools': dialogues with tools"),
+        ([USER | {"tool_calls": [{"name": "f"}]}, BOT], "message 1: only the assistant calls tools, not 'user'"),
+        ([USER, CALL | {"tool_calls": [{"function": {"arguments": {}}}]}], "message 2: a call is {'name': …"),
+        ([USER, CALL | {"tool_calls": [{"name": "f", "arguments": "{"}]}], "message 2: the arguments of f are no JSON"),
+        ([USER, CALL | {"tool_calls": [{"name": "f", "arguments": [1]}]}], "message 2: a call is {'name': …"),
+        ({"conversations": [*SHAREGPT[:1], {"from": "tool_call", "value": "f(1)"}]}, "message 2: its calls are no"),
+        ({"messages": [USER, BOT], "tools": "f"}, "tools must be a list of {'type': 'function'"),
+        ({"messages": [USER, BOT], "tools": [{"description": "f"}]}, "tools: tool 1 has no name"),
+        ({"query": "Q", "answers": ["f"]}, "answers: message 1: a call is {'name': …"),
+        ([USER, CALL | {"tool_calls": [{"function": "f"}]}], "message 2: a call is {'name': …"),
         ([{"role": "user", "content": [*parts("Q"), IMAGE]}, BOT], "message 1 has a part of the type 'image_url'"),
         ({"image": "x.png", "conversations": SHAREGPT}, "'image': only text"),
         ({"messages": "Q"}, "messages must be a list of messages, {'role': …, 'content': text}, and is text"),
@@ -195,6 +262,35 @@ def test_rows_that_fit_no_format(row, words):
     with pytest.raises(ConfigError) as error:
         read_row(row, "f:1")
     assert str(error.value).startswith("f:1: ") and words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("tools", "found"),
+    [
+        (OFFERED, OFFERED),
+        (F, OFFERED),
+        (json.dumps([F]), OFFERED),
+        ([{"type": "function", "function": F | {"description": None, "strict": None}}], OFFERED),
+        ("[]", None),
+        ("", None),
+        (  # xLAM's
+            [{"name": "f", "description": "d", "parameters": {
+                "a": {"type": "str", "description": "A"}, "b": {"type": "List[int]", "default": 3},
+                "c": {"type": "float, optional"}}}],
+            [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {
+                "type": "object",
+                "properties": {"a": {"type": "string", "description": "A"}, "b": {"type": "array", "default": 3},
+                               "c": {"type": "number"}},
+                "required": ["a"]}}}],
+        ),
+    ],
+    ids=range(7),
+)  # fmt: skip
+def test_tools(tools, found):
+    row = {"messages": [USER, BOT], "tools": tools}
+    assert read_row(row, "f:1").tools == found and read_row(row, "f:1").fields == {"tools": tools}
+    written = {"role": "system", "content": "<tools>[]</tools>"}
+    assert read_row(row | {"messages": [written, USER, BOT]}, "f:1").tools is None
 
 
 def test_fields():

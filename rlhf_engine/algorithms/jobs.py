@@ -20,8 +20,10 @@ from ..config import ConfigError
 from ..context import Context
 from ..data.chat import Messages, clean
 from ..data.files import read_rows
+from ..data.formats import offered
 from ..data.messages import read_messages
 from ..data.sources import parse_spec
+from ..data.tools import Tools
 from ..experience import pad_rows, spans
 from ..models.role import RoleModel
 from ..models.stream import infer
@@ -63,8 +65,9 @@ def run(ctx: Context, made_with: dict[str, Any], policy: Callable[[], RoleModel]
     BODIES[job](ctx, rows, policy, parts)
 
 
-def _messages(row: dict[str, Any]) -> Messages:
-    return read_messages(row["messages"], "", "messages")  # which the preflight has tried
+def _rendered(row: dict[str, Any], render: Callable[[Messages, Tools], list[int]]) -> list[int]:
+    messages = read_messages(row["messages"], "", "messages")  # which the preflight has tried
+    return render(messages, offered(row, messages, ""))
 
 
 def score(ctx: Context, rows: list[dict], load: Callable[[], RoleModel], parts: Parts | None) -> None:
@@ -73,10 +76,11 @@ def score(ctx: Context, rows: list[dict], load: Callable[[], RoleModel], parts: 
     Rows are `{"text": …}` or `{"messages": […]}`. The first token has neither (null). Rows longer than the
     model's context are refused by number.
     """
-    tokens = [
-        ctx.tokenizer.encode(row["text"]) if "text" in row else ctx.tokenizer.render(_messages(row), marks=False)[0]
-        for row in rows
-    ]
+
+    def whole(messages: Messages, tools: Tools) -> list[int]:
+        return ctx.tokenizer.render(messages, marks=False, tools=tools)[0]
+
+    tokens = [ctx.tokenizer.encode(row["text"]) if "text" in row else _rendered(row, whole) for row in rows]
     _check_lengths(ctx, tokens, "tokens", ctx.model.max_position_embeddings)
     # rows of like length together: less padding, and the order of the file at the end
     order = sorted(range(len(rows)), key=lambda i: len(tokens[i]))
@@ -110,7 +114,7 @@ def generate(ctx: Context, rows: list[dict], load: Callable[[], RoleModel], part
     Each part is the work of one replica: sequences that are decoded side by side round each other's figures.
     """
     prompts = [
-        ctx.tokenizer.encode(row["prompt"]) if "prompt" in row else ctx.tokenizer.render_prompt(_messages(row))
+        ctx.tokenizer.encode(row["prompt"]) if "prompt" in row else _rendered(row, ctx.tokenizer.render_prompt)
         for row in rows
     ]
     _check_lengths(ctx, prompts, "prompt tokens", ctx.model.max_position_embeddings - 1)

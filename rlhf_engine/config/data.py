@@ -16,6 +16,8 @@ class TokenizerConfig:
     # chatml), or a Jinja program; null: the tokenizer's only one or its default, hh where it has none
     template: str | None = None
     date: str | None = None  # YYYY-MM-DD, for templates that write the date; null: the day on which the run began
+    # how the model writes calls of tools; null: as the template does
+    tool_calls: Literal["hermes", "llama3", "mistral"] | None = None
     end_id: int | None = None  # the one token that ends a response; null: all that template and tokenizer say
 
 

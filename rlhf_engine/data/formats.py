@@ -7,23 +7,25 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..config import ConfigError
-from .chat import Messages, clean
+from .chat import Message, Messages, clean, said_in
 from .messages import is_dialogue, is_hh, joined, parse_hh, read_messages
+from .tools import Tools, read_tools
 
 _DIALOGUES = ("messages", "conversations", "conversation")
 _SAID = {*_DIALOGUES, "prompt", "chosen", "rejected"}
+_CALLS = "answers"  # of xLAM: calls of tools
 # what is asked, and under which keys it may be answered
 _ANSWERS = {
     "prompt": ("completion", "response"),
     "instruction": ("output", "response"),
     "question": ("answer", "response"),
-    "query": ("response",),
+    "query": ("response", _CALLS),
     "input": ("output",),
 }
-_UNSUPPORTED = {
-    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), "only text is supported"),
-    **dict.fromkeys(("tools", "functions"), "dialogues with tools are not supported"),
-}
+_UNSUPPORTED = ("image", "images", "video", "videos", "audio", "audios")
+
+
+Answer = str | Message
 
 
 @dataclass(frozen=True)
@@ -32,17 +34,30 @@ class Row:
 
     Args:
         where: its place, for errors.
-        prompt: a dialogue that ends with a user turn; empty for plain text.
-        chosen: an answer to learn from, or the plain text; None where there is only a prompt, or a bad answer.
+        prompt: a dialogue that ends with a user turn or results of tools; empty for plain text.
+        chosen: an answer to learn from, or the plain text; a message where it calls tools; None where there is only a
+            prompt, or a bad answer.
         rejected: a worse answer to the same prompt, or a bad one; or None.
+        tools: that are offered.
         fields: what else the row says, as the file has it: all but its dialogues.
     """
 
     where: str
     prompt: Messages
-    chosen: str | None = None
-    rejected: str | None = None
+    chosen: Answer | None = None
+    rejected: Answer | None = None
+    tools: Tools = None
     fields: dict[str, Any] = field(default_factory=dict, compare=False)
+
+
+def as_message(answer: Answer) -> Message:
+    """An answer as a turn of the assistant."""
+    return {"role": "assistant", "content": answer} if isinstance(answer, str) else answer
+
+
+def text_of(answer: Answer) -> str:
+    """What an answer says, the calls of tools as JSON."""
+    return said_in(as_message(answer))
 
 
 def read_row(row: Any, where: str) -> Row:
@@ -55,14 +70,27 @@ def read_row(row: Any, where: str) -> Row:
         return _answered(read_messages(row, where, "the row"), where, "the row")
     if not isinstance(row, dict):
         raise ConfigError(f"{where}: a row is a JSON object or a list of messages, not {type(row).__name__}")
-    return replace(_row(row, where), fields={key: value for key, value in row.items() if key not in _SAID})
+    found = replace(_row(row, where), fields={key: value for key, value in row.items() if key not in _SAID})
+    return replace(found, tools=offered(row, found.prompt, where)) if found.prompt else found
+
+
+def offered(row: dict[str, Any], prompt: Messages, where: str) -> Tools:
+    """The tools of a row, unless its system message has them.
+
+    Raises:
+        ConfigError: they are no schemas.
+    """
+    key = next((key for key in ("tools", "functions") if row.get(key)), None)
+    if key is None or _is_nothing(row[key]) or (prompt[0]["role"] == "system" and "<tools>" in prompt[0]["content"]):
+        return None
+    return read_tools(row[key], f"{where}: {key}")
 
 
 def _row(row: dict[str, Any], where: str) -> Row:
     keys, row = sorted(row), {key: value for key, value in row.items() if not _is_nothing(value)}
-    for key, reason in _UNSUPPORTED.items():
+    for key in _UNSUPPORTED:
         if row.get(key) and row[key] not in ("[]", "{}"):
-            raise ConfigError(f"{where}: {key!r}: {reason}")
+            raise ConfigError(f"{where}: {key!r}: only text is supported")
     if row.get("chosen") or row.get("rejected"):
         return _preference(row, where)
     if dialogue := next((key for key in _DIALOGUES if key in row), None):
@@ -148,19 +176,23 @@ def _apart(messages: Messages) -> tuple[Messages, Messages]:
 
 def _answer(row: dict[str, Any], asked: str, key: str, where: str) -> Messages:
     """What answers a prompt; hh-rlhf's goes on behind 'Assistant:', so that a space in front is no part of it."""
+    if key == _CALLS:
+        called: Message = {"role": "assistant", "content": None, "tool_calls": row[key]}
+        return read_messages([called], where, key)
     turns = _turns(row, key, where, "assistant")
     goes_on = isinstance(row.get(asked), str) and is_hh(row[asked])
     return [{**turn, "content": turn["content"].strip()} for turn in turns] if goes_on else turns
 
 
 def _answered(messages: Messages, where: str, field: str) -> Row:
-    """A dialogue cut behind its last user turn."""
+    """A dialogue cut before its last turn, where that is the assistant's."""
     messages = joined(messages)
-    asked = [i for i, message in enumerate(messages) if message["role"] == "user"]
-    if not asked:
+    if not any(message["role"] == "user" for message in messages):
         raise ConfigError(f"{where}: {field} has no turn of the user")
-    end = asked[-1] + 1
-    return Row(where, messages[:end], messages[end]["content"] if end < len(messages) else None)
+    *before, last = messages
+    if last["role"] != "assistant":
+        return Row(where, messages)
+    return Row(where, before, last if last.get("tool_calls") else last["content"])
 
 
 def _preference(row: dict[str, Any], where: str) -> Row:

@@ -31,7 +31,7 @@ from .render import example
 from .sources import PRESETS, Source, bits, kind_of
 from .tokenizer import Tokenizer
 
-_FORM = 2  # of the files, and of what is made of a row: to be raised with either
+_FORM = 3  # of the files, and of what is made of a row: to be raised with either
 _SECONDS_BETWEEN_LINES = 10.0
 
 RawRows = list[tuple[str, Any]]

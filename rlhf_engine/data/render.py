@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from ..config import ConfigError
 from .chat import Messages
-from .formats import Row
+from .formats import Answer, Row, as_message, text_of
 from .prepared import Example
 from .tokenizer import Tokenizer
+from .tools import Tools
 
 
 def example(row: Row, presets: tuple[str | None, str | None], kinds: frozenset[str], tokenizer: Tokenizer) -> Example:
@@ -22,7 +23,7 @@ def example(row: Row, presets: tuple[str | None, str | None], kinds: frozenset[s
         ConfigError: the chat template refuses the row, or does not show what is to be learned.
     """
     if not row.prompt:
-        return Example([], [], [], tokenizer.encode(row.chosen or ""), None, [], [], [], row.fields)
+        return Example([], [], [], tokenizer.encode(text_of(row.chosen or "")), None, [], [], [], row.fields)
     try:
         return _dialogue(row, presets, kinds, tokenizer)
     except ConfigError as error:
@@ -35,37 +36,37 @@ def _dialogue(row: Row, presets: tuple[str | None, str | None], kinds: frozenset
     texts = [text for text in (row.chosen, row.rejected) if text is not None]
     is_bad = row.chosen is None and bool(texts)
     if not learned or not texts or (is_bad and "label" not in learned):  # a prompt alone, of which no more is asked
-        prompt = tokenizer.render_prompt(messages)
-        reward_prompt = prompt if reward == system else tokenizer.render_prompt(rewarded)
+        prompt = tokenizer.render_prompt(messages, row.tools)
+        reward_prompt = prompt if reward == system else tokenizer.render_prompt(rewarded, row.tools)
         nothing = [False] * len(prompt)
         return Example(prompt, prompt, nothing, None, None, reward_prompt, reward_prompt, messages, row.fields)
     try:
-        before, spoken, *answers = _answered(messages, texts, tokenizer, "answer" in learned)
+        before, spoken, *answers = _answered(messages, texts, tokenizer, "answer" in learned, row.tools)
         reward_before = before
         if reward != system and "pair" in kinds:
-            reward_before, *_ = _answered(rewarded, texts[:1], tokenizer, marks=False)
+            reward_before, *_ = _answered(rewarded, texts[:1], tokenizer, False, row.tools)
     except ConfigError as error:
         raise ConfigError(f"answers are to be learned from, and {error}") from None
-    prompt = before if tokenizer.template.goes_turn_by_turn else tokenizer.render_prompt(messages)
-    reward_prompt = prompt if reward == system else tokenizer.render_prompt(rewarded)
+    prompt = before if tokenizer.template.goes_turn_by_turn else tokenizer.render_prompt(messages, row.tools)
+    reward_prompt = prompt if reward == system else tokenizer.render_prompt(rewarded, row.tools)
     chosen, rejected = [None, *answers] if is_bad else [*answers, None][:2]
     return Example(prompt, before, spoken, chosen, rejected, reward_prompt, reward_before, messages, row.fields)
 
 
-def _answered(messages: Messages, texts: Sequence[str], tokenizer: Tokenizer, marks: bool) -> tuple:
+def _answered(messages: Messages, texts: Sequence[Answer], tokenizer: Tokenizer, marks: bool, tools: Tools) -> tuple:
     """What stands before the answers of a prompt, what the assistant said of it, and each answer."""
     template = tokenizer.template
     is_regular = template.goes_turn_by_turn
-    first, *others = ([*messages, {"role": "assistant", "content": text}] for text in texts)
-    whole = [tokenizer.render(first, marks)]
+    first, *others = ([*messages, as_message(text)] for text in texts)
+    whole = [tokenizer.render(first, marks, tools)]
     if not is_regular:  # what stands before may differ, and is what both have
-        whole += [tokenizer.render(other, marks=False) for other in others]
+        whole += [tokenizer.render(other, False, tools) for other in others]
     start = min(_behind_others(said) for _, said in whole)
     before, spoken = (row[:start] for row in whole[0])
     answers = [row[start:] for row, _ in whole]
-    answers += [tokenizer.render_answer(other, before) for other in others[len(whole) - 1 :]]
+    answers += [tokenizer.render_answer(other, before, tools) for other in others[len(whole) - 1 :]]
     if is_regular and not template.goes_turn_by_turn:  # as this row has shown
-        return _answered(messages, texts, tokenizer, marks)
+        return _answered(messages, texts, tokenizer, marks, tools)
     return before, spoken, *answers
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from ..config import ASKING, LABELLED, PAIRED, ConfigError, nearest
 from . import hh_mini, sums
 from .files import Meter, identity, read_rows
-from .formats import Row, read_row
+from .formats import Row, read_row, text_of
 
 NUM_EVAL_ROWS = 256
 LOOKED_AT = 1000  # rows of a source, before a run starts
@@ -243,11 +243,11 @@ def kind_of(phase: str) -> str:
 def serves(row: Row, kind: str) -> bool:
     """Whether a row has what is learned from."""
     if kind in ("pair", "label"):
-        given = [answer.strip() for answer in (row.chosen, row.rejected) if answer is not None]
+        given = [text_of(answer).strip() for answer in (row.chosen, row.rejected) if answer is not None]
         return bool(row.prompt) and len({*given} - {""}) == (2 if kind == "pair" else max(1, len(given)))
     if kind == "prompt":
         return bool(row.prompt and row.prompt[-1]["content"].strip())
-    return bool(row.chosen and row.chosen.strip())
+    return bool(row.chosen and text_of(row.chosen).strip())
 
 
 def bits(row: Row) -> int:

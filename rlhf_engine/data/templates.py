@@ -22,7 +22,7 @@ _LLAMA3 = (
 _HH = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}"
     "{{ '\n\nAssistant: ' + m.content + eos_token }}{% else %}"
-    "{{ ('\n\nHuman: ' if m.role == 'user' else '') + m.content }}{% endif %}{% endfor %}"
+    "{{ {'user': '\n\nHuman: ', 'tool': '\n\nTool: '}.get(m.role, '') + m.content }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
 )
 BUILT_IN = {"hh": _HH, "internlm2": _CHATML, "llama3": _LLAMA3, "chatml": _CHATML}

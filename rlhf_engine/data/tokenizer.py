@@ -12,15 +12,17 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Iterable, Sequence
-from itertools import pairwise, takewhile
+from itertools import groupby, pairwise, takewhile
 from pathlib import Path
 
 import sentencepiece
 
 from ..config import ConfigError
 from ..surviving import durable
+from .calls import format_of
 from .chat import Messages, Part, Template, clean, shared_start
 from .templates import choose, read_json
+from .tools import Tools
 from .vocabulary import read_vocabulary
 
 
@@ -38,6 +40,7 @@ class Tokenizer:
         vocab_size: number of ids.
         end_id: the token that ends the assistant's turn under the template.
         end_ids: every token that ends a response, `end_id` first and then what the folder's files say.
+        call_format: of `calls.FORMATS`, in which the model calls tools; None: it is not known.
 
     Raises:
         ConfigError: there is no tokenizer at `path`, or it lacks what the template needs.
@@ -66,6 +69,7 @@ class Tokenizer:
             variables["bos_token"] = "".join(self._names[i] for i in vocabulary.begin)
             variables.setdefault("eos_token", "")
         self.template = Template(source, variables, vocabulary.controls, vocabulary.pattern)
+        self.call_format = format_of(source.program)
         self.date = date
         turn, eos = (vocabulary.controls.get(name or "") for name in (self.template.end, variables.get("eos_token")))
         self.end_ids = tuple(dict.fromkeys(i for i in (turn, *ends, eos) if i is not None))
@@ -135,31 +139,59 @@ class Tokenizer:
         """Text of token ids, control tokens left out."""
         return self.vocabulary.decode([i for i in ids if 0 <= i < self.vocab_size and i not in self._names])
 
-    def render(self, messages: Messages, marks: bool = True) -> tuple[list[int], list[bool]]:
+    def spell(self, ids: Sequence[int]) -> str:
+        """Text of token ids, control tokens by their names."""
+        runs = groupby((i for i in ids if 0 <= i < self.vocab_size), self._names.get)
+        return "".join(name * len(list(run)) if name else self.decode(list(run)) for name, run in runs)
+
+    def render(self, messages: Messages, marks: bool = True, tools: Tools = None) -> tuple[list[int], list[bool]]:
         """A dialogue's token ids, and for each whether the assistant says it (its end tokens included).
 
         Nothing follows the end token of the assistant's last turn.
 
         Args:
             marks: of all turns of the assistant; False: of the last one alone.
+            tools: that are offered.
 
         Raises:
             ConfigError: the chat template refuses the dialogue, or does not show where the assistant speaks.
         """
-        return self._tokens(self.template.parts(messages, prompt=False, marks=marks))
+        return self._tokens(self.template.parts(messages, prompt=False, marks=marks, tools=tools))
 
-    def render_prompt(self, messages: Messages) -> list[int]:
+    def render_prompt(self, messages: Messages, tools: Tools = None) -> list[int]:
         """A dialogue up to where the assistant is to speak. What `render` makes of it with an answer begins with the
         same, but for what the template opens in prompts alone.
 
         Raises:
             ConfigError: the chat template refuses the dialogue.
         """
-        return self._tokens(self.template.parts(messages, prompt=True))[0]
+        return self._tokens(self.template.parts(messages, prompt=True, tools=tools))[0]
 
-    def render_answer(self, messages: Messages, before: Sequence[int]) -> list[int]:
+    def render_answer(self, messages: Messages, before: Sequence[int], tools: Tools = None) -> list[int]:
         """What a dialogue's last turn, of the assistant, adds to the ids of what stands before it."""
-        return self._tokens(self.template.parts(messages, prompt=False, marks=False, answer=True), before)[0]
+        parts = self.template.parts(messages, prompt=False, marks=False, answer=True, tools=tools)
+        return self._tokens(parts, before)[0]
+
+    def render_observation(
+        self, messages: Messages, observation: Messages, before: Sequence[int], tools: Tools = None
+    ) -> list[int]:
+        """What an observation and the assistant's next prompt add to the ids of a trajectory.
+
+        Args:
+            messages: so far, the last one of the assistant.
+            observation: the messages that follow.
+            before: ids so far; where they lack the token that ends the assistant's turn, it comes first.
+
+        Raises:
+            ConfigError: the chat template refuses the dialogue, or leaves out what is observed.
+        """
+        ends = {self._names[i] for i in self.end_ids if i in self._names}
+        parts = self.template.behind(messages, observation, ends, tools)
+        if self.template.end and before[-1] in self.end_ids:  # which was sampled
+            names = {*ends, self.template.end}
+            at = (i for i, part in enumerate(parts) if isinstance(part.what, int) and self._names[part.what] in names)
+            parts = parts[next(at, -1) + 1 :]
+        return self._tokens(parts, before)[0]
 
     def _tokens(self, parts: Sequence[Part], before: Sequence[int] = ()) -> tuple[list[int], list[bool]]:
         """Of parts, behind the ids of others."""

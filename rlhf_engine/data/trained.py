@@ -11,6 +11,8 @@ from typing import Any
 from ..config import BUILDS_ON, RunConfig
 from ..surviving import durable
 from ..surviving.places import Lock
+from .chat import said_in
+from .formats import text_of
 from .sources import Source
 from .tokenizer import Tokenizer, train_tokenizer
 
@@ -72,6 +74,6 @@ def _said(sources: Sequence[Source]) -> Iterator[str]:
     """What is said in the rows, each text behind either speaker's name."""
     rows = itertools.chain.from_iterable(source.first_rows(_ROWS_TO_LEARN)[0] for source in sources)
     for row in rows:
-        for text in (*(turn["content"] for turn in row.prompt), row.chosen, row.rejected):
-            if text is not None:
-                yield from (speaker + text for speaker in ("\n\nHuman: ", "\n\nAssistant: "))
+        answers = (text_of(answer) for answer in (row.chosen, row.rejected) if answer is not None)
+        for text in (*map(said_in, row.prompt), *answers):
+            yield from (speaker + text for speaker in ("\n\nHuman: ", "\n\nAssistant: "))

@@ -12,7 +12,7 @@ from typing import Any
 from ..config import JOBS, SAMPLING, Base, ConfigError, MeshConfig, ModelConfig, RunConfig, check, resolve_mesh
 from ..data.dataset import cache_of
 from ..data.files import read_rows
-from ..data.formats import Row
+from ..data.formats import Row, offered
 from ..data.messages import read_messages
 from ..data.sources import HH_MINI, LOOKED_AT, NUM_EVAL_ROWS, Source, held_out_sets, look, mixture, parse_spec, serves
 from ..data.tokenizer import Tokenizer
@@ -285,9 +285,10 @@ def check_job_row(row: Any, where: str, job: str, tokenizer: Tokenizer | None) -
     if "messages" not in row:
         raise ConfigError(f"{where}: a row of the {job} job has {key!r} or 'messages', this one {sorted(row)!s:.99}")
     messages = read_messages(row["messages"], where, "messages")
+    tools = offered(row, messages, where)
     assert tokenizer is not None  # of the policy, which a job has
     try:
-        tokenizer.template.parts(messages, prompt=job == "generate", marks=False)
+        tokenizer.template.parts(messages, prompt=job == "generate", marks=False, tools=tools)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
 
