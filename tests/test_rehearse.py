@@ -216,7 +216,8 @@ def test_with_transformer_engine(tmp_path, monkeypatch):
 def test_a_rank_of_each_stage_of_many(ranks, tmp_path):
     found = run(
         ranks, tmp_path, "mesh.tp=2", "mesh.pp=8", "mesh.dp=4", "mesh.sequence_parallel=true", "model.num_layers=16",
-        "phases=[sft]", "sft.batch_size=64", "sft.micro_batch_size=1", "rehearse.micro_batches=2",
+        "phases=[sft,reward]", "sft.batch_size=64", "sft.micro_batch_size=1", "reward.batch_size=64",
+        "reward.micro_batch_size=1", "rehearse.micro_batches=2",
     )  # fmt: skip
     assert found.faults == []
     assert found.ranks == [0, 8, 48, 63] and len(found.attempts) == 1

@@ -297,7 +297,7 @@ def _without_disk() -> None:
         return f"iteration_{writing.iteration}"
 
     put(checkpoint._Writing, _write=not_written)
-    put(checkpoint.Checkpoints, _complete=named)
+    put(checkpoint.Checkpoints, _complete=named, chosen=lambda self: None)  # the next phase begins as the first
     put(state_dict_utils, validate_sharding_integrity=lambda *args, **kwargs: None)
     put(default_planner, _validate_global_plan=lambda *args: [])
     put(files.TensorFile, add=lambda self, tensor: tensor.cpu())
