@@ -16,6 +16,7 @@ from rlhf_engine.experience import pad_rows, spans
 from rlhf_engine.models.residency import Presence
 from rlhf_engine.observing.metrics import Metrics
 from rlhf_engine.rollout.progress import Response
+from rlhf_engine.rollout.responses import Responses
 from rlhf_engine.rollout.sampling import sample_keys
 from rlhf_engine.schedule import Schedule, Stage
 
@@ -105,7 +106,7 @@ def test_the_likeliest_responses_are_scored_once_for_each_prompt(monkeypatch, ki
     def respond_greedily(ctx, policy, prompts, keys, config):
         asked.append((prompts, config.greedy))
         rows = zip(prompts, keys.tolist(), strict=True)
-        return [Response([ids[key]] * p[0], [-1.0] * p[0], True) for p, key in rows], None
+        return Responses.of([Response([ids[key]] * p[0], [-1.0] * p[0], True) for p, key in rows]), None
 
     def by_model(ctx, role, x):
         yield "work"

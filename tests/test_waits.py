@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import cases
 import pytest
@@ -18,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rlhf_engine.config import ModelConfig
 from rlhf_engine.converting.layout import one_rank
 from rlhf_engine.models.role import RoleModel
+from rlhf_engine.rollout import graphs
 from rlhf_engine.rollout.decoder import Decoder
-from rlhf_engine.rollout.graphs import DecodeGraphs
 
 aten = torch.ops.aten
 WAITING = {
@@ -149,5 +148,4 @@ def test_the_norm_of_gradients_is_waited_for_once():
 )
 def test_steps_are_captured_in_few_sizes(most, sizes):
     """Each capture waits for the device and empties its cache of free memory."""
-    cache = SimpleNamespace(flat=torch.zeros(1), spare=0)
-    assert DecodeGraphs(None, cache, most).sizes == sizes
+    assert graphs.sizes(most) == sizes
