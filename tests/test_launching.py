@@ -282,8 +282,9 @@ def test_slurm_job_is_preempted_and_goes_on(slurm, plain, tmp_path):
     folder = tmp_path / "a run"
     job = submit(slurm, tmp_path, *TWO_NODES, *HELD, f"output_dir={folder}")
     wait_until((tmp_path / "held").exists, "the third iteration")
-    slurm("sbatch", "--wait", "--partition=urgent", "--nodes=2", "--output=/dev/null", "--wrap=true")
-    assert 2 <= num_iterations(folder) < 4
+    look = f"cp '{folder / 'ppo' / 'metrics.jsonl'}' '{tmp_path / 'seen'}'"  # while the job has no node to go on with
+    slurm("sbatch", "--wait", "--partition=urgent", "--nodes=2", "--output=/dev/null", f"--wrap={look}")
+    assert 2 <= (tmp_path / "seen").read_text().count("\n") < 4
     wait_until(lambda: state(slurm, job) == "COMPLETED", "the end of the job")
     output = next(tmp_path.glob("output.*")).read_text()
     assert "start the same again" in output and "ppo: resuming " in output
