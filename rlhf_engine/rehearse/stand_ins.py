@@ -222,6 +222,8 @@ def _few_micro_batches(count: int) -> None:
     infer, train_step = stream.infer, stream.train_step
 
     def cut(work: stream.Work) -> stream.Work:
+        if len(work.batch["tokens"]) % (work.role.mesh.dp * work.together):
+            return work  # replicas do not divide what `infer` fills up
         rows = sum(rows.numel() for rows, _ in work.parts[:count])
         return replace(work, batch={name: field[:rows] for name, field in work.batch.items()})
 
