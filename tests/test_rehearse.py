@@ -201,7 +201,7 @@ def test_with_apex(tmp_path):
 
 def test_with_transformer_engine(tmp_path, monkeypatch):
     """Its layers, in products of 8 bits, which a stand-in holds to the sizes that they come in."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE / "te"), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE / "te"), str(HERE), os.environ.get("PYTHONPATH", "")]))
     with started(str(HERE), str(HERE / "te")) as ranks:
         found = run(
             ranks, tmp_path, "mesh.tp=2", "mesh.sequence_parallel=true", "model.layers=te", "dtype=fp8",

@@ -355,7 +355,7 @@ def test_layers_that_cannot_be_computed_are_refused(monkeypatch, overrides, here
 def test_why_another_process_fails(monkeypatch):
     assert layers._failure("import json") is None
     assert layers._failure("import no.such") == "ModuleNotFoundError: No module named 'no'"
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests" / "te"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(str(ROOT / "tests" / name) for name in ("te", "")))
     assert layers._failure(layers._HAS_FP8) is None
     code = layers._HAS_FP8.replace("is_there, reason = ", "is_there, reason = False, 'an old GPU' or ")
     assert layers._failure(code) == "an old GPU"

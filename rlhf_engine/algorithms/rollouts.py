@@ -49,7 +49,7 @@ def stages(config: RunConfig, reference: bool = True) -> list[Stage]:
     by_model = Stage("score", "infer", score, "reward", ("prompts", "reward_prompts", "tokens", "lengths"), ("scores",))
     made = (*SEQUENCE, "finished", "sampler_log_probs")
     drawn = Stage("rollout", "rollout", rollout, "policy", ("prompts", "row_fields", "sample_ids"), made)
-    if is_carrying := config.rollout.tail == "carry":
+    if is_carrying := config.rollout.carries:
         provided = tuple(sorted(PROVIDED))
         drawn = Stage("rollout", "rollout", carry.rollout, "policy", provided, (*provided, *made, "older"))
     measured = (*SEQUENCE, "sampler_log_probs", *(["older"] if is_carrying else []))
@@ -64,7 +64,7 @@ def stages(config: RunConfig, reference: bool = True) -> list[Stage]:
 
 def importance_stages(config: RunConfig, settings: SamplingConfig) -> list[Stage]:
     """The row that weights what the sampler has drawn, where that is asked for."""
-    older = ["older"] if config.rollout.tail == "carry" else []
+    older = ["older"] if config.rollout.carries else []
     reads = ("log_probs", "sampler_log_probs", "response_mask", *older)
     row = Stage("importance", "local", importance, None, reads, ("importance",))
     return [row] if settings.importance != "none" else []

@@ -23,7 +23,7 @@ from .algorithms import (
 from .data import DataConfig, TokenizerConfig
 from .evaluating import EvalConfig
 from .mesh import MeshConfig, resolve_mesh
-from .model import Base, ModelConfig, PolicyConfig, RopeScaling, check_model
+from .model import FP8_UNIT, Base, ModelConfig, PolicyConfig, RopeScaling, check_model
 from .observing import LogConfig, WandBConfig
 from .planning import DeviceName, PlanConfig, RehearseConfig
 from .reading import NEEDED, ConfigError, from_dict, keys, nearest
@@ -33,7 +33,7 @@ from .schedule import ROLES, Recompute, ScheduleConfig
 from .surviving import CheckpointConfig, GuardConfig, TimeoutConfig
 
 __all__ = [
-    "ASKING", "BUILDS_ON", "JOBS", "LABELLED", "NEEDED", "PAIRED", "ROLES", "SAMPLING", "TAUGHT", "Base",
+    "ASKING", "BUILDS_ON", "FP8_UNIT", "JOBS", "LABELLED", "NEEDED", "PAIRED", "ROLES", "SAMPLING", "TAUGHT", "Base",
     "CheckpointConfig", "CodeConfig", "ConfigError", "DPOConfig", "DataConfig", "DeviceName", "DistillConfig",
     "EvalConfig", "GRPOConfig", "GroupConfig", "GuardConfig", "JudgeConfig", "KTOConfig", "LogConfig", "MeshConfig",
     "ModelConfig", "OptimizerConfig", "PPOConfig", "PTXConfig", "Phase", "PlanConfig", "PolicyConfig", "Recompute",

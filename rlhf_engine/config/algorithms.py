@@ -151,7 +151,7 @@ class SamplingConfig:
 
     def prompts_under_way(self, rollout: RolloutConfig) -> int:
         """That an iteration generates for, of which it learns from `prompts_per_iteration`."""
-        share = rollout.done_share if rollout.tail == "carry" else 1.0
+        share = rollout.done_share if rollout.carries else 1.0
         return math.ceil(self.prompts_per_iteration / share - 1e-9)
 
     @property
@@ -187,7 +187,7 @@ class SamplingConfig:
                 f"{name}.importance={self.importance} compares the sampler with the trainer, whose log-probs"
                 f" {name}.old_log_probs=sampler does not compute: use {name}.old_log_probs=trainer"
             )
-        if rollout.tail == "carry" and self.importance == "none":
+        if rollout.carries and self.importance == "none":
             raise ConfigError(
                 f"rollout.tail=carry has tokens of older policies, and {name}.importance=none counts them as the"
                 f" present one's: use {name}.importance=truncated, or masked"
@@ -280,7 +280,7 @@ class GroupConfig(SamplingConfig):
         super().check(name, reward, rollout, dp)
         if self.samples_per_prompt == 1 and self.redraws:
             raise ConfigError(f"{name}.redraws={self.redraws} needs {name}.samples_per_prompt of 2 or more")
-        if self.redraws and rollout.tail == "carry":
+        if self.redraws and rollout.carries:
             raise ConfigError(
                 f"{name}.redraws={self.redraws} finishes what it draws, and rollout.tail=carry does not: use"
                 f" {name}.redraws=0 or rollout.tail=finish"

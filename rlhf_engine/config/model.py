@@ -130,7 +130,7 @@ def check_model(mesh: MeshConfig, model: ModelConfig) -> None:
         )
 
 
-_FP8_UNIT = 16  # of the sides of a product in 8 bits
+FP8_UNIT = 16  # that divides the sides of a product in 8 bits, and so the tokens of a micro-batch
 
 
 def check_fp8(mesh: MeshConfig, model: ModelConfig) -> None:
@@ -142,9 +142,9 @@ def check_fp8(mesh: MeshConfig, model: ModelConfig) -> None:
     if model.num_experts is not None:
         raise ConfigError("dtype=fp8 is not for mixtures of experts, which stay in bfloat16: use dtype=bfloat16")
     context = model.max_position_embeddings
-    if model.positions == "learned" and context % (_FP8_UNIT * mesh.tp):
+    if model.positions == "learned" and context % (FP8_UNIT * mesh.tp):
         raise ConfigError(
-            f"dtype=fp8 fills rows up to multiples of {_FP8_UNIT * mesh.tp} tokens, and the model has no positions"
+            f"dtype=fp8 fills rows up to multiples of {FP8_UNIT * mesh.tp} tokens, and the model has no positions"
             f" beyond {context}: use dtype=bfloat16"
         )
     heads, groups = model.num_attention_heads // mesh.tp, model.num_key_value_heads // mesh.tp
@@ -155,8 +155,8 @@ def check_fp8(mesh: MeshConfig, model: ModelConfig) -> None:
         "(num_attention_heads + 2 num_key_value_heads) x head_dim / mesh.tp": (heads + 2 * groups) * model.head_size,
     }
     for name, size in sides.items():
-        if size % _FP8_UNIT:
+        if size % FP8_UNIT:
             raise ConfigError(
-                f"dtype=fp8 needs sizes that {_FP8_UNIT} divides, and the model's {name} is {size}: use dtype=bfloat16"
+                f"dtype=fp8 needs sizes that {FP8_UNIT} divides, and the model's {name} is {size}: use dtype=bfloat16"
                 + (", or another mesh.tp" if mesh.tp > 1 else "")
             )

@@ -31,6 +31,11 @@ class RolloutConfig:
     cuda_graphs: bool = True  # launch a decode step as one; false: to compare with
 
     @property
+    def carries(self) -> bool:
+        """Whether an iteration may leave responses to the next one."""
+        return self.tail == "carry"
+
+    @property
     def stop_texts(self) -> list[str]:
         """`stop`, its escapes read."""
         read = {"n": "\n", "t": "\t", "\\": "\\"}

@@ -45,10 +45,13 @@ def trained_tokenizer(config: RunConfig, sources: Sequence[Source]) -> Tokenizer
 
 def tokenizer_notes(config: RunConfig, sources: Sequence[Source]) -> list[str]:
     """That the run goes on with a tokenizer which it would not train today."""
-    folder, about = Path(config.output_dir) / _FOLDER, _about(config, sources)
-    if not (folder / _RECORD).is_file() or not _is_learned(config) or durable.read(folder / _RECORD) == about:
+    folder = Path(config.output_dir) / _FOLDER
+    record = folder / _RECORD
+    if not record.is_file() or not _is_learned(config):  # before files are looked at
         return []
-    return [f"{folder}: kept, as phases here have learned its ids, though {_changes(folder / _RECORD, about)}"]
+    if durable.read(record) == (about := _about(config, sources)):
+        return []
+    return [f"{folder}: kept, as phases here have learned its ids, though {_changes(record, about)}"]
 
 
 def _about(config: RunConfig, sources: Sequence[Source]) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def show_run(plan: Plan, ctx: Context) -> None:
         table.add_row(phase, f"{section.iterations} iterations, {steps}")
     for name, section in config.sampling.items():
         under_way = section.prompts_under_way(config.rollout)
-        carries = f", of {under_way} prompts under way" if config.rollout.tail == "carry" else ""
+        carries = f", of {under_way} prompts under way" if config.rollout.carries else ""
         table.add_row(
             name,
             f"{section.iterations} iterations, {section.prompts_per_iteration} prompts x {section.samples_per_prompt} ="

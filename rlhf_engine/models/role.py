@@ -18,14 +18,13 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 from torch.nn import ModuleList
 
-from ..config import ModelConfig, OptimizerConfig, Recompute
+from ..config import FP8_UNIT, ModelConfig, OptimizerConfig, Recompute
 from ..hf.config import Head
 from ..mesh import ParallelMesh
 from .balance import Balance
 from .build import build_model
 from .optim import build_optimizer, gradient_tensors, optimizer_tensors, wrap_ddp
 from .residency import Parcel, Presence
-from .te import FP8_TOKENS
 
 
 def head_weight(gpt: GPTModel) -> Tensor:
@@ -80,7 +79,7 @@ class RoleModel:
         self._offload = offload
         self._parcels: dict[Presence, Parcel] = {}
         self.micro_batch_tokens = micro_batch_tokens
-        self.width_unit = mesh.tp * (FP8_TOKENS if fp8 else 1)  # what divides the width of its micro-batches
+        self.width_unit = mesh.tp * (FP8_UNIT if fp8 else 1)  # what divides the width of its micro-batches
         self.modules: list[Any] = list(self.chunks)
         self._optimizer_config, self._total_steps = optimizer, total_steps
         self.balance: Balance | None = None

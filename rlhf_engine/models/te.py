@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from ..config import ModelConfig
 
 NORM: Any = TENorm
-FP8_TOKENS = 16  # what divides the tokens of a product in 8 bits, of a weight's gradient over tokens as well
 
 
 class NormWithin(IdentityOp):

@@ -149,8 +149,9 @@ class Engine:
         cuts = [(start, slice(start, stop)) for start, stop in batches(prompts, most)]
         parts = [prefill(self.decoder, self.rows, prompts[cut], first + start, begins[cut]) for start, cut in cuts]
         logits, index, given = torch.cat(parts), np.array(samples), self.given[samples]
-        for part in np.unique(given.cumsum() // most):
-            back = np.flatnonzero((given > 0) & (given.cumsum() // most == part))
+        parts_of = given.cumsum() // most
+        for part in np.unique(parts_of):
+            back = np.flatnonzero((given > 0) & (parts_of == part))
             if len(back):
                 rows = index[back], given[back], self.lengths[index[back]], self.rows.table[first + back]
                 logits[back] = self.steps.replay(*rows)

@@ -3,8 +3,10 @@
 import contextlib
 import sys
 
+import plain
 import torch
 import torch.nn.functional as F
+from plain import multi_tensor_applier, multi_tensor_l2norm, multi_tensor_scale  # noqa: F401
 from torch import nn
 
 for _name in (
@@ -246,41 +248,10 @@ class DotProductAttention(_Base):
         return out.permute(2, 0, 1, 3).reshape(length, batch, -1)
 
 
-class FusedAdam(torch.optim.Optimizer):
-    """Makes its state in the first step and counts steps in the group."""
-
+class FusedAdam(plain.Adam):
     def __init__(self, params, lr=1e-3, bias_correction=True, betas=(0.9, 0.999), eps=1e-8, adam_w_mode=True,
                  weight_decay=0.0, **others):  # fmt: skip
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, betas=betas, eps=eps))
-
-    @torch.no_grad()
-    def step(self, closure=None, grad_scaler=None):
-        for group in self.param_groups:
-            group["step"] = group.get("step", 0) + 1
-            beta1, beta2 = group["betas"]
-            for p in (p for p in group["params"] if p.grad is not None):
-                state = self.state[p]
-                if not state:
-                    state |= {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-                state["exp_avg"].lerp_(p.grad, 1 - beta1)
-                state["exp_avg_sq"].lerp_(p.grad.square(), 1 - beta2)
-                mean = state["exp_avg"] / (1 - beta1 ** group["step"])
-                square = state["exp_avg_sq"] / (1 - beta2 ** group["step"])
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.sub_(group["lr"] * mean / (square.sqrt() + group["eps"]))
+        super().__init__(params, lr, weight_decay, betas, eps)
 
 
 class FusedSGD(torch.optim.SGD): ...
-
-
-def multi_tensor_applier(op, buffer, lists, *args):
-    return op(2048 * 32, buffer, lists, *args)
-
-
-def multi_tensor_l2norm(chunk, buffer, lists, per_parameter):
-    return torch.stack([tensor.norm() for tensor in lists[0]]).norm().view(1), None
-
-
-def multi_tensor_scale(chunk, buffer, lists, scale):
-    for source, target in zip(*lists, strict=True):
-        target.copy_(source * scale)
