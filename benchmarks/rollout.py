@@ -60,9 +60,16 @@ def make_llama(name: str, folder: Path) -> Path:
     return folder
 
 
-def work(lengths: str, num_prompts: int, fixed: int, vocab_size: int) -> tuple[list[list[int]], list[int]]:
+def token_ends(vocab_size: int) -> list[int]:
+    """Tokens that end a response: one in `MEAN`."""
+    return list(range(5, vocab_size, MEAN))
+
+
+def work(
+    lengths: str, num_prompts: int, fixed: int, vocab_size: int, seed: int = 1
+) -> tuple[list[list[int]], list[int]]:
     """Prompts, and how many tokens the response to each has."""
-    draw = random.Random(1)
+    draw = random.Random(seed)
     prompts = [[draw.randrange(3, vocab_size) for _ in range(draw.randint(8, 64))] for _ in range(num_prompts)]
     if lengths == "fixed":
         return prompts, [fixed] * num_prompts
@@ -97,7 +104,7 @@ class Ours:
     @property
     def ends(self) -> list[int]:
         """Tokens that end a response."""
-        return list(range(5, self.role.model.vocab_size or 0, MEAN))
+        return token_ends(self.role.model.vocab_size or 0)
 
     def lengths(self, prompts: list[list[int]], limits: list[int], ends: list[int]) -> list[int]:
         """Of the responses."""

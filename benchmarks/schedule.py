@@ -43,6 +43,7 @@ class Sleeper:
 
     is_trained = False
     micro_batch_tokens = balance = None
+    width_unit = 1
     bucket_groups = expert_parallel_bucket_groups = ()  # of gradients
 
     def __init__(self, name: str, mesh, seconds: float):

@@ -125,6 +125,15 @@ def test_settings_beside_trl_exist(harness):
         assert len(trains) == 1  # a step of each epoch
 
 
+def test_pipelines_of_sleep_run(harness):
+    """Which stand in for roles, and must have what the schedules ask of one."""
+    import schedule
+
+    found = harness.run(schedule.measure, 2, 1, 2, 0.005, size=2)[0]
+    assert sorted(found) == [(kind, how) for kind in ("infer", "train") for how in ("apart", "stream")]
+    assert all(0 < idle < 1 and seconds > 0 for idle, seconds in found.values())
+
+
 @pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("*.py")), ids=lambda path: path.stem)
 def test_all_processes_are_started_by_the_harness(path):
     ways = {"import multiprocessing", "torch.multiprocessing", "import subprocess"}
