@@ -79,3 +79,8 @@ def wrong(prompts, answers):
 
 def wants_a_trainer(completions, trainer_state, **kwargs):
     return []
+
+
+def letters(responses):
+    """Differs where all responses are as long as they may be, too."""
+    return [text.count("e") for text in responses]
