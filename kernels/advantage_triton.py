@@ -14,57 +14,59 @@ LAUNCH = {"rows": {"BLOCK": 1024, "num_warps": 4}, "moments": {"BLOCK": 1024, "n
 
 @triton.jit
 def _after(later_factor, later, factor, value):
-    """A_t = value + factor A_{t+1}, applied after what is known of the later tokens."""
+    """x_t = value + factor x_{t+1}, applied after what is known of the later tokens."""
     return factor * later_factor, value + factor * later
 
 
 @triton.jit
 def rows_kernel(
-    log_probs, ref_log_probs, values, scores, mask, advantages, returns, rewards, moments, num_rows, num_tokens,
-    num_scores, kl_coef, gamma, decays, LIMIT: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
+    log_probs, ref_log_probs, values, given, mask, advantages, returns, rewards, moments, num_rows, num_tokens,
+    kl_coef, gamma, decays, LIMIT: tl.constexpr, OF_TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`decays` `(B,)` is gamma lambda. `moments` `(3, B)`: count, mean and sum of squared deviations of each row."""
+    """`given` is what is rewarded beside the KL, `(B, T)` if OF_TOKENS, else `(B,)`. `decays` `(B,)` is gamma lambda.
+    `moments` `(3, B)`: count, mean and sum of squared deviations of each row.
+
+    Two recurrences go through a row, both of them unchanged through its gaps: the value of the next token, which each
+    token sets anew, and the advantage.
+    """
     row = tl.program_id(0)
     decay = tl.load(decays + row)
     offset = row.to(tl.int64) * num_tokens
     num_blocks = tl.cdiv(num_tokens, BLOCK)
     t0 = tl.arange(0, BLOCK)
-    before = 0  # responses that end in the blocks to come
-    if PACKED:
-        for i in range(num_blocks):
-            t = i * BLOCK + t0
-            here = tl.load(mask + offset + t, mask=t < num_tokens, other=0) != 0
-            then = tl.load(mask + offset + t + 1, mask=t + 1 < num_tokens, other=0) != 0
-            before += tl.sum((here & (then == 0)).to(tl.int32), 0)
-    advantage = 0.0  # of the token after the block
+    advantage, following = 0.0, 0.0  # advantage and value of the next token behind the block
     reward_sum = 0.0
+    score = 0.0 if OF_TOKENS else tl.load(given + row)
     count, mean, deviation = 0.0, 0.0, 0.0
     for i in range(num_blocks):
         start = (num_blocks - 1 - i) * BLOCK
         t = start + t0
         inside = t < num_tokens
         here = tl.load(mask + offset + t, mask=inside, other=0) != 0
-        goes_on = here & (tl.load(mask + offset + t + 1, mask=t + 1 < num_tokens, other=0) != 0)
+        then = tl.load(mask + offset + t + 1, mask=t + 1 < num_tokens, other=0) != 0
         value = tl.where(here, tl.load(values + offset + t, mask=inside, other=0.0), 0.0)
-        next_value = tl.load(values + offset + t + 1, mask=t + 1 < num_tokens, other=0.0)
+        then_value = tl.where(then, tl.load(values + offset + t + 1, mask=t + 1 < num_tokens, other=0.0), 0.0)
+        gap, next_value = tl.associative_scan((tl.where(then, 0.0, 1.0), then_value), 0, _after, reverse=True)
+        next_value += gap * following
+        following = tl.sum(tl.where(t0 == 0, next_value, 0.0), 0)
         log_ratio = tl.load(ref_log_probs + offset + t, mask=inside, other=0.0) - tl.load(
             log_probs + offset + t, mask=inside, other=0.0
         )
         # comparisons and not minimum and maximum, which would hide a NaN
         log_ratio = tl.where(log_ratio > LIMIT, LIMIT, tl.where(log_ratio < -LIMIT, -LIMIT, log_ratio))
-        ends = here & (goes_on == 0)
-        if PACKED:
-            from_here = tl.cumsum(ends.to(tl.int32), 0, reverse=True)
-            score = tl.load(scores + row.to(tl.int64) * num_scores + before - from_here, mask=ends, other=0.0)
-            before -= tl.sum(ends.to(tl.int32), 0)
-        else:
-            score = tl.load(scores + row)
-        reward = tl.where(here, kl_coef * log_ratio, 0.0) + tl.where(ends, score, 0.0)
+        if OF_TOKENS:
+            beside = tl.load(given + offset + t, mask=here, other=0.0)
+        else:  # once, at the last token of the first of these blocks that has one
+            last = tl.max(tl.where(here, t, -1), 0)
+            beside = tl.where(t == last, score, 0.0)
+            score = tl.where(last < 0, score, 0.0)
+        reward = tl.where(here, kl_coef * log_ratio + beside, 0.0)
         reward_sum += tl.sum(reward, 0)
-        delta = tl.where(here, reward - value, 0.0) + tl.where(goes_on, gamma * next_value, 0.0)
-        factor, x = tl.associative_scan((tl.where(goes_on, decay, 0.0), delta), 0, _after, reverse=True)
-        x = tl.where(here, x + factor * advantage, 0.0)
+        delta = tl.where(here, reward - value + gamma * next_value, 0.0)
+        factor, x = tl.associative_scan((tl.where(here, decay, 1.0), delta), 0, _after, reverse=True)
+        x += factor * advantage
         advantage = tl.sum(tl.where(t0 == 0, x, 0.0), 0)
+        x = tl.where(here, x, 0.0)
         tl.store(advantages + offset + t, x, mask=inside)
         tl.store(returns + offset + t, x + value, mask=inside)
         # Chan, Golub and LeVeque 1979: deviations are taken from the block's own mean, then from the joint one
@@ -106,21 +108,20 @@ def moments_kernel(rows, out, num_rows, BLOCK: tl.constexpr):
 
 
 def kl_advantages(
-    log_probs: Tensor, ref_log_probs: Tensor, values: Tensor, scores: Tensor, mask: Tensor, *, kl_coef: float,
+    log_probs: Tensor, ref_log_probs: Tensor, values: Tensor, rewards: Tensor, mask: Tensor, *, kl_coef: float,
     gamma: float, gae_lambda: float | Tensor,
 ) -> Advantages:  # fmt: skip
     """See reference.py."""
     num_rows, num_tokens = mask.shape
-    inputs = [x.float().contiguous() for x in (log_probs, ref_log_probs, values, scores)]
+    inputs = [x.float().contiguous() for x in (log_probs, ref_log_probs, values, rewards)]
     advantages, returns = torch.empty(2, num_rows, num_tokens, device=values.device).unbind()
-    rewards = torch.empty(num_rows, device=values.device)
-    decays = torch.empty_like(rewards).copy_(torch.as_tensor(gamma * gae_lambda))
+    totals = torch.empty(num_rows, device=values.device)
+    decays = torch.empty_like(totals).copy_(torch.as_tensor(gamma * gae_lambda))
     rows, moments = torch.empty(3, num_rows, device=values.device), torch.zeros(3, device=values.device)
     if num_rows:
         rows_kernel[(num_rows,)](
-            *inputs, mask.contiguous().view(torch.uint8), advantages, returns, rewards, rows, num_rows, num_tokens,
-            scores.shape[1], kl_coef, gamma, decays, LIMIT=LOG_RATIO_LIMIT, PACKED=scores.shape[1] > 1,
-            **LAUNCH["rows"],
+            *inputs, mask.contiguous().view(torch.uint8), advantages, returns, totals, rows, num_rows, num_tokens,
+            kl_coef, gamma, decays, LIMIT=LOG_RATIO_LIMIT, OF_TOKENS=rewards.dim() == 2, **LAUNCH["rows"],
         )  # fmt: skip
         moments_kernel[(1,)](rows, moments, num_rows, **LAUNCH["moments"])
-    return Advantages(advantages, returns, rewards, moments)
+    return Advantages(advantages, returns, totals, moments)

@@ -66,8 +66,8 @@ def clipped_policy_loss(
     cispo: -clip(r) A log_prob, clip(r) without a gradient (MiniMax 2025, arXiv:2506.13585, eq. 4);
     reinforce: -A log_prob.
 
-    All tensors `(B, T)`, a row one response; gradient flows to `log_probs` alone. The log-ratio is clamped to +-20,
-    beyond which ppo and gspo have no gradient. What lies outside the mask may be anything.
+    All tensors `(B, T)`, a row one response, of one turn or of several; gradient flows to `log_probs` alone. The
+    log-ratio is clamped to +-20, beyond which ppo and gspo have no gradient. Outside the mask anything may stand.
 
     Args:
         clip_ratio_high: the upper bound; None: as the lower.

@@ -219,7 +219,7 @@ class Advantages(NamedTuple):
 
     advantages: Tensor  # (B, T)
     returns: Tensor  # (B, T)
-    rewards: Tensor  # (B,), each row's sum
+    rewards: Tensor  # (B,), each row's sum, the KL's share included
     moments: Tensor  # (3,): count, mean and variance of the advantages
 
 
@@ -227,34 +227,37 @@ def kl_advantages(
     log_probs: Tensor,
     ref_log_probs: Tensor,
     values: Tensor,
-    scores: Tensor,
+    rewards: Tensor,
     mask: Tensor,
     *,
     kl_coef: float,
     gamma: float,
     gae_lambda: float | Tensor,
 ) -> Advantages:
-    """See advantage.py; here `scores` is `(B, S)` and `mask` bool.
+    """See advantage.py; here `mask` is bool.
 
-    The recurrence runs over tokens, as many rows at a time as there are: one fused multiply-add a token.
+    The recurrence runs over tokens, as many rows at a time as there are: one fused multiply-add a token, by 1 in a gap.
     """
-    goes_on = F.pad(mask[:, 1:], (0, 1)) & mask
-    ends = mask & ~goes_on
+    places = mask.cumsum(1)  # of a token among those of its row, from 1 on; in a gap that of the token before
     log_ratio = (ref_log_probs.float() - log_probs.float()).clamp_(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     delta = _masked(log_ratio.mul_(kl_coef), mask)
-    if scores.shape[1] > 1:
-        scores = scores.gather(1, (ends.cumsum(1) - ends.long()).clamp_(max=scores.shape[1] - 1))
-    delta += _masked(scores.float(), ends)
-    rewards = delta.sum(1)
+    if rewards.dim() == 1:
+        delta += _masked(rewards.float().unsqueeze(1), mask & (places == places[:, -1:]))
+    else:
+        delta += _masked(rewards.float(), mask)
+    totals = delta.sum(1)
     values = _masked(values.float(), mask)
     delta -= values
-    delta += gamma * _masked(F.pad(values[:, 1:], (0, 1)), goes_on)
+    # a gap's values are 0, so that adding them to a token's place changes nothing
+    by_place = values.new_zeros(len(mask), mask.shape[1] + 2).scatter_add_(1, places, values)
+    delta += gamma * _masked(by_place.gather(1, places + 1), mask)
     columns = delta.T.contiguous()
-    factors = goes_on.T.to(delta.dtype, memory_format=torch.contiguous_format).mul_(gamma * gae_lambda)
+    decays = torch.as_tensor(gamma * gae_lambda, dtype=delta.dtype, device=delta.device)
+    factors = torch.where(mask.T, decays, 1.0)
     for t in range(len(columns) - 2, -1, -1):
         columns[t].addcmul_(factors[t], columns[t + 1])
-    advantages = columns.T.contiguous()
-    return Advantages(advantages, advantages + values, rewards, _moments(advantages, mask))
+    advantages = _masked(columns.T.contiguous(), mask)
+    return Advantages(advantages, advantages + values, totals, _moments(advantages, mask))
 
 
 def _moments(x: Tensor, mask: Tensor) -> Tensor:

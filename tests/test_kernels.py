@@ -573,53 +573,61 @@ def test_ranks_that_share_a_vocabulary_agree_with_one(device, worlds):
 # -- advantages and losses -----------------------------------------------------------------------------------------
 
 
-def gae_oracle(b, scores, kl_coef, gamma, gae_lambda):
-    """In float64, a token at a time, from the definition: a response ends where the mask is 0 next."""
+def gae_oracle(b, given, kl_coef, gamma, gae_lambda):
+    """In float64, a token at a time, from the definition: from one token that the mask selects to the next."""
     mask = b["mask"].cpu()
     log_probs, ref, values = (b[name].double().cpu() for name in ("log_probs", "ref", "values"))
     advantages, rewards = torch.zeros(mask.shape, dtype=torch.float64), torch.zeros(len(mask), dtype=torch.float64)
     for row in range(len(mask)):
-        starts = [t for t in range(mask.shape[1]) if mask[row, t] and not (t and mask[row, t - 1])]
-        for i, start in enumerate(starts):
-            end = start
-            while end + 1 < mask.shape[1] and mask[row, end + 1]:
-                end += 1
-            later = 0.0
-            for t in range(end, start - 1, -1):
-                reward = -kl_coef * max(-20, min(20, float(log_probs[row, t] - ref[row, t])))
-                reward += float(scores[row, i]) if t == end else 0.0
-                rewards[row] += reward
-                following = gamma * float(values[row, t + 1]) if t < end else 0.0
-                later = reward + following - float(values[row, t]) + gamma * gae_lambda * later
-                advantages[row, t] = later
+        later = following = 0.0
+        for i, t in enumerate(reversed([t for t in range(mask.shape[1]) if mask[row, t]])):
+            reward = -kl_coef * max(-20, min(20, float(log_probs[row, t] - ref[row, t])))
+            if given.dim() == 2:
+                reward += float(given[row, t])
+            elif i == 0:
+                reward += float(given[row])
+            rewards[row] += reward
+            later = reward + gamma * following - float(values[row, t]) + gamma * gae_lambda * later
+            advantages[row, t], following = later, float(values[row, t])
     return advantages, torch.where(mask, advantages + values, 0.0), rewards
 
 
-def token_batch(num_rows, num_tokens, device, packed=False):
-    """Ragged responses; row 0 has none, row 1 is full; what the mask leaves out is not a number."""
+def token_batch(num_rows, num_tokens, device, gaps=False):
+    """Ragged responses; row 0 has none, row 1 is full; what the mask leaves out is not a number.
+
+    Args:
+        gaps: in all rows but 1: anywhere, around the borders of blocks, over whole blocks, and over the last ones.
+    """
     generator = torch.Generator().manual_seed(num_tokens)
     mask = torch.zeros(num_rows, num_tokens, dtype=torch.bool)
     for row in range(2, num_rows):
         start, end = sorted(torch.randint(0, num_tokens + 1, (2,), generator=generator).tolist())
         mask[row, start:end] = True
-    if packed:
-        mask &= torch.rand(num_rows, num_tokens, generator=generator) < 0.9
     mask[1:2] = True
+    if gaps:
+        t = torch.arange(num_tokens)
+        mask[2:] &= torch.rand(num_rows - 2, num_tokens, generator=generator) < 0.9
+        mask[3:4] = (t + 1) % BLOCK > 1  # neither the last of a block nor the first of the next
+        mask[4:5] = (t == 0) | (t == num_tokens - 1)
+        mask[5:6] = t < num_tokens // 3
+        mask[6:7] = t % BLOCK == BLOCK // 2
     b = {name: random(num_rows, num_tokens, seed=i) for i, name in enumerate(("log_probs", "ref", "values", "returns"))}
     for x in b.values():
         x[~mask] = torch.nan
     return {name: x.to(device) for name, x in (b | {"mask": mask}).items()}
 
 
-@pytest.mark.parametrize("packed", (False, True))
+@pytest.mark.parametrize("of_tokens", (False, True))
+@pytest.mark.parametrize("gaps", (False, True))
 @pytest.mark.parametrize("num_tokens", (1, 2, 37, BLOCK, 2 * BLOCK + 52))
-def test_advantages(num_tokens, packed, device):
-    b = token_batch(7, num_tokens, device, packed)
-    most = max(1, num_tokens)
-    scores = random(7, most, seed=5, device=device, scale=3) if packed else random(7, seed=5, device=device, scale=3)
+def test_advantages(num_tokens, gaps, of_tokens, device):
+    b = token_batch(7, num_tokens, device, gaps)
+    given = random(7, num_tokens, seed=5, device=device) if of_tokens else random(7, seed=5, device=device, scale=3)
+    if of_tokens:
+        given[~b["mask"]] = torch.nan
     settings = {"kl_coef": 0.3, "gamma": 0.99, "gae_lambda": 0.95}
-    got = kernels.kl_advantages(b["log_probs"], b["ref"], b["values"], scores, b["mask"], **settings)
-    advantages, returns, rewards = gae_oracle(b, scores.reshape(7, -1), *settings.values())
+    got = kernels.kl_advantages(b["log_probs"], b["ref"], b["values"], given, b["mask"], **settings)
+    advantages, returns, rewards = gae_oracle(b, given, *settings.values())
     assert close(got.advantages, advantages, 2e-6) and close(got.returns, returns, 2e-6)
     assert close(got.rewards, rewards, 2e-6)
     counted = advantages[b["mask"].cpu()]
@@ -649,11 +657,35 @@ def test_advantages_keep_a_nan_within_the_mask(device):
     assert got.advantages[1, :4].isnan().all() and got.advantages[1, 4:].isfinite().all()
 
 
-def test_more_responses_than_scores_are_refused(device):
-    mask = torch.tensor([[1, 0, 1, 1, 0, 1]], dtype=torch.bool, device=device)
-    x, scores = torch.zeros(1, 6, device=device), torch.zeros(1, 2, device=device)
-    with pytest.raises(ValueError, match="a row has 3 responses for 2 scores"):
-        kernels.kl_advantages(x, x, x, scores, mask, kl_coef=0.1)
+@pytest.mark.parametrize("of_tokens", (False, True))
+@pytest.mark.parametrize("num_tokens", (37, 2 * BLOCK + 52))
+def test_a_trajectory_with_gaps_is_the_one_without_them(num_tokens, of_tokens, device):
+    b = token_batch(7, num_tokens, device, gaps=True)
+    mask = b["mask"].cpu()
+    given = random(7, num_tokens, seed=5, device=device) if of_tokens else random(7, seed=5, device=device)
+    fields = [b["log_probs"], b["ref"], b["values"], given, b["mask"]]
+
+    def collapsed(x):
+        """What the mask selects in each row, from its start."""
+        found = torch.zeros(x.shape, dtype=x.dtype)
+        for row in range(len(x)):
+            kept = x[row].cpu()[mask[row]]
+            found[row, : len(kept)] = kept
+        return found.to(device)
+
+    settings = {"kl_coef": 0.3, "gamma": 0.97, "gae_lambda": torch.linspace(0.2, 1, 7, device=device)}
+    got = kernels.kl_advantages(*fields, **settings)
+    want = kernels.kl_advantages(*(collapsed(x) if x.dim() == 2 else x for x in fields), **settings)
+    assert want.moments[0] > 0
+    for a, e in ((collapsed(got.advantages), want.advantages), (collapsed(got.returns), want.returns)):
+        assert close(a, e, 1e-6)
+    assert close(got.rewards, want.rewards, 1e-6) and close(got.moments, want.moments, 1e-6)
+
+
+def test_rewards_of_another_shape_are_refused(device):
+    x = torch.zeros(1, 6, device=device)
+    with pytest.raises(ValueError, match=r"rewards \(1, 2\) must be \(B,\) or \(B, T\) of a mask \(1, 6\)"):
+        kernels.kl_advantages(x, x, x, x[:, :2], x.bool(), kl_coef=0.1)
 
 
 @pytest.mark.parametrize("whitened", (False, True))

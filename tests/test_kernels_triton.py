@@ -51,7 +51,7 @@ POINTERS = {
     "mask": torch.uint8, "table": torch.int64, "lengths": torch.int64, "places": torch.int64,
     **dict.fromkeys(
         ("logits", "out", "parts", "saved", "grad_log_prob", "grad_entropy", "log_probs", "ref_log_probs", "values",
-         "scores", "advantages", "returns", "rewards", "moments", "old_log_probs", "old_values", "grad", "sums", "q",
+         "given", "advantages", "returns", "rewards", "moments", "old_log_probs", "old_values", "grad", "sums", "q",
          "cache", "weights", "means", "decays", "x", "add", "weight", "factors", "cos", "sin", "qkv", "of_query",
          "of_key", "bias"),
         torch.float32,
@@ -59,7 +59,7 @@ POINTERS = {
 }  # fmt: skip
 NUMBERS = {"scale", "inverse_temperature", "kl_coef", "gamma", "low", "high", "dual", "clip_value", "eps"}
 # need not divide by 16, as all other addresses and strides do
-UNALIGNED = {"num_blocks", "num_parts", "num_scores", "columns"}
+UNALIGNED = {"num_blocks", "num_parts", "columns"}
 BF16, FP32 = torch.bfloat16, torch.float32
 NAMES = {BF16: "bf16", FP32: "fp32"}
 
@@ -79,9 +79,9 @@ def cases():
     for finish in (False, True):
         config = log_prob_triton.LAUNCH["combine"] | {"FINISH": finish}
         yield f"combine-{finish}", log_prob_triton.combine_kernel, {}, config
-    for packed in (False, True):
-        config = advantage_triton.LAUNCH["rows"] | {"LIMIT": 20.0, "PACKED": packed}
-        yield f"advantage-{packed}", advantage_triton.rows_kernel, {}, config
+    for of_tokens in (False, True):
+        config = advantage_triton.LAUNCH["rows"] | {"LIMIT": 20.0, "OF_TOKENS": of_tokens}
+        yield f"advantage-{of_tokens}", advantage_triton.rows_kernel, {}, config
     yield "moments", advantage_triton.moments_kernel, {"rows": FP32}, advantage_triton.LAUNCH["moments"]
     for kind, kl in (("ppo", "none"), ("ppo", "k3"), ("gspo", "k2"), ("cispo", "k1"), ("reinforce", "k3+")):
         config = losses_triton.LAUNCH["policy"] | {"KIND": kind, "KL": kl, "LIMIT": 20.0, "WHITEN": True}

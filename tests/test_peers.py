@@ -101,13 +101,11 @@ def test_group_advantages_that_differ(scores, kind, ours, theirs):
 
 
 def gae(rewards, values, gamma, lam, mask=None):
-    """With a reward at each token, which this engine has as a KL: a hundredth of it, a hundred times."""
+    """With a reward at each token."""
     rewards, values = torch.tensor(rewards), torch.tensor(values)
     mask = torch.ones_like(rewards) if mask is None else torch.tensor(mask)
-    settings = {"kl_coef": 100.0, "gamma": gamma, "gae_lambda": lam}
-    return kernels.kl_advantages(
-        torch.zeros_like(rewards), rewards / 100, values, torch.zeros(len(rewards)), mask, **settings
-    )
+    none = torch.zeros_like(rewards)
+    return kernels.kl_advantages(none, none, values, rewards, mask, kl_coef=0.0, gamma=gamma, gae_lambda=lam)
 
 
 REWARDS, VALUES = [[1.0, 2, 3]], [[0.5, 1, 1.5]]
@@ -137,12 +135,13 @@ def test_returns(rewards, values, gamma, lam, wanted):
 
 def test_advantages_across_turns():
     """verl, test_multi_turn_compute_gae_advantage_return, at gamma and lambda 1 by hand: tokens that are not the
-    policy's are passed over. Here a gap ends a response, so theirs are those of the row without its gaps."""
+    policy's are passed over, whatever stands there."""
     rewards, values = [[0.1, 0.1, 0.1, 0.1, 1.0]], [[4.0, 5, 6, 7, 9]]
     near(gae(rewards, values, 1.0, 1.0).advantages, [[-2.6, -3.7, -4.8, -5.9, -8]], rel=2e-6)
-    mask = [[1, 1, 1, 0, 1, 1]]
-    with pytest.raises(ValueError, match="2 responses for 1 scores"):
-        gae([[0.1, 0.1, 0.1, NAN, 0.1, 1.0]], [[4.0, 5, 6, NAN, 7, 9]], 1.0, 1.0, mask)
+    for other in (-1.0, NAN):
+        rewards, values = [[0.1, 0.1, 0.1, other, 0.1, 1.0]], [[4.0, 5, 6, other, 7, 9]]
+        found = gae(rewards, values, 1.0, 1.0, [[1, 1, 1, 0, 1, 1]])
+        near(found.advantages, [[-2.6, -3.7, -4.8, 0, -5.9, -8]], rel=2e-6)
 
 
 def test_rewards_with_a_kl():
