@@ -13,9 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 ENGINE = "rlhf_engine."
 # From the foundation up. A room is a package or a module of its own; it imports what stands before it.
 ROOMS = [
-    "rlhf_kernels", "config", "signals", "surviving", "rewards", "experience", "cpu", "xtuner", "mesh", "data",
-    "observing", "hf", "models", "rollout", "converting", "context", "schedule", "algorithms", "launching", "plan",
-    "trainer", "verify", "rehearse", "launch", "tools",
+    "rlhf_kernels", "config", "signals", "surviving", "rewards", "environments", "experience", "cpu", "xtuner", "mesh",
+    "data", "observing", "hf", "models", "rollout", "converting", "context", "schedule", "algorithms", "launching",
+    "plan", "trainer", "verify", "rehearse", "launch", "tools",
 ]  # fmt: skip
 FOLDERS = {"rlhf_engine": "rlhf_engine", "kernels": "rlhf_kernels", "launch": "launch", "tools": "tools"}
 

@@ -35,7 +35,7 @@ _AT_LEAST: dict[str, float] = {
          "num_minibatches", "eval_prompts", "max_new_tokens", "micro_batch_tokens", "rows", "slots", "kv_tokens",
          "num_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "head_dim",
          "vocab_size", "max_position_embeddings", "max_bad_steps", "tp", "pp", "dp", "ep", "virtual_pp", "world",
-         "prompt_tokens", "response_tokens", "measure_gap_every", "concurrency", "max_tokens", "prompts"),
+         "prompt_tokens", "response_tokens", "measure_gap_every", "concurrency", "max_tokens", "max_turns", "prompts"),
         1,
     ),
     **dict.fromkeys(
@@ -110,6 +110,10 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         if value not in args:
             raise ConfigError(f"{key}={value} is not one of {', '.join(map(str, args))}")
         return value
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{key}={value!r} is not a mapping: write {key}={{name: value}}")
+        return dict(value)
     if origin is list:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{key}={value!r} is not a list: write {key}=[{value}]")

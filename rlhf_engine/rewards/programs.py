@@ -80,23 +80,35 @@ def _passes(source: str, test: str | tuple[str, str], limits: CodeConfig) -> boo
     return status == 0 and output.split()[-1:] == [word]
 
 
+def start(source: str, given: str | None, limits: CodeConfig) -> tuple[list[str], bytes]:
+    """What starts a program, in an empty folder, and what that is told first by its stdin.
+
+    Args:
+        given: the program's stdin; None: what is written behind that, when the program has said something.
+    """
+    prefixes = [sys.prefix, sys.base_prefix]
+    prefixes += [os.path.realpath(prefix) for prefix in prefixes]  # a link is put there as one
+    job = {
+        "program": source, "stdin": given, "isolated": limits.isolated, "timeout": limits.timeout,
+        "memory": int(limits.memory * 2**30), "prefixes": prefixes, "environment": _ONE_THREAD,
+    }  # fmt: skip
+    command = [sys.executable, "-I", "-S", sandbox.__file__, str(os.getpid())]
+    return command, json.dumps(job).encode() + b"\n"
+
+
 def run(source: str, given: str, limits: CodeConfig) -> tuple[int, str]:
     """Exit code and output of a program.
 
     Raises:
         OutOfTime: it was ended.
     """
-    job = {
-        "program": source, "stdin": given, "isolated": limits.isolated, "timeout": limits.timeout,
-        "memory": int(limits.memory * 2**30), "prefixes": [sys.prefix, sys.base_prefix], "environment": _ONE_THREAD,
-    }  # fmt: skip
-    command = [sys.executable, "-I", "-S", sandbox.__file__, str(os.getpid())]
+    command, job = start(source, given, limits)
     with tempfile.TemporaryFile() as output, tempfile.TemporaryDirectory() as folder:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.DEVNULL, cwd=folder, start_new_session=True
         )
         try:
-            process.communicate(json.dumps(job).encode(), limits.timeout)
+            process.communicate(job, limits.timeout)
         except subprocess.TimeoutExpired:
             raise OutOfTime from None
         finally:
@@ -107,8 +119,12 @@ def run(source: str, given: str, limits: CodeConfig) -> tuple[int, str]:
         return process.returncode, output.read().decode(errors="replace")
 
 
-def try_out(limits: CodeConfig) -> None:
+def try_out(limits: CodeConfig, what: str = "reward.fns=code", key: str = "reward.code.isolated") -> None:
     """Runs a program of one line.
+
+    Args:
+        what: asks for it.
+        key: of `limits.isolated` there.
 
     Raises:
         ConfigError: this system cannot.
@@ -119,6 +135,6 @@ def try_out(limits: CodeConfig) -> None:
         status, output = 1, "out of time"
     if (status, output) != (0, "1\n"):
         raise ConfigError(
-            f"reward.fns=code: programs do not run isolated here ({output.strip() or f'exit code {status}'}): allow"
-            " namespaces (docs/rewards.md), or reward.code.isolated=false leaves them files and network"
+            f"{what}: programs do not run isolated here ({output.strip() or f'exit code {status}'}): allow"
+            f" namespaces (docs/rewards.md), or {key}=false leaves them files and network"
         )

@@ -39,9 +39,9 @@ def _call(name: str, *args) -> None:
         raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")
 
 
-def end_with_parent(parent: int) -> None:
-    """Has the system end this process with the thread that started it, in the process `parent`."""
-    _call("prctl", _PDEATHSIG, signal.SIGKILL)
+def end_with_parent(parent: int, signum: int = signal.SIGKILL) -> None:
+    """Has the system end this process, by a signal, with the thread that started it, in the process `parent`."""
+    _call("prctl", _PDEATHSIG, signum)
     if os.getppid() != parent:
         os._exit(1)
 
@@ -130,9 +130,10 @@ def limit(seconds: float, memory: int) -> None:
 
 
 def main() -> None:
-    """Of the job: program, stdin, timeout (seconds), memory (bytes), isolated, prefixes, environment."""
+    """Of the job, a line: program, stdin (null: what follows the line, once the program runs), timeout (seconds),
+    memory (bytes), isolated, prefixes, environment."""
     end_with_parent(int(sys.argv[1]))
-    job = json.load(sys.stdin)
+    job = json.loads(sys.stdin.readline())
     try:
         if job["isolated"]:
             isolate(job["prefixes"])
@@ -140,10 +141,11 @@ def main() -> None:
         print(error.strerror, flush=True)
         os._exit(REFUSED)
     _write(_PROGRAM, job["program"])
-    given = os.memfd_create("stdin")
-    os.write(given, job["stdin"].encode("utf-8", "replace"))
-    os.lseek(given, 0, os.SEEK_SET)
-    os.dup2(given, 0)
+    if job["stdin"] is not None:
+        given = os.memfd_create("stdin")
+        os.write(given, job["stdin"].encode("utf-8", "replace"))
+        os.lseek(given, 0, os.SEEK_SET)
+        os.dup2(given, 0)
     limit(job["timeout"], job["memory"])
     if job["isolated"]:
         forbid_processes()
