@@ -13,6 +13,7 @@
 # make bench-data     preparing a data set against datasets.map; BENCH='--tokenizer DIR --file ROWS.jsonl.gz'
 # make bench-curves   every algorithm on the embedded data, three seeds: benchmarks/results/curves.csv
 # make bench-rollout  generation against transformers' generate; BENCH='--stories DIR --layout 1x2t dp2 tp2'
+# make bench-turns    rollouts of several turns whose answers take a while: benchmarks/results/turns.csv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 RUN ?= +exp=hh_rlhf
@@ -22,7 +23,7 @@ VENV := .venv$(shell $(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: install run test check docs chaos bench-kernels bench-schedule bench-checkpoint bench-convert bench-rollout bench-data bench-ppo bench-fidelity bench-curves bench-plan format clean
+.PHONY: install run test check docs chaos bench-kernels bench-schedule bench-checkpoint bench-convert bench-rollout bench-data bench-ppo bench-fidelity bench-curves bench-plan bench-turns format clean
 
 install: $(STAMP)
 
@@ -74,6 +75,9 @@ format: install
 
 bench-rollout: install
 	$(BIN)/python -W ignore benchmarks/rollout.py $(BENCH)
+
+bench-turns: install
+	$(BIN)/python -W ignore benchmarks/turns.py $(BENCH)
 
 bench-data: install
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[bench]"

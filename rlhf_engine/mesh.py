@@ -222,6 +222,14 @@ class ParallelMesh:
         dist.broadcast_object_list(box, 0, device=self.device)
         return box[0]
 
+    def from_first_of_tp(self, value: Any) -> Any:
+        """The `value` of the first of this rank's tensor parallel ranks on all of them."""
+        if self.tp == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, dist.get_global_rank(self.tp_group, 0), self.tp_group, self.device)
+        return box[0]
+
     def tensor_from_main(self, value: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """The main rank's `value`, of a shape and type that all know, on every CPU.
 

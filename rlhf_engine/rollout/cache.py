@@ -81,15 +81,16 @@ class KVCache:
         dim = both.shape[3]
         self.store[layer].view(-1, dim).index_copy_(0, places, both.reshape(-1, dim))
 
-    def close_up(self, table: Ints) -> None:
-        """Moves the last blocks to where earlier ones are free, and changes the table with them."""
+    def close_up(self, *tables: Ints) -> None:
+        """Moves the last blocks to where earlier ones are free, and changes the tables with them."""
         used = np.flatnonzero(self.readers)
         last, free = used[used >= len(used)], np.flatnonzero(self.readers[: len(used)] == 0)
         self.store[:, :, free] = self.store[:, :, last]
         moved = np.arange(len(self.readers))
         moved[last] = free
         self.readers[free], self.readers[last] = self.readers[last], 0
-        table[:] = moved[table]
+        for table in tables:
+            table[:] = moved[table]
 
 
 class Rows:
@@ -140,6 +141,15 @@ class Rows:
         """Rows that end or step back; their blocks are free where nobody else reads them."""
         gone = self.table[list(places)]
         np.subtract.at(self.cache.readers, gone[gone > 0], 1)
+        self._leave(places)
+
+    def move(self, places: Sequence[int] | Ints, to: Rows) -> None:
+        """Rows to the end of others, with their blocks."""
+        for name in ("samples", "lengths", "table"):
+            setattr(to, name, np.concatenate([getattr(to, name), getattr(self, name)[list(places)]]))
+        self._leave(places)
+
+    def _leave(self, places: Sequence[int] | Ints) -> None:
         self.samples, self.lengths, self.table = (
             np.delete(part, list(places), 0) for part in (self.samples, self.lengths, self.table)
         )

@@ -6,6 +6,10 @@ becomes depends on none of this: its noise is its own, rows do not see each othe
 alike whatever stands beside it (`attention.py`).
 
 On a GPU the host says what comes next while the device computes, and knows one step late which rows have ended.
+
+A sample of several turns leaves the rows at the end of each, and keeps its blocks as long as nobody needs them. What it
+is answered is computed behind them, all rows that are back at once, and as that is a replay of tokens, those who have
+lost their blocks do the same from their prompts on.
 """
 
 from __future__ import annotations
@@ -27,11 +31,12 @@ from .prefill import batches, padded_width, prefill
 from .progress import Finished, Progress, Report, Response
 from .sampling import Sampler
 from .steps import END, NOT_FINITE, Found, Steps
+from .turns import Dialogues, Turns
 
 PREFILL_TOKENS = {"cpu": 1 << 12, "cuda": 1 << 14}  # of one forward, padding included
 _AHEAD = 8  # steps for which rows have their blocks, so that tables stay as they are for so long
 _SPARE_SHARE = 16  # of the blocks, one in so many is not counted on, as fewer rows may end than is expected
-_LEAST_SHARE = 8  # of the rows that there are, one in so many is worth the forward that admits it
+_LEAST_SHARE = 8  # of the rows that there are, one in so many is worth the forward that admits it, or takes it back
 _SECONDS_BETWEEN_REPORTS = 5.0
 
 
@@ -47,7 +52,7 @@ class Engine:
         gpt: whole but for TP.
         prompts: token ids of each sample.
         keys: `(N,)`, of their noise.
-        limits: most tokens of each response.
+        limits: most tokens of each response; with `turns` of all turns and answers together.
         names: by which errors call the samples.
         slots: sequences decoded at once, at most.
         kv_tokens: positions of the cache, at least as many as the longest sequence may come to have.
@@ -55,6 +60,7 @@ class Engine:
         report: called every few seconds.
         tell: called as often, with all responses that are finished by their samples' names.
         begun: what each response has already, which counts among its tokens; None: nothing.
+        turns: what answers the samples; None: a response is one turn.
     """
 
     def __init__(
@@ -72,6 +78,7 @@ class Engine:
         report: Report | None = None,
         tell: Finished | None = None,
         begun: Sequence[Response] | None = None,
+        turns: Turns | None = None,
     ):
         self.mesh, self.sampler, self.prompts, self.names = mesh, sampler, prompts, names
         self.text_ends, self.report, self.tell, self.device = ends, report, tell, mesh.device
@@ -83,11 +90,12 @@ class Engine:
         longest = int(self.need.max())
         self.slots = min(slots, len(prompts))
         self.decoder = Decoder(gpt, mesh.tp_group, longest)
-        self.cache = self.decoder.new_cache(min(num_blocks(kv_tokens), self.slots * num_blocks(longest)))
-        self.rows = Rows(self.cache, num_blocks(longest))
+        most = self.slots if turns is None else len(prompts)  # that have blocks at once
+        self.cache = self.decoder.new_cache(min(num_blocks(kv_tokens), most * num_blocks(longest)))
+        self.rows, self.away = (Rows(self.cache, num_blocks(longest)) for _ in range(2))
         self.by_row = reads_by_row(self.cache.store)
-        most = (max(limits), self.slots, self.rows.columns)
-        self.steps = Steps(self.decoder, self.cache, sampler, keys, self.lengths, *most, self.by_row)
+        sizes = (max(limits), self.slots, self.rows.columns)
+        self.steps = Steps(self.decoder, self.cache, sampler, keys, self.lengths, *sizes, self.by_row)
         # samples of one prompt stand side by side
         self.waiting = sorted(range(len(prompts)), key=lambda i: (-self.need[i], prompts[i], i))
         # how many tokens each sample has been given, of those that are not in the cache
@@ -96,11 +104,17 @@ class Engine:
         for i, response in enumerate(begun or ()):
             self.given[i], self.texts[i] = len(response.tokens), list(response.tokens)
             self.steps.begin(i, response)
+        self.dialogues: Dialogues | None = None
+        self.until, self.back = self.limits, list[int]()  # who has an answer and is not among the rows yet
+        if turns is not None:
+            self.dialogues = Dialogues(turns, names, self.limits, sampler.config.max_new_tokens)
+            self.until = self.dialogues.until
         # what is not known yet: samples, how many tokens each then has, whether it was a step, and what it gave
         self.pending: deque[tuple[Ints, Ints, bool, Found]] = deque()
         self.late = int(self.by_row)  # steps that are not waited for
         self.known_at = time.perf_counter()  # when the last was
         self.is_over = np.zeros(len(prompts), bool)
+        self.has_ended: dict[int, bool] = {}  # by itself: the last turn of each
         self.finished: dict[int, bool] = {}
         self.progress = Progress(num_rows=len(prompts))
 
@@ -113,7 +127,9 @@ class Engine:
         """
         started = reported = self.known_at = time.perf_counter()
         progress = self.progress
-        while self.waiting or len(self.rows):
+        while self.waiting or len(self.rows) or self.num_asked or self.back:
+            if self.dialogues is not None and self.num_asked:
+                self._hear(self.dialogues)
             self._admit()
             now = time.perf_counter()
             progress.seconds = progress.busy_seconds = now - started
@@ -134,8 +150,12 @@ class Engine:
     # -- who is in the cache ---------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        """Waiting sequences into the cache, and their next tokens."""
+        """Those who are back, and waiting sequences, into the rows, and their next tokens."""
+        self._take_back()
         count = self._admitted()
+        while not count and not len(self.rows) and len(self.away) and (self.waiting or self.back):
+            self._forget()  # others have all the room
+            count = self._admitted()
         samples, self.waiting = self.waiting[:count], self.waiting[count:]
         if not samples:
             return
@@ -148,13 +168,46 @@ class Engine:
         most, prompts = PREFILL_TOKENS[self.device.type], [tuple(self.prompts[i]) for i in samples]
         cuts = [(start, slice(start, stop)) for start, stop in batches(prompts, most)]
         parts = [prefill(self.decoder, self.rows, prompts[cut], first + start, begins[cut]) for start, cut in cuts]
-        logits, index, given = torch.cat(parts), np.array(samples), self.given[samples]
-        parts_of = given.cumsum() // most
-        for part in np.unique(parts_of):
-            back = np.flatnonzero((given > 0) & (parts_of == part))
-            if len(back):
-                rows = index[back], given[back], self.lengths[index[back]], self.rows.table[first + back]
-                logits[back] = self.steps.replay(*rows)
+        self._go_on(first, torch.cat(parts), np.zeros(len(samples), np.int64))
+
+    def _take_back(self) -> None:
+        """Those who are back and still have their blocks, while there are slots and blocks for what comes next."""
+        places, first = [], len(self.rows)
+        if len(self.back) < max(1, min(len(self.back) + self.num_asked, -(-first // _LEAST_SHARE))):
+            return
+        for sample in self.back[: self.slots - first]:
+            place = int(np.flatnonzero(self.away.samples == sample)[0])
+            length = self.lengths[sample] + self.given[sample]
+            blocks = num_blocks(np.minimum(length + _AHEAD, self.need[sample]))
+            if blocks - self.away.counts[place] > self.cache.num_free:
+                break
+            missing = np.zeros(len(self.away), np.int64)
+            missing[place] = blocks - self.away.counts[place]
+            self.away.extend(missing)
+            places.append(place)
+        self.back = self.back[len(places) :]
+        if not places:
+            return
+        begins = self.away.lengths[places] - self.lengths[self.away.samples[places]]
+        self.away.move(places, self.rows)
+        self.rows.lengths[first:] = (self.lengths + self.given)[self.rows.samples[first:]]
+        self._go_on(first, torch.empty(len(places), len(self.decoder.head), device=self.device), begins)
+
+    def _go_on(self, first: int, logits: Tensor, begins: Ints) -> None:
+        """The next tokens of the rows from `first` on, behind what they have been given, or else their prompts.
+
+        Args:
+            logits: after their prompts.
+            begins: how many of the tokens that each has been given are in the cache.
+        """
+        index = self.rows.samples[first:]
+        given, most = self.given[index], PREFILL_TOKENS[self.device.type]
+        while (left := given - begins).any():  # in pieces, of so many tokens together
+            counts = np.minimum(left, (most - left.cumsum() + left).clip(0))
+            at = np.flatnonzero(counts)
+            rows = index[at], begins[at], (begins + counts)[at], self.lengths[index[at]], self.rows.table[first + at]
+            logits[at] = self.steps.replay(*rows)
+            begins = begins + counts
         self._note(index, given + 1, False, self.steps.give(logits, *on_device(self.device, index, given)))
 
     def _admitted(self) -> int:
@@ -180,8 +233,9 @@ class Engine:
         more = num_blocks(need) - now
         expected = expected + expected_blocks(new, more, need - lengths, ends, rows.columns).cumsum(0)
         worst = worst + (new + more).cumsum()
+        blocks = cache.num_blocks - self.away.shares.sum()
         spare = cache.num_blocks // _SPARE_SHARE
-        fits = (expected.max(1) <= cache.num_blocks - spare) | (worst <= cache.num_blocks + 1e-6)
+        fits = (expected.max(1) <= blocks - spare) | (worst <= blocks + 1e-6)
         fits &= new.cumsum() <= cache.num_free
         count = int(fits.argmin()) if not fits.all() else len(fits)
         return count if count >= least else 0
@@ -198,6 +252,9 @@ class Engine:
             if self.pending:  # rows may have ended
                 self._read(0)
                 continue
+            if len(self.away):
+                self._forget()
+                continue
             came = rows.lengths - self.lengths[rows.samples]
             last = len(rows) - 1 - int(came[::-1].argmin())
             sample = int(rows.samples[last])
@@ -208,12 +265,53 @@ class Engine:
         rows.extend(missing)
         used = self.cache.num_blocks - self.cache.num_free
         if not self.by_row and 4 * used < 3 * rows.table.max(initial=0):
-            self.cache.close_up(rows.table)
+            self.cache.close_up(rows.table, self.away.table)
 
     def _missing(self) -> Ints:
         """Blocks that each row needs for the next steps. In one that comes too late it is within the last of them."""
         rows = self.rows
         return num_blocks(np.minimum(rows.lengths + _AHEAD, self.need[rows.samples])) - rows.counts
+
+    # -- turns -----------------------------------------------------------------------------------------------
+
+    @property
+    def num_asked(self) -> int:
+        """Samples whose answer is awaited."""
+        return 0 if self.dialogues is None else len(self.dialogues.asked)
+
+    def _hear(self, dialogues: Dialogues) -> None:
+        """What samples are answered, which are back with it, or over."""
+        is_idle, started = not (len(self.rows) or self.waiting or self.back), time.perf_counter()
+        answers = dialogues.answers(is_idle)
+        if is_idle:
+            self.progress.away_seconds += time.perf_counter() - started
+        if answers:
+            self._read(0)
+        for sample, tokens in answers:
+            away = np.flatnonzero(self.away.samples == sample)
+            if tokens is None:
+                if len(away):
+                    self.away.remove(away)
+                self.finished[sample] = self.has_ended[sample]
+                continue
+            start = int(self.given[sample])
+            self.steps.put(sample, start, tokens, [0.0] * len(tokens))
+            self.given[sample] = dialogues.tell(sample, start, tokens)
+            self.is_over[sample], self.texts[sample] = False, []
+            if len(away):
+                self.back.append(sample)
+            else:
+                self.waiting.insert(0, sample)
+        self.progress.rows_done = len(self.finished)
+
+    def _forget(self) -> None:
+        """The blocks of the one who has left last; it is computed again once it is answered."""
+        sample = int(self.away.samples[-1])
+        self.away.remove([len(self.away) - 1])
+        self.progress.preempted += 1
+        if sample in self.back:
+            self.back.remove(sample)
+            self.waiting.insert(0, sample)
 
     # -- a token for everyone --------------------------------------------------------------------------------
 
@@ -236,12 +334,17 @@ class Engine:
 
     def _read(self, late: int) -> bool:
         """Takes note of all tokens but those of the last steps; rows that ended leave. Whether any has."""
-        before = len(self.finished)
         while len(self.pending) > late:
             self._settle(*self.pending.popleft())
-        if len(self.finished) == before:
+        over = np.flatnonzero(self.is_over[self.rows.samples])
+        if not len(over):
             return False
-        self.rows.remove(np.flatnonzero(self.is_over[self.rows.samples]).tolist())
+        if self.dialogues is None:
+            self.rows.remove(over)
+        else:  # all but the last token is in the cache
+            samples, place = self.rows.samples[over], len(self.away)
+            self.rows.move(over, self.away)
+            self.away.lengths[place:] = self.lengths[samples] + self.given[samples] - 1
         return True
 
     def _settle(self, samples: Ints, given: Ints, is_step: bool, found: Found) -> None:
@@ -259,13 +362,19 @@ class Engine:
         if self.text_ends is not None:
             for row in np.flatnonzero(live):
                 said[row] |= END * self._ends_by_text(samples[row], tokens[row])
-        over = np.flatnonzero(live & ((said > 0) | (given >= self.limits[samples])))
+        if self.dialogues is not None:
+            self.dialogues.note(samples[live], given[live], tokens[live])
+        over = np.flatnonzero(live & ((said > 0) | (given >= self.until[samples])))
         for sample, length, how in zip(samples[over].tolist(), given[over], said[over].tolist(), strict=True):
             if how & NOT_FINITE:
                 raise FloatingPointError(
                     f"logits of sample {self.names[sample]} are not finite (rank {self.mesh.rank})"
                 )
-            self.given[sample], self.finished[sample], self.is_over[sample] = length, bool(how & END), True
+            self.given[sample], self.has_ended[sample], self.is_over[sample] = length, bool(how & END), True
+            if self.dialogues is None:
+                self.finished[sample] = self.has_ended[sample]
+            else:
+                self.dialogues.ask(sample, int(length), not self.has_ended[sample])
         progress.rows_done = len(self.finished)
 
     def _ends_by_text(self, sample: int, token: int) -> bool:
@@ -278,5 +387,9 @@ class Engine:
         """Of the samples that are finished."""
         done = list(self.finished)
         tokens, log_probs = self.steps.tokens[done].tolist(), self.steps.log_probs[done].tolist()
-        parts = zip(done, tokens, log_probs, strict=True)
-        return {i: Response(t[: self.given[i]], p[: self.given[i]], self.finished[i]) for i, t, p in parts}
+        found = {}
+        for i, t, p in zip(done, tokens, log_probs, strict=True):
+            count = self.given[i]
+            sampled = None if self.dialogues is None else self.dialogues.sampled[i, :count].tolist()
+            found[i] = Response(t[:count], p[:count], self.finished[i], sampled)
+        return found

@@ -13,11 +13,13 @@ from torch import Tensor
 from ..config import ConfigError, RolloutConfig
 from ..models.residency import Presence
 from ..models.role import RoleModel
+from ..signals import RunError
 from .engine import Engine
 from .fold import whole_model
 from .progress import Finished, Progress, Report, Response
 from .responses import Responses, pack, unpack
 from .sampling import Sampler
+from .turns import Turns
 
 
 def rollout(
@@ -33,6 +35,7 @@ def rollout(
     report: Report | None = None,
     shares: Sequence[Sequence[int]] | None = None,
     finished: Finished | None = None,
+    turns: Turns | None = None,
 ) -> Responses:
     """Responses to all prompts, in their order and the same on every rank; each replica generates its share.
 
@@ -41,16 +44,20 @@ def rollout(
         keys: `(len(prompts),)`, from `sample_keys`.
         end_ids: the tokens that end a response.
         decode: text of token ids; `config.stop` needs it.
-        limits: most tokens of each response, where they differ; the model's context bounds them too.
+        limits: most tokens of each response, where they differ, with `turns` of all of it; the model's context bounds
+            them too.
         begun: what there is of each response already, fewer tokens than its limit; these weights go on with it.
         report: called with this replica's progress every few seconds, and at the end with that of all.
         shares: the samples of each replica; None gives them equal work.
         finished: called every few seconds with this replica's finished responses, by the numbers of their prompts.
+        turns: what answers this replica's samples between their turns, of `config.max_new_tokens` tokens each; None: a
+            response is one turn.
 
     Raises:
         ValueError: a prompt is empty or leaves no room in the model's context.
         ConfigError: `config.kv_tokens` has no room for the longest sequence.
         FloatingPointError: a logit is not finite; the same on every rank, naming the sample and a rank that saw it.
+        RunError: what `turns` has raised, likewise.
     """
     mesh = role.mesh
     most = _limits(prompts, limits or [config.max_new_tokens] * len(prompts), role.model.max_position_embeddings)
@@ -60,7 +67,7 @@ def rollout(
         raise ConfigError(f"rollout.kv_tokens={config.kv_tokens} has no room for a sequence of {longest} tokens")
     mine = (split(prompts, need, mesh.num_replicas) if shares is None else shares)[mesh.replica]
     responses: list[Response] = []
-    progress, error = Progress(), None
+    progress, error = Progress(), None  # of it the type and the words
     role.move(min(role.presence, Presence.STATE))  # gradients would take room from the cache, and come with an update
     with role.on_device():
         gpt = whole_model(role)
@@ -70,17 +77,18 @@ def rollout(
             text_ends = _text_ends(config.stop_texts, decode) if config.stop else None
             engine = Engine(
                 gpt, mesh, sampler, [tuple(prompts[i]) for i in mine], keys[mine], [most[i] for i in mine], mine,
-                config.slots, kv_tokens, text_ends, report, finished, begun and [begun[i] for i in mine],
+                config.slots, kv_tokens, text_ends, report, finished, begun and [begun[i] for i in mine], turns,
             )  # fmt: skip
             try:
                 responses = engine.run()
-            except FloatingPointError as raised:
-                error = str(raised)  # raised on every rank, or the others would wait for this one
+            except (FloatingPointError, RunError) as raised:
+                error = type(raised), str(raised)  # raised on every rank, or the others would wait for this one
             progress = engine.progress
     parts = mesh.all_gather_object((mesh.replica, progress, error))
     for *_, error in parts:
         if error is not None:
-            raise FloatingPointError(error)
+            kind, words = error
+            raise kind(words)
     if report is not None:
         report(Progress.over([part[1] for part in {part[0]: part for part in parts}.values()]))
     return unpack(mesh.gather_ragged(pack(dict(zip(mine, responses, strict=False)))), len(prompts))

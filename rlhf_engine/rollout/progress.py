@@ -8,11 +8,16 @@ from dataclasses import dataclass
 
 @dataclass
 class Response:
-    """What was generated for one prompt: `tokens` with their `log_probs`; `finished` by its own end, or cut."""
+    """What was generated for one prompt: `tokens` with their `log_probs`; `finished` by its own end, or cut.
+
+    `sampled` says which of the tokens the model has said, where it was answered between its turns; None: all. The
+    log-probs of the others are 0.
+    """
 
     tokens: list[int]
     log_probs: list[float]
     finished: bool
+    sampled: list[bool] | None = None
 
 
 @dataclass
@@ -22,6 +27,7 @@ class Progress:
     num_rows: int = 0
     rows_done: int = 0
     preempted: int = 0  # times that a row stepped back
+    away_seconds: float = 0.0  # with nothing to decode, as all rows waited for their answers
     tokens: int = 0  # generated
     seconds: float = 0.0  # of the slowest replica
     prefill_seconds: float = 0.0  # of all replicas, as are the sums below

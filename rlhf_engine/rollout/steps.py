@@ -7,6 +7,8 @@ comes of that stands behind its response, where nobody looks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -73,9 +75,13 @@ class Steps:
 
     def begin(self, sample: int, response: Response) -> None:
         """What a sample has been given before."""
-        count = len(response.tokens)
-        self.tokens[sample, :count] = torch.tensor(response.tokens, device=self.device)
-        self.log_probs[sample, :count] = torch.tensor(response.log_probs, device=self.device)
+        self.put(sample, 0, response.tokens, response.log_probs)
+
+    def put(self, sample: int, start: int, tokens: Sequence[int], log_probs: Sequence[float]) -> None:
+        """What a sample is given from elsewhere, as its tokens from `start` on."""
+        place = slice(start, start + len(tokens))
+        self.tokens[sample, place] = torch.tensor(tokens, device=self.device)
+        self.log_probs[sample, place] = torch.tensor(log_probs, device=self.device)
 
     def load(self, samples: Ints, lengths: Ints, table: Ints) -> None:
         """The rows of the next steps: of each its sample, its positions in the cache, its blocks."""
@@ -108,16 +114,18 @@ class Steps:
         self.tokens[samples, given], self.log_probs[samples, given] = tokens, log_probs
         return torch.stack([tokens, END * self.is_end[tokens] + NOT_FINITE * ~log_probs.isfinite()])
 
-    def replay(self, samples: Ints, given: Ints, lengths: Ints, table: Ints) -> Tensor:
+    def replay(self, samples: Ints, begins: Ints, given: Ints, lengths: Ints, table: Ints) -> Tensor:
         """Tokens that rows have been given into the cache, all at once and otherwise as they were decoded: logits
         `(B, V / tp)` after the last of each.
 
         Args:
+            begins: how many of them are there already, fewer than `given`.
             lengths: of their prompts.
         """
-        rows, nth = np.repeat(np.arange(len(given)), given), np.concatenate([np.arange(count) for count in given])
+        counts = given - begins
+        rows, nth = np.repeat(np.arange(len(given)), counts), np.concatenate([*map(np.arange, begins, given)])
         table, reading = self._reading(table[rows])
-        arrays = samples[rows], nth, lengths[rows] + nth, table, given.cumsum() - 1
+        arrays = samples[rows], nth, lengths[rows] + nth, table, counts.cumsum() - 1
         which, places, positions, blocks, last = on_device(self.device, *arrays)
         return self.decoder.decode(self.tokens[which, places], positions, blocks, self.cache, reading, last)
 
