@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
@@ -15,6 +16,7 @@ from .config import Base, GuardConfig, ModelConfig, RunConfig
 from .data.dataset import Dataset, Example
 from .data.sources import GoldFn
 from .data.tokenizer import Tokenizer
+from .environments.pool import Environments
 from .experience import Experience
 from .mesh import ParallelMesh
 from .models.role import RoleModel
@@ -97,7 +99,13 @@ class Context:
     metrics: Metrics = field(default_factory=Metrics)
     trace: Trace = field(default_factory=Trace)
     watch: Callable[[str], AbstractContextManager] = contextlib.nullcontext  # a stage, given only so much time
+    has_told_rewriting: bool = False  # it was looked whether the template writes earlier turns otherwise
     guard: Guard = field(default_factory=lambda: Guard(GuardConfig(), False, Skipped()))
+
+    @functools.cached_property
+    def environments(self) -> Environments:
+        """Those that answer this rank's samples."""
+        return Environments(self.config.env)
 
     @property
     def model(self) -> ModelConfig:

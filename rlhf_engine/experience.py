@@ -31,8 +31,11 @@ class Experience:
     lengths: Tensor | None = None  # (B,) int64, real tokens in a row
     loss_mask: Tensor | None = None  # (B, T) bool, tokens that supervised training learns
     desirable: Tensor | None = None  # (rows that are learned,) bool, good answers; the others are bad
-    response_mask: Tensor | None = None  # (B, T) bool, generated tokens, the end token included
-    finished: Tensor | None = None  # (B,) bool, the response has its end token
+    # (B, T) bool, generated tokens, the end token included; between turns it has gaps, and a row whose environment has
+    # failed has none
+    response_mask: Tensor | None = None
+    finished: Tensor | None = None  # (B,) bool, the response has its end token, and its environment has ended it
+    failed: Tensor | None = None  # (B,) bool, the environment has, so that nothing is rewarded
     older: Tensor | None = None  # (B, T) bool, generated tokens that earlier iterations have begun the response with
     # the likeliest response to each of the P different prompts
     greedy_tokens: Tensor | None = None  # (P, T) int64; T of their own
@@ -49,10 +52,14 @@ class Experience:
     ref_answer_log_probs: Tensor | None = None  # (B,) float64, likewise
     values: Tensor | None = None  # (B, T) float32, the critic before this iteration's updates
     scores: Tensor | None = None  # (B,) float32, one per response
+    # (B, T) float32, what the environment rewarded each turn with, at the turn's last token; their sum is in the score
+    turn_rewards: Tensor | None = None
     baselines: Tensor | None = None  # (P,) float32, the scores of the likeliest responses
     golds: Tensor | None = None  # (B,) float32, the true preference; None where it is not known
     # what the updates aim at
-    rewards: Tensor | None = None  # (B, T) float32, of each token: the KL's share, and the score at the last
+    # (B, T) float32, of each token: the KL's share, at a turn's last its reward, and at the row's last the rest of the
+    # score
+    rewards: Tensor | None = None
     advantages: Tensor | None = None  # (B, T) float32, not whitened yet
     importance: Tensor | None = None  # (B, T) float32, how much each token counts that the sampler has drawn
     advantage_moments: Tensor | None = None  # (3,) float32, count, mean and variance of the whole batch's
@@ -85,6 +92,22 @@ def spans(start: Tensor, stop: Tensor, width: int) -> Tensor:
     """Mask `(B, width)` that is True from `start` `(B,)` up to and without `stop` `(B,)`."""
     position = torch.arange(width, device=start.device)
     return (position >= start.unsqueeze(1)) & (position < stop.unsqueeze(1))
+
+
+def last_turns(mask: Tensor, lengths: Tensor) -> Tensor:
+    """Where the last tokens begin that a mask `(B, T)` selects without a gap up to `lengths` `(B,)`: `(B,)`."""
+    position = torch.arange(mask.shape[1])
+    return torch.where(mask, -1, position).masked_fill(position >= lengths.unsqueeze(1), -1).amax(1) + 1
+
+
+def last_of(mask: Tensor) -> Tensor:
+    """The last position that a mask `(B, T)` selects in each row, `(B,)`; -1 in a row without any."""
+    return (torch.arange(1, mask.shape[1] + 1, device=mask.device) * mask).amax(1) - 1
+
+
+def reach(mask: Tensor) -> Tensor:
+    """Positions from the first that a mask `(B, T)` selects in each row to the last, gaps included, `(B,)`."""
+    return torch.where(mask.any(1), last_of(mask) + 1 - mask.int().argmax(1), 0)
 
 
 def packed(x: Tensor, mask: Tensor) -> Tensor:

@@ -6,8 +6,10 @@ import contextlib
 import functools
 import hashlib
 import os
+import random
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -154,6 +156,7 @@ def generate(
     poison: int | None = None,
     as_on_cuda: bool = False,
     begun: list[tuple] | None = None,
+    delay: int | None = None,
 ):
     """Responses of the run's policy to prompts whose noise is keyed by `ids`, and the last report of their progress.
 
@@ -163,6 +166,7 @@ def generate(
         poison: a token whose embedding is not a number.
         as_on_cuda: see `rollouts_as_on_cuda`.
         begun: what there is of each, as this gives it.
+        delay: they have turns, which `Echo` answers after so many calls at most.
     """
     from rlhf_engine.launching.build import base_policy
     from rlhf_engine.rollout.generate import rollout
@@ -188,8 +192,40 @@ def generate(
             limits=limits,
             begun=begun and [Response(*part) for part in begun],
             report=reports.append,
+            turns=None if delay is None else Echo(delay),
         )
+    if delay is not None:
+        return [(r.tokens, r.log_probs, r.finished, r.sampled) for r in responses], reports[-1]
     return [(r.tokens, r.log_probs, r.finished) for r in responses], reports[-1]
+
+
+class Echo:
+    """Answers turns by what was said in them, in any order."""
+
+    def __init__(self, delay: int):
+        self.random, self.delay, self.counts, self.asked = random.Random(delay), delay, Counter(), []
+
+    def ask(self, sample: int, tokens: list[int], is_cut: bool, room: int) -> None:
+        self.counts[sample] += 1
+        found = echo(sample, self.counts[sample], tokens)
+        calls = self.random.randint(0, self.delay)
+        self.asked.append([calls, sample, None if found is None or len(found) >= room else found])
+
+    def answers(self, wait: bool) -> list[tuple]:
+        assert self.asked
+        for each in self.asked:
+            each[0] -= min(e[0] for e in self.asked) if wait else 1
+        found = [(sample, tokens) for calls, sample, tokens in self.asked if calls <= 0]
+        self.asked = [each for each in self.asked if each[0] > 0]
+        self.random.shuffle(found)
+        return found
+
+
+def echo(sample: int, turn: int, tokens: list[int]) -> list[int] | None:
+    """What a turn is answered; None: it was the last."""
+    if turn > sample % 4:
+        return None
+    return [(sum(tokens) + 7 * i) % 500 + 3 for i in range(1 + (5 * sample + 11 * turn) % 40)]
 
 
 def logits(overrides: list[str], layout: tuple, rows: list[list[int]]) -> torch.Tensor:

@@ -20,8 +20,9 @@ from rlhf_engine.algorithms import passing
 from rlhf_engine.algorithms.algorithm import Evaluation
 from rlhf_engine.algorithms.passing import evaluate, pass_at_k
 from rlhf_engine.config import ConfigError, EvalConfig, RewardConfig, RunConfig
-from rlhf_engine.data import sums
+from rlhf_engine.data import sums, tool_sums
 from rlhf_engine.data.sources import held_out_sets
+from rlhf_engine.environments.calculator import Calculator
 from rlhf_engine.rewards.functions import Sample, load
 
 # -- the estimator -------------------------------------------------------------------------------------------
@@ -112,6 +113,26 @@ def test_sums():
     assert (sums.without_carry(17, 25), sums.without_carry(95, 95), sums.without_carry(12, 34)) == (32, 80, 46)
 
 
+def test_sums_with_a_calculator():
+    """Calls are right, and guesses wrong; what is called is what is asked."""
+    rows = list(tool_sums.rows("train", 2000, 1))
+    assert rows[:9] == list(tool_sums.rows("train", 9, 1)) != list(tool_sums.rows("train", 9, 2))
+    called = 0
+    for row in rows:
+        asked, *calls, last = row["messages"]
+        a, b = map(int, asked["content"].removesuffix("=").split("+"))
+        assert row["answer"] == str(a + b) and not sums.is_held_out(a, b) and min(a, b) >= 10_000
+        if calls:
+            ((call,), result), called = (calls[0]["tool_calls"], calls[1]["content"]), called + 1
+            assert call["function"] == {"name": "calculator", "arguments": {"expression": f"{a}+{b}"}}
+            assert Calculator().calculator(f"{a}+{b}") == result == last["content"] == row["answer"]
+        else:
+            assert last["content"] != row["answer"]
+    assert called / len(rows) == pytest.approx(tool_sums.CALLS, abs=0.03)
+    test = list(tool_sums.rows("test", 50, 1))
+    assert all(sums.is_held_out(*map(int, row["messages"][0]["content"][:-1].split("+"))) for row in test)
+
+
 def test_sums_that_are_held_out():
     """An eighth of all problems, in the test split alone, whatever the seed; what is shown there is right."""
     held_out = {f"{a:02}+{b:02}=" for a in range(100) for b in range(100) if sums.is_held_out(a, b)}
@@ -163,7 +184,7 @@ def test_the_same_on_every_mesh(worlds, small_run):
 
 # -- the best checkpoint -------------------------------------------------------------------------------------
 
-BEST = ["reward.fns=[length]", "grpo.redraws=0", "eval.samples=2", "grpo.eval_every=1", "grpo.save_every=2",
+BEST = ["reward.fns=[graders:letters]", "grpo.redraws=0", "eval.samples=2", "grpo.eval_every=1", "grpo.save_every=2",
         "checkpoint.best=eval/pass@1", "checkpoint.keep_last=1"]  # fmt: skip
 
 

@@ -93,7 +93,7 @@ def test_rollouts_are_left_out(disk, capsys):
             change(disk)
         ctx.state = SimpleNamespace(iteration=iteration)
         records.write(ctx, None, x)
-        records.write_arrays(ctx, None, SimpleNamespace(tokens=x.tokens))
+        records.write_arrays(ctx, None, SimpleNamespace(tokens=x.tokens, row_fields=[]))
     names = sorted(path.name for path in (disk / "ppo" / "rollouts").iterdir())
     assert names == ["0.jsonl", "0.npz", "3.jsonl", "3.npz"]
     assert capsys.readouterr().out == without(disk / "ppo" / "rollouts")

@@ -72,7 +72,7 @@ def advantage(ctx: Context, _, x) -> Fields:
     if config.is_scored:
         found = found + config.reward_coef * grpo.advantage(ctx, None, x)["advantages"]
     else:
-        ctx.metrics.mean("kl/mean", kl.sum(1))
+        ctx.metrics.mean("kl/mean", kl.sum(1)[x.response_mask.any(1)])
         ctx.metrics.record("kl/coef", config.kl_coef)
     return {"advantages": found}
 
@@ -100,7 +100,7 @@ def taught(ctx: Context, work: Work, teacher_hidden: Tensor, head: Tensor) -> Wo
             other, count, sums = plain(hidden, batch)
         mask = batch["response_mask"]
         kl = teacher_kl(work.role, hidden, batch, head, rollout.temperature)
-        weights, _ = averaging(mask, config.loss_mean, rollout.max_new_tokens)
+        weights, _ = averaging(mask, config.loss_mean, ctx.config.most_new_tokens)
         sums = {**sums, "kl": (kl.detach().sum(), mask.sum())}
         return other + config.kl_coef * (kl.sum(1) * weights).sum(), count, sums
 

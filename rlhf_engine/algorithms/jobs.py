@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from ..context import Context
 from ..data.chat import Messages, clean
 from ..data.files import read_rows
 from ..data.formats import offered
-from ..data.messages import read_messages
+from ..data.messages import asked_of, read_messages
 from ..data.sources import parse_spec
 from ..data.tools import Tools
 from ..experience import pad_rows, spans
@@ -35,6 +36,7 @@ from ..signals import RunError, before_leaving
 from ..surviving.durable import reason
 from ..surviving.parts import Parts
 from .heads import choose, policy_log_probs
+from .turns import talk
 
 _NUM_PARTS = 8  # of a small input at least; what is under way when a job is stopped is made again
 _LEAST_SCORED, _MOST_SCORED = 64, 512  # rows of a part
@@ -111,8 +113,11 @@ def _score(ctx: Context, policy: RoleModel, rows: Sequence[Sequence[int]]) -> li
 def generate(ctx: Context, rows: list[dict], load: Callable[[], RoleModel], parts: Parts | None) -> None:
     """A response to every row, `{"prompt": …}` or `{"messages": […]}`: `prompt`, `response`, `tokens`, `log_probs`.
 
-    Each part is the work of one replica: sequences that are decoded side by side round each other's figures.
+    With `env.fn` it is a trajectory (`Talked.records`). Each part is the work of one replica: sequences that are
+    decoded side by side round each other's figures.
     """
+    if ctx.config.env.fn is not None:
+        return _talk(ctx, rows, load, parts)
     prompts = [
         ctx.tokenizer.encode(row["prompt"]) if "prompt" in row else _rendered(row, ctx.tokenizer.render_prompt)
         for row in rows
@@ -142,6 +147,16 @@ def generate(ctx: Context, rows: list[dict], load: Callable[[], RoleModel], part
             }
             for i, response in zip(part, found, strict=True)
         ])  # fmt: skip
+
+
+def _talk(ctx: Context, rows: list[dict], load: Callable[[], RoleModel], parts: Parts | None) -> None:
+    keys, config = sample_keys(ctx.config.seed, 0, torch.arange(len(rows))), ctx.config
+    asked = [json.dumps({**asked_of(row), "seed": i}) for i, row in enumerate(rows)]
+    output = _Output(ctx, parts, range(len(rows)), _part_size(len(rows), _LEAST_GENERATED, config.rollout.slots))
+    policy = load()
+    for shares, part in output.left(ctx.mesh.num_replicas):
+        found = talk(ctx, policy, [asked[i] for i in part], keys[part], config.rollout, shares, output.report)
+        output.write(found.records(ctx))
 
 
 def _check_lengths(ctx: Context, rows: Sequence[Sequence[int]], what: str, limit: int) -> None:

@@ -13,8 +13,7 @@ import torch
 from ..context import Context
 from ..data.dataset import Example
 from .algorithm import Algorithm, Evaluation
-from .rollouts import function_scores
-from .samples import EVAL_ITERATION, experience, respond
+from .samples import EVAL_ITERATION, respond, scores_of
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -76,5 +75,7 @@ def answers_scores(ctx: Context, examples: Sequence[Example]) -> torch.Tensor:
     own = {key: value for key in ("temperature", "top_p") if (value := getattr(asked, key)) is not None}
     repeated = [example for example in examples for _ in range(asked.samples)]
     config = replace(ctx.config.rollout, **own)
-    responses = respond(ctx, ctx.roles["policy"], repeated, EVAL_ITERATION + 1, config)
-    return function_scores(ctx, experience(ctx, repeated, responses))[0].view(-1, asked.samples)
+    x, _ = respond(ctx, ctx.roles["policy"], repeated, EVAL_ITERATION + 1, config, asked.samples)
+    scores, _ = scores_of(ctx, x)
+    assert scores is not None
+    return scores.view(-1, asked.samples)

@@ -60,14 +60,15 @@ def policy_works(ctx: Context, policy: RoleModel, x) -> Iterator[tuple[int, Work
         moments = moments.to(ctx.mesh.device)
     has_reference = hasattr(x, "ref_log_probs")
     # of the others a part stands in the loss and not in its gradient (`clipped_policy_loss`)
-    is_even = not is_weighted and moments is None  # advantages are the same throughout a response
+    # advantages are the same throughout a response
+    is_even = not is_weighted and moments is None and getattr(config, "credit", "trajectory") == "trajectory"
     is_derivative = config.loss in ("ppo", "reinforce") or (config.loss == "gspo" and is_even)
     is_derivative = is_derivative and config.kl not in ("k1", "k3+")
 
     def loss(hidden: Tensor, batch: Batch, is_first: bool):
         mask = batch["response_mask"]
         log_probs, entropy = policy_log_probs(policy, hidden, batch, ctx.config.rollout.temperature)
-        weights, count = averaging(mask, config.loss_mean, ctx.config.rollout.max_new_tokens)
+        weights, count = averaging(mask, config.loss_mean, ctx.config.most_new_tokens)
         term = dict(ref_log_probs=batch["ref_log_probs"], kl=config.kl, kl_coef=config.kl_coef) if has_reference else {}
         result = clipped_policy_loss(
             log_probs,
@@ -102,7 +103,8 @@ def averaging(mask: Tensor, over: str, length: int) -> tuple[Tensor, Tensor]:
     """Weights `(B,)` of the rows of a mask `(B, T)`, and the count, that make of sums over tokens a mean over tokens,
     over sequences of the mean of each, or over sequences of the sum of each divided by a length ("constant").
 
-    A row is a whole sequence, however rows are dealt to replicas and micro-batches.
+    A row is a whole sequence, however many turns it has and however rows are dealt to replicas and micro-batches. One
+    without any token is none.
     """
     lengths = mask.sum(1)
     if over == "tokens":

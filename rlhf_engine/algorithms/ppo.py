@@ -15,8 +15,9 @@
 | write         | -         | local   | prompts, tokens, scores, golds, log_probs, ... | -                           |
 | write_arrays  | -         | local   | tokens, ..., advantages, returns               | -                           |
 
-With reward functions, score is a local stage. Gold is measured where the true preference is known, and never
-learned from. The last stages are there with `ppo.write_rollouts=true` and `ppo.write_arrays=true`.
+With reward functions, score is a local stage. With an environment (`env.fn`) a row is a trajectory of several turns,
+whose response_mask has gaps, and advantage reads turn_rewards too. Gold is measured where the true preference is known,
+and never learned from. The last stages are there with `ppo.write_rollouts=true` and `ppo.write_arrays=true`.
 
 Where it deviates from the papers:
 1. Old log-probs come from the trainer's forward, so the first ratio of an iteration is exactly 1; the sampler's are
@@ -45,7 +46,7 @@ from . import records, rollouts
 from .algorithm import RoleSpec
 from .heads import token_values
 from .policy import SamplingAlgorithm, policy_works, update_stage
-from .rollouts import SEQUENCE, minibatches, overlong, shape_scores
+from .rollouts import SEQUENCE, minibatches
 from .sft import cross_entropy, supervised, text_work
 
 # -- the stages ----------------------------------------------------------------------------------------------
@@ -61,30 +62,30 @@ def values(ctx: Context, critic: RoleModel, x) -> Works:
 def advantage(ctx: Context, _, x) -> dict[str, Tensor]:
     """KL-shaped rewards, generalised advantages, returns; adapts the KL coefficient.
 
-    The policy's loss whitens the advantages by the moments of the whole batch.
+    The policy's loss whitens the advantages by the moments of the whole batch. A row without a sampled token, whose
+    environment has failed, is in none of the figures.
     """
     config, state, metrics = ctx.settings, ctx.state, ctx.metrics
-    mask = x.response_mask
+    mask, said = x.response_mask, x.response_mask.any(1)
     kl_of_tokens = kl_estimate(x.log_probs, x.ref_log_probs) * mask
-    kl = kl_of_tokens.sum(1)
-    metrics.mean("score/mean", x.scores)
-    metrics.record("score/std", x.scores.std(correction=0))
+    kl = kl_of_tokens.sum(1)[said]
+    rollouts.record_scores(ctx, x.scores[said])
     metrics.mean("kl/mean", kl)
     metrics.record("kl/coef", state.kl_coef)
-    scores = shape_scores(ctx, x.scores, x.finished) - overlong(ctx, mask.sum(1))
+    scores = rollouts.shaped(ctx, x.scores, x.finished, mask)
+    given = rollouts.at_tokens(scores, mask, getattr(x, "turn_rewards", None))
     kl_coef = state.kl_coef if config.kl == "reward" else 0.0
-    fields = [field.to(ctx.mesh.device) for field in (x.log_probs, x.ref_log_probs, x.values, scores, mask)]
+    fields = [field.to(ctx.mesh.device) for field in (x.log_probs, x.ref_log_probs, x.values, given, mask)]
     estimate = functools.partial(kl_advantages, *fields, kl_coef=kl_coef, gamma=config.gamma)
     found = estimate(gae_lambda=_lambdas(config, mask.sum(1)).to(ctx.mesh.device))
     if config.critic_lambda is not None:
         found = found._replace(returns=estimate(gae_lambda=config.critic_lambda).returns)
     result = Advantages(*(field.cpu() for field in found))
-    rewards = -kl_coef * kl_of_tokens
-    rewards[torch.arange(len(scores)), x.lengths - 1] += scores
-    metrics.mean("reward/mean", result.rewards)
+    metrics.mean("reward/mean", result.rewards[said])
     metrics.mean("critic/value", x.values, mask)
-    metrics.record("critic/explained_variance", _explained_variance(x.values[mask], result.returns[mask]))
-    if config.kl_controller == "adaptive":
+    if len(kl):
+        metrics.record("critic/explained_variance", _explained_variance(x.values[mask], result.returns[mask]))
+    if config.kl_controller == "adaptive" and len(kl):
         # Ziegler et al. 2019, section 2.2
         error = max(-0.2, min(0.2, float(kl.mean()) / config.kl_target - 1))
         state.kl_coef *= 1 + error * len(kl) / config.kl_horizon
@@ -92,7 +93,7 @@ def advantage(ctx: Context, _, x) -> dict[str, Tensor]:
     if config.whiten_advantages:
         moments = corrected(result.moments, config.std_correction)
     aims = {"advantages": result.advantages, "advantage_moments": moments, "returns": result.returns}
-    return {"rewards": rewards, **aims}
+    return {"rewards": given - kl_coef * kl_of_tokens, **aims}
 
 
 def train_critic(ctx: Context, critic: RoleModel, x) -> Works:
@@ -148,7 +149,7 @@ def pretraining(ctx: Context, policy: RoleModel, minibatch: int, count: Tensor) 
 
 
 def _lambdas(config: PPOConfig, lengths: Tensor) -> Tensor:
-    """For responses of these lengths, lambda `(B,)`: one for all, or longer ones nearer to 1 (Yue et al. 2025,
+    """For responses of so many sampled tokens, lambda `(B,)`: one for all, or longer ones nearer to 1 (Yue et al. 2025,
     arXiv:2504.05118, eq. 6)."""
     if config.gae_alpha is None:
         return torch.full(lengths.shape, config.gae_lambda)
@@ -164,12 +165,13 @@ def _explained_variance(values: Tensor, returns: Tensor) -> Tensor:
 
 def stage_table(config: RunConfig) -> tuple[Stage, ...]:
     """PPO's stages."""
-    measured = ("log_probs", "ref_log_probs", "values", "scores", "finished", "lengths", "response_mask")
+    measured = ("log_probs", "ref_log_probs", "values", "scores", "finished", "response_mask")
+    earned = ("turn_rewards",) if config.env.fn is not None else ()
     whitened = ("advantages", "advantage_moments")
     table = [
         *rollouts.stages(config),
         Stage("values", "infer", values, "critic", SEQUENCE, ("values",)),
-        Stage("advantage", "local", advantage, None, measured, ("rewards", "returns", *whitened)),
+        Stage("advantage", "local", advantage, None, (*measured, *earned), ("rewards", "returns", *whitened)),
         *rollouts.importance_stages(config, config.ppo),
         Stage("train_critic", "train", train_critic, "critic", (*SEQUENCE, "values", "returns")),
         update_stage(config, "ppo", train_policy, ["advantage_moments"]),

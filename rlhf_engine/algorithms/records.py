@@ -16,11 +16,13 @@ from ..config import SamplingConfig
 from ..context import Context
 from ..schedule import Fields, Stage
 from ..surviving import durable
+from .replay import checksums
 from .rollouts import SEQUENCE
+from .turns import spoken
 
 _OF_TOKENS = (
-    *SEQUENCE, "finished", "older", "sampler_log_probs", "log_probs", "ref_log_probs", "values", "scores", "rewards",
-    "advantages", "returns", "importance",
+    *SEQUENCE, "finished", "failed", "older", "sampler_log_probs", "log_probs", "ref_log_probs", "values", "scores",
+    "turn_rewards", "rewards", "advantages", "returns", "importance",
 )  # fmt: skip
 
 
@@ -29,8 +31,9 @@ def stages(settings: SamplingConfig, before: Sequence[Stage]) -> list[Stage]:
     given = {field for stage in before for field in stage.writes}
     reference = ("ref_log_probs",) if "ref_log_probs" in given else ()
     scores = ("scores",) if "scores" in given else ()
-    recorded = ("prompts", "tokens", "lengths", *scores, "golds", "log_probs", *reference)
-    arrays = tuple(field for field in _OF_TOKENS if field in given)
+    turns = ("response_mask", "failed", "turn_rewards") if "turn_rewards" in given else ()
+    recorded = ("prompts", "tokens", "lengths", *scores, "golds", "log_probs", *reference, *turns)
+    arrays = (*(field for field in _OF_TOKENS if field in given), "row_fields")
     table = [Stage("gold", "local", gold, None, ("prompts", "tokens", "lengths"), ("golds",))]
     if settings.write_rollouts:
         table.append(Stage("write", "local", write, None, recorded))
@@ -53,7 +56,7 @@ def write(ctx: Context, _, x) -> None:
     """The responses and what was found of them, OUTPUT_DIR/PHASE/rollouts/ITERATION.jsonl: an object for each.
 
     Keys: prompt, response, score and gold (null where there is none), kl (nats, of each response token, to the
-    reference or the teacher; null without one).
+    reference or the teacher; null without one); with an environment `turns` (`turns.spoken`; null where it has failed).
     """
     if not ctx.mesh.is_main:
         return
@@ -69,16 +72,20 @@ def write(ctx: Context, _, x) -> None:
             "gold": golds[i],
             "kl": kl[i][len(prompt) : n] if kl is not None else None,
         }
+        if hasattr(x, "turn_rewards"):
+            said = [field[i, len(prompt) : n].tolist() for field in (x.tokens, x.response_mask, x.turn_rewards)]
+            row["turns"] = None if x.failed[i] else spoken(ctx.tokenizer.decode, *said)
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     _keep(ctx, "jsonl", "".join(lines).encode())
 
 
 def write_arrays(ctx: Context, _, x) -> None:
     """What an iteration's updates were computed from, OUTPUT_DIR/PHASE/rollouts/ITERATION.npz: an array for each field
-    that the stage reads, under its name, padding zero."""
+    that the stage reads, under its name, padding zero; and `rows`, checksums of what else the rows have."""
     if not ctx.mesh.is_main:
         return
-    arrays = {name: np.asarray(value) for name, value in vars(x).items()}
+    arrays = {name: np.asarray(value) for name, value in vars(x).items() if name != "row_fields"}
+    arrays["rows"] = checksums(x.row_fields)
     arrays["tokens"] = arrays["tokens"].astype(np.int32)
     file = io.BytesIO()
     np.savez_compressed(file, **arrays)  # type: ignore[arg-type]

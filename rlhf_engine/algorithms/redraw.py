@@ -4,7 +4,7 @@ Rows of a table for one round, as often as `redraws` says; a round without such 
 
 | stage     | role   | kind    | reads                                     | writes                                  |
 |-----------|--------|---------|-------------------------------------------|-----------------------------------------|
-| redraw_i  | -      | local   | scores, what the phase starts from        | redrawn, what the phase starts from     |
+| redraw_i  | -      | local   | scores, response_mask, prompts, ...       | redrawn, what the phase starts from     |
 | rollout_i | policy | rollout | as rollout, its fields, redrawn           | as rollout                              |
 | score_i   | reward | infer   | as score, scores, redrawn                 | scores                                  |
 
@@ -31,15 +31,15 @@ def stages(rounds: int, rollout: Stage, score: Stage) -> list[Stage]:
     table = []
     for i in range(1, rounds + 1):
         body = functools.partial(redraw, number=i)
-        table.append(Stage(f"redraw_{i}", "local", body, None, ("scores", *provided), (*provided, "redrawn")))
+        reads = ("scores", "response_mask", *provided)
+        table.append(Stage(f"redraw_{i}", "local", body, None, reads, (*provided, "redrawn")))
         table += [again(rollout, i), again(score, i)]
     return table
 
 
 def redraw(ctx: Context, _, x, number: int) -> Fields:
     """Further prompts in the place of those whose responses all have the same score."""
-    of_group = x.scores.view(-1, ctx.settings.samples_per_prompt)
-    is_equal = of_group.amax(1) == of_group.amin(1)
+    is_equal = rollouts.equal_groups(x.scores, x.response_mask, ctx.settings.samples_per_prompt)
     ctx.metrics.record(f"rollout/redrawn_{number}", is_equal.sum())
     redrawn = is_equal.repeat_interleave(ctx.settings.samples_per_prompt)
     found: dict[str, Any] = {name: getattr(x, name) for name in rollouts.PROVIDED}

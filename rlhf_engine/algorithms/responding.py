@@ -12,7 +12,7 @@ from ..context import Context
 from ..models.role import RoleModel
 from ..rewards.functions import Sample
 from ..rollout.generate import rollout
-from ..rollout.progress import Progress, Response
+from ..rollout.progress import Progress, Report, Response
 from ..rollout.responses import Responses
 
 Begin = Callable[[Mapping[int, Response]], None]  # is told of responses, by the numbers of their prompts
@@ -35,15 +35,12 @@ def respond(
         begin: is told of responses as they are finished.
         begun, limits: as `rollout` has them.
     """
-    progress = Progress()
+    progress, lines = Progress(), progress_lines(ctx)
 
     def report(now: Progress) -> None:
         nonlocal progress
         progress = now
-        if ctx.mesh.is_main and now.rows_done < now.num_rows:
-            place = f"{ctx.phase} {ctx.state.iteration + 1}/{ctx.settings.iterations}"
-            speed = f"{now.tokens / now.seconds:.4g} tokens/s  {now.slot_occupancy:.0%} of slots busy"
-            print(f"{place}  rollout {now.rows_done}/{now.num_rows}  {speed}", flush=True)
+        lines(now)
 
     responses = rollout(
         policy,
@@ -62,15 +59,28 @@ def respond(
     return responses, progress
 
 
+def progress_lines(ctx: Context) -> Report:
+    """Prints how far a rollout is."""
+
+    def report(now: Progress) -> None:
+        if ctx.mesh.is_main and now.rows_done < now.num_rows:
+            place = f"{ctx.phase} {ctx.state.iteration + 1}/{ctx.settings.iterations}"
+            speed = f"{now.tokens / now.seconds:.4g} tokens/s  {now.slot_occupancy:.0%} of slots busy"
+            print(f"{place}  rollout {now.rows_done}/{now.num_rows}  {speed}", flush=True)
+
+    return report
+
+
 def as_fields(ctx: Context, prompts: Sequence[list[int]], responses: Responses) -> dict[str, Tensor]:
     """What an Experience has of responses."""
     tokens, lengths, response_mask = responses.behind(prompts, ctx.mesh.tp)
+    said = responses.log_probs[responses.sampled]
     return {
         "tokens": tokens,
         "lengths": lengths,
         "response_mask": response_mask,
         "finished": responses.finished,
-        "sampler_log_probs": torch.zeros(tokens.shape).masked_scatter(response_mask, responses.log_probs),
+        "sampler_log_probs": torch.zeros(tokens.shape).masked_scatter(response_mask, said),
     }
 
 

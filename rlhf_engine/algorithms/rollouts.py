@@ -6,9 +6,9 @@ Settings are those of the phase that runs (`ctx.settings`), a `SamplingConfig`.
 from __future__ import annotations
 
 import functools
-import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,13 +17,12 @@ from rlhf_kernels import importance_weights
 
 from ..config import RunConfig, SamplingConfig
 from ..context import Context
-from ..data.dataset import Example
-from ..experience import Experience, pad_rows
+from ..experience import Experience, last_of, last_turns, pad_rows, reach
 from ..models.role import RoleModel
 from ..models.work import Batch, Work
 from ..rollout.sampling import sample_keys
 from ..schedule import Stage, Works
-from . import carry
+from . import carry, replay, turns
 from .algorithm import RoleSpec
 from .heads import choose, last_scores, policy_log_probs, score_batch
 from .responding import as_fields, as_sample, record_rollout, respond, scoring
@@ -38,13 +37,14 @@ _MAX_LOG_PROB_GAP = {torch.float32: 1e-4, torch.bfloat16: 0.5}
 
 
 def stages(config: RunConfig, reference: bool = True) -> list[Stage]:
-    """Rows of a table: from prompts to responses, their log-probs and scores; reward functions take the place of the
-    reward model's row, and `carry.rollout`, which reads and writes more, that of the rollout.
+    """Rows of a table: from prompts to responses, their log-probs and scores; reward functions and environments take
+    the place of the reward model's row, and `carry.rollout` or `turns.rollout`, which read and write more, that of the
+    rollout.
 
     Args:
         reference: whether there is one.
     """
-    answered = ("prompts", "row_fields", "tokens", "lengths")
+    answered = ("prompts", "row_fields", "tokens", "lengths", "response_mask")
     by_function = Stage("score", "local", score_by_functions, None, answered, ("scores",))
     by_model = Stage("score", "infer", score, "reward", ("prompts", "reward_prompts", "tokens", "lengths"), ("scores",))
     made = (*SEQUENCE, "finished", "sampler_log_probs")
@@ -52,13 +52,20 @@ def stages(config: RunConfig, reference: bool = True) -> list[Stage]:
     if is_carrying := config.rollout.carries:
         provided = tuple(sorted(PROVIDED))
         drawn = Stage("rollout", "rollout", carry.rollout, "policy", provided, (*provided, *made, "older"))
+    if config.env.fn is not None:
+        written = ("prompts", "reward_prompts", *made, "failed", "turn_rewards")
+        drawn = Stage("rollout", "rollout", turns.rollout, "policy", ("row_fields", "sample_ids"), written)
+        read = (*answered, "failed", "turn_rewards") if config.reward.fns else ("turn_rewards",)
+        by_function = Stage("score", "local", score_by_environments, None, read, ("scores",))
+    if config.rollout.replay is not None:
+        drawn = replace(drawn, body=replay.rollout, reads=("prompts", "reward_prompts", "row_fields"))
     measured = (*SEQUENCE, "sampler_log_probs", *(["older"] if is_carrying else []))
     by_reference = Stage("ref_log_probs", "infer", ref_log_probs, "reference", SEQUENCE, ("ref_log_probs",))
     return [
         drawn,
         Stage("log_probs", "infer", log_probs, "policy", measured, ("log_probs",)),
         *([by_reference] if reference else []),
-        by_function if config.reward.fns else by_model,
+        by_model if scorer(config) is not None else by_function,
     ]
 
 
@@ -71,8 +78,8 @@ def importance_stages(config: RunConfig, settings: SamplingConfig) -> list[Stage
 
 
 def scorer(config: RunConfig) -> RoleSpec | None:
-    """The reward model, from the reward phase or `reward.path`; None with reward functions."""
-    if config.reward.fns:
+    """The reward model, from the reward phase or `reward.path`; None with reward functions or environments."""
+    if config.reward.fns or config.env.fn is not None:
         return None
     return RoleSpec("scalar", (("reward", "reward"),), base="reward")
 
@@ -80,18 +87,14 @@ def scorer(config: RunConfig) -> RoleSpec | None:
 def draw(ctx: Context, count: int | None = None) -> Experience:
     """So many prompts, by default those of an iteration, each as often as it is sampled."""
     drawn = ctx.draw(ctx.phase, ctx.settings.prompts_per_iteration if count is None else count)
-    examples = [example for example in drawn for _ in range(ctx.settings.samples_per_prompt)]
+    size = ctx.settings.samples_per_prompt
+    examples = [example for example in drawn for _ in range(size)]
     return Experience(
         prompts=[example.prompt for example in examples],
         reward_prompts=[example.reward_prompt for example in examples],
-        row_fields=row_fields(examples),
+        row_fields=turns.row_fields(ctx, examples, ctx.state.iteration, size),
         sample_ids=torch.arange(len(examples)),
     )
-
-
-def row_fields(examples: Sequence[Example]) -> list[str]:
-    """What else the rows of examples have, for `Experience.row_fields`; as text, that of what JSON does not know."""
-    return [json.dumps(example.fields, default=str) for example in examples]
 
 
 def rollout(ctx: Context, policy: RoleModel, x) -> dict[str, Tensor]:
@@ -149,14 +152,25 @@ def score_by_functions(ctx: Context, _, x) -> dict[str, Tensor]:
     return {"scores": scores}
 
 
+def score_by_environments(ctx: Context, _, x) -> dict[str, Tensor]:
+    """What the environments have rewarded, and functions, if there are some, for the last turn."""
+    scores = x.turn_rewards.double().sum(1).float()
+    return {"scores": scores + score_by_functions(ctx, None, x)["scores"] if ctx.rewards is not None else scores}
+
+
 def function_scores(ctx: Context, x) -> tuple[Tensor, dict[str, float]]:
-    """Scores `(B,)` and the mean of each function, which the main rank calls."""
-    scores, means = None, dict[str, float]()
+    """Scores `(B,)` of responses, each the last turn of its row, and the mean of each function, which the main rank
+    calls; 0 where an environment has failed."""
+    scores, means, failed = None, dict[str, float](), getattr(x, "failed", None)
     if ctx.mesh.is_main:
         assert ctx.rewards is not None
-        rows = zip(x.prompts, x.tokens.tolist(), x.lengths.tolist(), x.row_fields, strict=True)
-        found, means = ctx.rewards([as_sample(ctx, p, row[len(p) : n], fields) for p, row, n, fields in rows])
-        scores = torch.tensor(found, dtype=torch.float32)
+        starts = last_turns(x.response_mask, x.lengths).tolist()
+        rows = zip(x.prompts, x.tokens.tolist(), starts, x.lengths.tolist(), x.row_fields, strict=True)
+        samples = [as_sample(ctx, p, row[i:n], fields) for p, row, i, n, fields in rows]
+        of = list(range(len(samples))) if failed is None else (~failed).nonzero().flatten().tolist()
+        found, means = ctx.rewards([samples[i] for i in of]) if of else ([], means)
+        scores = torch.zeros(len(samples))
+        scores[of] = torch.tensor(found, dtype=torch.float32)
     return ctx.mesh.tensor_from_main(scores, [len(x.prompts)], torch.float32), ctx.mesh.from_main(means)
 
 
@@ -232,5 +246,41 @@ def overlong(ctx: Context, lengths: Tensor) -> Tensor:
     """What responses of these lengths `(B,)` lose for being nearly as long as can be (Yu et al. 2025, arXiv:2503.14476,
     eq. 13)."""
     config = ctx.settings
-    beyond = lengths - (ctx.config.rollout.max_new_tokens - config.overlong_buffer)
+    beyond = lengths - (ctx.config.most_new_tokens - config.overlong_buffer)
     return config.overlong_penalty * beyond.clamp_min(0) / max(1, config.overlong_buffer)
+
+
+def shaped(ctx: Context, scores: Tensor, finished: Tensor, mask: Tensor, is_new: bool = True) -> Tensor:
+    """The same with what long responses lose; a row without a sampled token counts nowhere, and has 0.
+
+    Args:
+        mask: `(B, T)`, of sampled tokens.
+    """
+    said, found = mask.any(1), torch.zeros_like(scores)
+    found[said] = shape_scores(ctx, scores[said], finished[said], is_new) - overlong(ctx, reach(mask[said]))
+    return found
+
+
+def at_tokens(scores: Tensor, mask: Tensor, turn_rewards: Tensor | None = None) -> Tensor:
+    """What scores `(B,)` give each sampled token, `(B, T)`: turns have their rewards, whose sum is a part of the score,
+    and the rest of it stands at a row's last token, as all of it does without an environment."""
+    if turn_rewards is None:
+        found, rest = torch.zeros(mask.shape, dtype=scores.dtype), scores
+    else:
+        found = torch.where(mask, turn_rewards, 0.0)
+        rest = scores - found.double().sum(1).to(scores.dtype)  # exactly 0 where the score is the sum alone
+    return found.scatter_add(1, last_of(mask).clamp_min(0).unsqueeze(1), (rest * mask.any(1)).unsqueeze(1))
+
+
+def record_scores(ctx: Context, scores: Tensor) -> None:
+    """Those of rows that something was sampled in."""
+    ctx.metrics.mean("score/mean", scores)
+    if len(scores):
+        ctx.metrics.record("score/std", scores.std(correction=0))
+
+
+def equal_groups(scores: Tensor, mask: Tensor, size: int) -> Tensor:
+    """Which groups of `size` neighbouring rows tell nothing, since all that something was sampled in score alike."""
+    said = mask.any(1)
+    most = scores.masked_fill(~said, -torch.inf).view(-1, size).amax(1)
+    return most <= scores.masked_fill(~said, torch.inf).view(-1, size).amin(1)

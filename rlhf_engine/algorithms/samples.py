@@ -19,8 +19,9 @@ from ..models.stream import infer
 from ..rollout.generate import rollout
 from ..rollout.responses import Responses
 from ..rollout.sampling import sample_keys
+from . import turns
 from .algorithm import Evaluation
-from .rollouts import function_scores, log_probs_work, row_fields, scores_work
+from .rollouts import function_scores, log_probs_work, scores_work
 
 EVAL_ITERATION = 1 << 40  # no training iteration shares its noise
 NUM_CARDS = 8
@@ -31,17 +32,22 @@ class Samples:
     """What one policy said to some prompts."""
 
     examples: list[Example]
+    x: Experience
     responses: Responses
     texts: list[str]
     golds: list[float] | None
+    # where an environment answers, of the first few: what it asked, and what was said
+    prompts: list[str] | None = None
+    turns: list[list[dict[str, object]]] | None = None
 
     def cards(self) -> list[dict[str, object]]:
         """The first few dialogues as the report shows them."""
         return [
             {
-                "prompt": example.prompt_text.strip(),
+                "prompt": (self.prompts[i] if self.prompts is not None else example.prompt_text).strip(),
                 "after": self.texts[i].strip(),
                 "gold_after": self.golds[i] if self.golds is not None else None,
+                **({"turns_after": self.turns[i]} if self.turns is not None else {}),
             }
             for i, example in enumerate(self.examples[:NUM_CARDS])
         ]
@@ -49,21 +55,46 @@ class Samples:
 
 def sample_dialogues(ctx: Context, policy: RoleModel, examples: list[Example]) -> Samples:
     """One response to each prompt, with the same noise whichever policy speaks."""
-    responses = respond(ctx, policy, examples, EVAL_ITERATION, ctx.config.rollout)
+    x, responses = respond(ctx, policy, examples, EVAL_ITERATION, ctx.config.rollout)
     texts = [ctx.tokenizer.decode(response.tokens) for response in responses]
     golds = None
     if ctx.gold is not None:
         golds = [ctx.gold(e.prompt_text, text) for e, text in zip(examples, texts, strict=True)]
-    return Samples(examples, responses, texts, golds)
+    found = Samples(examples, x, responses, texts, golds)
+    if x.turn_rewards is not None:
+        assert x.prompts is not None
+        decode, first = ctx.tokenizer.decode, x.prompts[:NUM_CARDS]
+        found.prompts, found.turns = [decode(prompt) for prompt in first], []
+        for prompt, rewards, said in zip(first, x.turn_rewards.tolist(), responses, strict=False):
+            sampled = said.sampled or [True] * len(said.tokens)
+            found.turns.append(turns.spoken(decode, said.tokens, sampled, rewards[len(prompt) :][: len(said.tokens)]))
+    return found
 
 
 def respond(
-    ctx: Context, policy: RoleModel, examples: Sequence[Example], iteration: int, config: RolloutConfig
-) -> Responses:
-    """A response to each prompt, with the noise of an iteration."""
+    ctx: Context,
+    policy: RoleModel,
+    examples: Sequence[Example],
+    iteration: int,
+    config: RolloutConfig,
+    samples: int = 1,
+) -> tuple[Experience, Responses]:
+    """A response to each prompt, or a trajectory, with the noise of an iteration; the former to be scored.
+
+    Args:
+        samples: of each prompt, side by side.
+    """
     keys, tokenizer = sample_keys(ctx.config.seed, iteration, torch.arange(len(examples))), ctx.tokenizer
+    rows = turns.row_fields(ctx, examples, iteration, samples)
+    if ctx.config.env.fn is not None:
+        found = turns.talk(ctx, policy, rows, keys, config)
+        turns.figures(ctx, found)  # which says what has failed
+        return Experience(**found.fields(ctx), row_fields=rows), found.responses
     prompts = [example.prompt for example in examples]
-    return rollout(policy, prompts, keys, config, tokenizer.end_ids, decode=tokenizer.decode)
+    responses = rollout(policy, prompts, keys, config, tokenizer.end_ids, decode=tokenizer.decode)
+    tokens, lengths, mask = responses.behind(prompts, ctx.mesh.tp)
+    rewarded = [example.reward_prompt for example in examples]
+    return Experience(prompts, rewarded, rows, tokens=tokens, lengths=lengths, response_mask=mask), responses
 
 
 def compare(ctx: Context, to: str = "reference") -> Evaluation:
@@ -78,12 +109,14 @@ def compare(ctx: Context, to: str = "reference") -> Evaluation:
     said = {when: sample_dialogues(ctx, ctx.roles[role], examples) for when, role in names.items() if role in ctx.roles}
     cards, figures = said["after"].cards(), {}
     if to in ctx.roles:
-        figures["eval/kl"] = float(_kl(ctx, to, experience(ctx, examples, said["after"].responses)).mean())
+        figures["eval/kl"] = float(_kl(ctx, to, said["after"].x).mean())
     if "before" in said:
         for i, card in enumerate(cards):
             card["before"] = said["before"].texts[i].strip()
+            if (before := said["before"].turns) is not None:
+                card["turns_before"] = before[i]
     for when, found in said.items():
-        scores, means = _scores(ctx, experience(ctx, examples, found.responses))
+        scores, means = scores_of(ctx, found.x)
         figures |= {f"eval/score_{when}/{label}": mean for label, mean in means.items()}
         if scores is not None:
             figures[f"eval/score_{when}"] = float(scores.mean())
@@ -100,19 +133,14 @@ def compare(ctx: Context, to: str = "reference") -> Evaluation:
     return Evaluation(figures, cards)
 
 
-def _scores(ctx: Context, x: Experience) -> tuple[Tensor | None, dict[str, float]]:
-    """Of the reward model or the reward functions, where there are some, and the mean of each function."""
+def scores_of(ctx: Context, x: Experience) -> tuple[Tensor | None, dict[str, float]]:
+    """Of the reward model, reward functions and environments, where there are some, and the mean of each function."""
     if (reward := ctx.roles.get("reward")) is not None:
         return infer([scores_work(ctx, reward, x)])[0], {}
-    return function_scores(ctx, x) if ctx.rewards is not None else (None, {})
-
-
-def experience(ctx: Context, examples: Sequence[Example], responses: Responses) -> Experience:
-    """Responses behind their prompts, to be scored."""
-    prompts = [example.prompt for example in examples]
-    tokens, lengths, mask = responses.behind(prompts, ctx.mesh.tp)
-    reward_prompts = [example.reward_prompt for example in examples]
-    return Experience(prompts, reward_prompts, row_fields(examples), tokens=tokens, lengths=lengths, response_mask=mask)
+    scores, means = function_scores(ctx, x) if ctx.rewards is not None else (None, {})
+    if x.turn_rewards is not None:
+        scores = x.turn_rewards.double().sum(1).float() + (0 if scores is None else scores)
+    return scores, means
 
 
 def _kl(ctx: Context, to: str, x: Experience) -> Tensor:

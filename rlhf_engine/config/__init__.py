@@ -21,6 +21,7 @@ from .algorithms import (
     TeacherConfig,
 )
 from .data import DataConfig, TokenizerConfig
+from .environments import EnvConfig
 from .evaluating import EvalConfig
 from .mesh import MeshConfig, resolve_mesh
 from .model import FP8_UNIT, Base, ModelConfig, PolicyConfig, RopeScaling, check_model
@@ -35,9 +36,9 @@ from .surviving import CheckpointConfig, GuardConfig, TimeoutConfig
 __all__ = [
     "ASKING", "BUILDS_ON", "FP8_UNIT", "JOBS", "LABELLED", "NEEDED", "PAIRED", "ROLES", "SAMPLING", "TAUGHT", "Base",
     "CheckpointConfig", "CodeConfig", "ConfigError", "DPOConfig", "DataConfig", "DeviceName", "DistillConfig",
-    "EvalConfig", "GRPOConfig", "GroupConfig", "GuardConfig", "JudgeConfig", "KTOConfig", "LogConfig", "MeshConfig",
-    "ModelConfig", "OptimizerConfig", "PPOConfig", "PTXConfig", "Phase", "PlanConfig", "PolicyConfig", "Recompute",
-    "RehearseConfig", "RewardConfig", "RolloutConfig", "RopeScaling", "RunConfig", "SFTConfig", "SamplingConfig",
-    "ScheduleConfig", "TeacherConfig", "TimeoutConfig", "TokenizerConfig", "WandBConfig", "check", "check_model",
-    "from_dict", "keys", "nearest", "resolve_mesh",
+    "EnvConfig", "EvalConfig", "GRPOConfig", "GroupConfig", "GuardConfig", "JudgeConfig", "KTOConfig", "LogConfig",
+    "MeshConfig", "ModelConfig", "OptimizerConfig", "PPOConfig", "PTXConfig", "Phase", "PlanConfig", "PolicyConfig",
+    "Recompute", "RehearseConfig", "RewardConfig", "RolloutConfig", "RopeScaling", "RunConfig", "SFTConfig",
+    "SamplingConfig", "ScheduleConfig", "TeacherConfig", "TimeoutConfig", "TokenizerConfig", "WandBConfig", "check",
+    "check_model", "from_dict", "keys", "nearest", "resolve_mesh",
 ]  # fmt: skip

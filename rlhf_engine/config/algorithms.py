@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from .environments import EnvConfig
 from .reading import ConfigError, size
 from .rollout import RolloutConfig
 
@@ -116,7 +117,7 @@ class SamplingConfig:
     measure_gap_every: int = 10  # iterations; in between nothing is computed that could tell
     loss: Literal["ppo", "gspo", "cispo", "reinforce"] = "ppo"  # which policy loss (docs/algorithms.md)
     # over what it is a mean: all tokens; responses, each a mean over its tokens; or responses, each a sum over its
-    # tokens divided by rollout.max_new_tokens
+    # tokens divided by rollout.max_new_tokens (with env.fn env.max_tokens)
     loss_mean: Literal["tokens", "sequences", "constant"] = "tokens"
     clip_ratio: float = 0.2
     clip_ratio_high: float | None = None  # above 1; null: as below
@@ -133,7 +134,8 @@ class SamplingConfig:
     score_center: bool = False  # then take off their running mean
     score_scale: bool = False  # and divide them by their running standard deviation
     missing_eos_penalty: float = 1.0  # taken off the score of a response without an end
-    # taken off the score of one of rollout.max_new_tokens, and less off those that are up to so many tokens shorter
+    # taken off the score of one of rollout.max_new_tokens (with env.fn env.max_tokens, what is observed included), and
+    # less off those that are up to so many tokens shorter
     overlong_penalty: float = 1.0
     overlong_buffer: int = 0  # 0: off
     std_correction: int = 1  # taken off the count in a standard deviation: 1 as most, 0 as numpy
@@ -267,6 +269,10 @@ class GroupConfig(SamplingConfig):
 
     # what a score is compared with (docs/algorithms.md)
     advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++_baseline", "remax", "none"] = "grpo"
+    # with env.fn, what is compared: trajectories by their scores; or each turn, by what it and the turns behind it are
+    # rewarded with, with the same turn of the prompt's other samples
+    credit: Literal["trajectory", "turn"] = "trajectory"
+    turn_discount: float = 1.0  # of the next turn's rewards, in what a turn is compared by
     std_eps: float = 1e-6  # added to it
     redraws: int = 0  # rounds, at most, in which further prompts take the place of those whose scores are all equal
 
@@ -284,6 +290,11 @@ class GroupConfig(SamplingConfig):
             raise ConfigError(
                 f"{name}.redraws={self.redraws} finishes what it draws, and rollout.tail=carry does not: use"
                 f" {name}.redraws=0 or rollout.tail=finish"
+            )
+        if rollout.replay is not None and (self.redraws or self.advantage == "remax"):
+            key = "redraws" if self.redraws else "advantage"
+            raise ConfigError(
+                f"{name}.{key}={getattr(self, key)} samples more than rollout.replay={rollout.replay} has recorded"
             )
         is_alone = self.is_scored and self.samples_per_prompt == 1
         if is_alone and self.advantage not in ("reinforce++", "remax", "none"):
@@ -330,6 +341,39 @@ class DistillConfig(GroupConfig):
         what = f"redraws={self.redraws}" if self.redraws else f"advantage={self.advantage}"
         if not self.is_scored and (self.redraws or self.advantage == "remax"):
             raise ConfigError(f"{name}.{what} needs scores, and {name}.reward_coef=0 asks for none: use 1")
+
+
+def check_turns(name: str, section: SamplingConfig, env: EnvConfig) -> None:
+    """Refuses turns that are compared where there are none, or by what knows none."""
+    shaping = [key for key in ("score_min", "score_max") if getattr(section, key) is not None]
+    shaping += [key for key in ("score_center", "score_scale") if getattr(section, key)]
+    of_turns = isinstance(section, PPOConfig) or getattr(section, "credit", "") == "turn"
+    if env.fn is not None and of_turns and shaping:
+        raise ConfigError(
+            f"{name}.{shaping[0]}={getattr(section, shaping[0])} changes scores as a whole, and rewards of turns stay"
+            f" as env.fn={env.fn} gives them: leave it out"
+        )
+    if not isinstance(section, GroupConfig):
+        return
+    if env.fn is not None and section.redraws:
+        raise ConfigError(f"{name}.redraws={section.redraws} draws single turns again: use 0 with env.fn={env.fn}")
+    if env.fn is not None and section.advantage == "remax":
+        raise ConfigError(
+            f"{name}.advantage=remax compares with the likeliest response of one turn: use {name}.advantage=rloo with"
+            f" env.fn={env.fn}"
+        )
+    if section.credit == "turn":
+        if env.fn is None:
+            raise ConfigError(
+                f"{name}.credit=turn compares the turns of an environment, and env.fn=null has none: use"
+                f" env.fn=package.module:Class, or {name}.credit=trajectory"
+            )
+        if not section.is_scored:
+            raise ConfigError(f"{name}.credit=turn needs scores, and {name}.reward_coef=0 asks for none: use 1")
+        if not 0 <= section.turn_discount <= 1:
+            raise ConfigError(f"{name}.turn_discount={section.turn_discount} must lie between 0 and 1")
+    elif section.turn_discount != 1:
+        raise ConfigError(f"{name}.turn_discount={section.turn_discount} has no use with {name}.credit=trajectory")
 
 
 def check_optimizer(key: str, optimizer: OptimizerConfig) -> None:

@@ -28,7 +28,7 @@ class DataConfig:
     # each batch has the shares of the mixture, or only the data as a whole
     strategy: Literal["in_batch", "in_data"] = "in_batch"
     cache_dir: str | None = None  # where rows are kept as token ids; null: the folder `prepared` beside output_dir
-    num_rows: int = 3000  # rows generated over all embedded sources (hh_mini, sums)
+    num_rows: int = 3000  # rows generated over all embedded sources (hh_mini, sums, tool_sums)
     # held out: embedded sources' test split, or the last rows of each source; null: 256, but of no source more than a
     # tenth
     num_eval_rows: int | None = None

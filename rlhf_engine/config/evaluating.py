@@ -28,19 +28,21 @@ class EvalConfig:
         return [*(f"eval/pass@{k}" for k in self.k), f"eval/avg@{self.samples}"] if self.samples else []
 
 
-def check_eval(config: EvalConfig, trained_on: Sequence[str], fns: Sequence[str]) -> None:
+def check_eval(config: EvalConfig, trained_on: Sequence[str], is_scored: bool) -> None:
     """Refuses an evaluation that would measure nothing, or something else.
 
     Args:
         trained_on: data.sources.
-        fns: reward.fns.
+        is_scored: by reward.fns or env.fn.
     """
     if not config.samples:
         if config.sources:
             raise ConfigError(f"eval.sources={config.sources} is answered with eval.samples=N, the responses to each")
         return
-    if not fns:
-        raise ConfigError(f"eval.samples={config.samples} needs reward.fns, whose scores say which response has passed")
+    if not is_scored:
+        raise ConfigError(
+            f"eval.samples={config.samples} needs reward.fns or env.fn, whose scores say which response has passed"
+        )
     if wrong := [k for k in config.k if not 1 <= k <= config.samples]:
         raise ConfigError(f"eval.k={wrong[0]} must lie between 1 and eval.samples={config.samples}")
     if config.top_p is not None and config.top_p > 1:

@@ -28,6 +28,9 @@ class RolloutConfig:
     # the next one, with its weights (docs/algorithms.md)
     tail: Literal["finish", "carry"] = "finish"
     done_share: float = 0.8  # of the prompts under way, what is done and learned from when the others are carried
+    # folder of recorded responses, as write_arrays=true leaves OUTPUT_DIR/PHASE/rollouts: iterations learn from them
+    # instead of new ones (docs/environments.md)
+    replay: str | None = None
     cuda_graphs: bool = True  # launch a decode step as one; false: to compare with
 
     @property
@@ -50,6 +53,8 @@ def check_rollout(rollout: RolloutConfig) -> None:
         raise ConfigError(f"rollout.cache_share={rollout.cache_share} must lie in (0, 1): a share of free memory")
     if rollout.done_share > 1:
         raise ConfigError(f"rollout.done_share={rollout.done_share} must lie in (0, 1]: a share of what is under way")
+    if rollout.replay is not None and rollout.carries:
+        raise ConfigError(f"rollout.replay={rollout.replay} has whole responses: use rollout.tail=finish")
     if rollout.min_p > 1:
         raise ConfigError(f"rollout.min_p={rollout.min_p} must lie in [0, 1]")
     if "" in rollout.stop:

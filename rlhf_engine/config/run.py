@@ -21,8 +21,10 @@ from .algorithms import (
     check_batch,
     check_dpo,
     check_optimizer,
+    check_turns,
 )
 from .data import DataConfig, TokenizerConfig
+from .environments import EnvConfig, check_env
 from .evaluating import EvalConfig, check_best, check_eval
 from .mesh import MeshConfig
 from .model import ModelConfig, PolicyConfig, check_fp8, check_model
@@ -75,6 +77,7 @@ class RunConfig:
     dpo: DPOConfig = field(default_factory=DPOConfig)
     kto: KTOConfig = field(default_factory=KTOConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    env: EnvConfig = field(default_factory=EnvConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
@@ -101,6 +104,13 @@ class RunConfig:
     def calls_functions(self) -> bool:
         """Reward functions score responses, to learn from them or to evaluate."""
         return bool(self.reward.fns and (self.sampling or self.eval.samples))
+
+    @property
+    def most_new_tokens(self) -> int:
+        """That a row may have behind its prompt."""
+        if self.env.fn is None:
+            return self.rollout.max_new_tokens
+        return self.env.max_tokens or max(1, self.data.max_seq_len - self.data.max_prompt_len)
 
     @property
     def samples_like(self) -> SamplingConfig:
@@ -147,6 +157,7 @@ def check(config: RunConfig, mesh: MeshConfig, *models: ModelConfig) -> None:
         raise ConfigError("kto.batch_size=1 has no other answer to estimate the KL with: use 2 at least")
     for name, section in config.sampling.items():
         section.check(name, config.reward, config.rollout, mesh.dp)
+        check_turns(name, section, config.env)
         check_sampled_from(config.rollout)
         check_offload(config.schedule)
     if phases & JOBS:
@@ -154,7 +165,10 @@ def check(config: RunConfig, mesh: MeshConfig, *models: ModelConfig) -> None:
     else:
         _check_lengths(config, mesh, models)
     check_rollout(config.rollout)
-    check_eval(config.eval, config.data.sources, config.reward.fns)
+    check_env(config.env, config.rollout, config.phases)
+    if config.env.fn is not None and config.reward.path is not None:
+        raise ConfigError(f"reward.path={config.reward.path} has no use with env.fn={config.env.fn}, which rewards")
+    check_eval(config.eval, config.data.sources, bool(config.reward.fns or config.env.fn))
     check_best(config.checkpoint, _figures(config))
     for key, optimizer in config.optimizers.items():
         check_optimizer(key, optimizer)
@@ -188,13 +202,14 @@ def _check_lengths(config: RunConfig, mesh: MeshConfig, models: Sequence[ModelCo
         if each.num_experts is not None and mesh.tp > 1 and not mesh.sequence_parallel:
             raise ConfigError(f"mesh.tp={mesh.tp} trains experts with mesh.sequence_parallel=true only")
     length = min(each.max_position_embeddings - (each.score_token is not None) for each in models)
-    budget = config.rollout.max_new_tokens
+    budget = config.most_new_tokens
     if config.data.max_seq_len > length:
         raise ConfigError(f"data.max_seq_len={config.data.max_seq_len} exceeds the context of {length}")
     if not config.sampling:
         return
     kv_tokens, most = config.rollout.kv_tokens, config.data.max_prompt_len + budget
-    asked = f"data.max_prompt_len={config.data.max_prompt_len} + rollout.max_new_tokens={budget}"
+    key = "rollout.max_new_tokens" if config.env.fn is None else "env.max_tokens"
+    asked = f"data.max_prompt_len={config.data.max_prompt_len} + {key}={budget}"
     if most > length:
         raise ConfigError(f"{asked} exceeds the context of {length}")
     if kv_tokens is not None and kv_tokens < most:

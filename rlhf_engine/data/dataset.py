@@ -118,6 +118,7 @@ def _dataset(phase: str, found: list[tuple[Source, Prepared, int, int]], config:
     data = config.data
     found = [each for each in found if each[3] & bit(phase)]
     total = sum(source.share for source, *_ in found)
+    asked = "rollout.max_new_tokens" if config.env.fn is None else "env.max_tokens"
     parts, lost = [], Counter[str]()  # of the rows held out
     for source, prepared, split, _ in found:
         train, left_out = _of_use(prepared, 0, split, phase, config)
@@ -127,7 +128,7 @@ def _dataset(phase: str, found: list[tuple[Source, Prepared, int, int]], config:
             raise ConfigError(
                 f"no row of {source.spec.name} fits data.max_seq_len={data.max_seq_len}, data.max_prompt_len="
                 f"{data.max_prompt_len} and data.min_prompt_len={data.min_prompt_len} in phase {phase}"
-                + (f" with rollout.max_new_tokens={config.rollout.max_new_tokens}" if phase in ASKING else "")
+                + (f" with {asked}={config.most_new_tokens}" if phase in ASKING else "")
             )
         num_rows = (split, len(prepared) - split)
         parts.append(Part(source, source.share / total, train, held_out, left_out, num_rows))
@@ -170,7 +171,7 @@ def _of_use_within(
     prompt = np.maximum(lengths["prompt"], lengths["reward_prompt"])[rows]
     answers = np.stack([lengths[side] for side in ("chosen", "rejected")])
     answer = np.max(answers if phase in PAIRED | LABELLED else answers[:1], axis=0)
-    room = config.rollout.max_new_tokens if phase in ASKING else np.where(is_text, 0, answer)[rows]
+    room = config.most_new_tokens if phase in ASKING else np.where(is_text, 0, answer)[rows]
     obstacles = {
         f"without {KINDS[kind_of(phase)]}": ~is_served[rows],
         "prompt too short": ~is_text[rows] & (prompt < data.min_prompt_len),

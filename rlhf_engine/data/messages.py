@@ -174,3 +174,9 @@ def _content(value: Any, place: str) -> str:
             raise ConfigError(f"{place} has a part of the type {what!r:.40}: only text is supported")
         said += text
     return clean(said)
+
+
+def asked_of(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a job, `{"prompt": text}` or `{"messages": …}`, with the messages that it asks with."""
+    given = [{"role": "user", "content": row["prompt"]}] if "prompt" in row else row["messages"]
+    return {**row, "messages": read_messages(given, "", "messages")}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import ASKING, LABELLED, PAIRED, ConfigError, nearest
-from . import hh_mini, sums
+from . import hh_mini, sums, tool_sums
 from .files import Meter, identity, read_rows
 from .formats import Row, read_row, text_of
 
@@ -23,9 +23,10 @@ GoldFn = Callable[[str, str], float]  # prompt text, response text -> score
 
 HH_MINI = tuple(f"hh_mini/{subset}" for subset in hh_mini.SUBSETS)
 # the embedded sources: split, number of rows and seed to rows
-EMBEDDED: dict[str, Callable[[str, int, int], Iterator[dict[str, str]]]] = {
+EMBEDDED: dict[str, Callable[[str, int, int], Iterator[dict[str, Any]]]] = {
     **{name: functools.partial(hh_mini.pairs, name.removeprefix("hh_mini/")) for name in HH_MINI},
     "sums": sums.rows,
+    "tool_sums": tool_sums.rows,
 }
 
 # System messages that a source can have in front of its dialogues. `default` leaves them as they are.

@@ -40,7 +40,9 @@ def trained_tokenizer(config: RunConfig, sources: Sequence[Source]) -> Tokenizer
             durable.write(record, json.dumps(about))
         finally:
             lock.release()
-    return Tokenizer(str(path), config.tokenizer.template)
+    tokenizer = Tokenizer(str(path), config.tokenizer.template)
+    tokenizer.call_format = config.tokenizer.tool_calls or tokenizer.call_format
+    return tokenizer
 
 
 def tokenizer_notes(config: RunConfig, sources: Sequence[Source]) -> list[str]:

@@ -13,6 +13,7 @@ from ..xtuner.read import from_command_line
 from .overrides import mistake
 
 _SWITCHES = {"plan=true": "plan.show=true", "schedule=explain": "schedule.explain=true"}  # sections have no values
+_OPEN = "env.args."  # a mapping, of any names
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
 
@@ -35,6 +36,7 @@ def compose(overrides: Sequence[str]) -> RunConfig:
     from omegaconf.errors import OmegaConfBaseException
 
     theirs, overrides = from_command_line([_SWITCHES.get(override, override) for override in overrides])
+    changes, emptied = dict[int, str](), list[str]()
     defaults = asdict(RunConfig())
     for key, value in theirs.values.items() if theirs else ():
         *sections, name = key.split(".")
@@ -60,11 +62,16 @@ def compose(overrides: Sequence[str]) -> RunConfig:
                 for option in value if isinstance(value, list) else [value]:
                     if option not in groups[key] and not (option is None and override.is_delete()):
                         raise ConfigError(f"{key}={option}: {nearest(str(option), groups[key])}")
+            elif f"{key}.".startswith(_OPEN):
+                if not override.is_delete():
+                    changes[i] = f"++{argument.lstrip('+')}"
+                    emptied += ["~env.args", "++env.args={}"] if key == "env.args" else []
             elif key not in known:
                 raise ConfigError(f"unknown key {key}: {nearest(key, [*known, *groups])}")
         ConfigStore.instance().store("defaults", defaults)
         with initialize_config_dir(str(CONF), version_base=None):
-            composed = compose("config", overrides=overrides)
+            given = [changes.get(i, argument) for i, argument in enumerate(overrides)]
+            composed = compose("config", overrides=[*emptied, *given])
         values = OmegaConf.to_container(composed, resolve=True)
     except OmegaConfBaseException as error:
         reason = str(error).partition("\n")[0]

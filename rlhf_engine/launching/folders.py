@@ -69,7 +69,7 @@ def check_reward(config: RunConfig, reward: Base) -> None:
     """
     trained = "reward" in config.phases or (Path(config.output_dir) / "reward" / SUMMARY).is_file()
     scored = [phase for phase, section in config.sampling.items() if section.is_scored]
-    if not scored or config.reward.fns or trained:
+    if not scored or config.reward.fns or config.env.fn is not None or trained:
         return
     phase = scored[0]
     if config.reward.path is None:
@@ -109,6 +109,7 @@ def read_tokenizer(config: RunConfig, policy: Base) -> Tokenizer | None:
         return None
     config.tokenizer.date = config.tokenizer.date or kept_date(config)
     tokenizer = Tokenizer(path, template, config.tokenizer.end_id, config.tokenizer.date)
+    tokenizer.call_format = config.tokenizer.tool_calls or tokenizer.call_format
     if most is not None:
         tokenizer.fit(most, "the model's vocabulary")
     return tokenizer

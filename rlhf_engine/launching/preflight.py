@@ -6,17 +6,20 @@ import glob
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..config import JOBS, SAMPLING, Base, ConfigError, MeshConfig, ModelConfig, RunConfig, check, resolve_mesh
+from ..data.conversation import check_turns
 from ..data.dataset import cache_of
 from ..data.files import read_rows
 from ..data.formats import Row, offered
-from ..data.messages import read_messages
+from ..data.messages import asked_of, read_messages
 from ..data.sources import HH_MINI, LOOKED_AT, NUM_EVAL_ROWS, Source, held_out_sets, look, mixture, parse_spec, serves
 from ..data.tokenizer import Tokenizer
 from ..data.trained import tokenizer_notes
+from ..environments.load import check_environment
 from ..observing.to_wandb import has_wandb
 from ..rewards.functions import check_rows, load
 from ..rewards.programs import try_out
@@ -147,6 +150,10 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
     if config.calls_functions:
         asked = [*(sources if config.sampling or "eval" not in beside else ()), *beside.get("eval", ())]
         check_functions(config, [row for source in asked for row in source.first_rows(LOOKED_AT)[0]], is_main)
+    if config.env.fn is not None and is_main and config.phases != ["score"]:
+        for answer in check_environment(config.env, list(_first_rows(config, sources))):
+            if tokenizer is not None:
+                check_turns(tokenizer, "tool" if answer.tools else "user", answer.tools)
     if is_main:
         place, key = (config.output, "output") if jobs else (config.output_dir, "output_dir")
         assert place is not None
@@ -215,6 +222,19 @@ def _notes_of_the_machine(config: RunConfig, device: str, is_main: bool) -> Iter
         )
 
 
+def _first_rows(config: RunConfig, sources: Sequence[Source]) -> Iterator[dict[str, Any]]:
+    """What environments will be reset with, of a few rows."""
+    if set(config.phases) & JOBS:
+        rows = (row for source in config.data.sources for _, row in read_rows(parse_spec(source).name))
+        for row in islice(rows, 1):
+            yield {**asked_of(row), "seed": 0}
+        return
+    for source in sources:
+        for row in source.first_rows(LOOKED_AT)[0]:
+            if serves(row, "prompt"):
+                yield {**row.fields, "messages": row.prompt, "seed": 0}
+
+
 def lock(config: RunConfig) -> Lock:
     """Of the place where a run writes."""
     if set(config.phases) & JOBS:
@@ -233,7 +253,7 @@ def job_settings(config: RunConfig, device: str) -> dict[str, Any]:
         "tokenizer.path": folder_digest(tokenizer) if tokenizer is not None else None,
         "dtype": config.dtype if config.dtype != "auto" else "bfloat16" if device == "cuda" else "float32",
     }
-    sections = ["policy", "tokenizer", *(["rollout"] if job == "generate" else [])]
+    sections = ["policy", "tokenizer", *(["rollout", "env"] if job == "generate" else [])]
     for section in sections:
         values = asdict(getattr(config, section))
         found |= {f"{section}.{key}": value for key, value in values.items() if key not in _NO_DIFFERENCE}

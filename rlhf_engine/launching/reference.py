@@ -77,7 +77,8 @@ def _kind(hint: typing.Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return ", ".join(typing.get_args(hint))
     if args := [_kind(arg) for arg in typing.get_args(hint) if arg is not type(None)]:
-        return f"list of {args[0]}" if typing.get_origin(hint) is list else args[0]
+        kinds = {list: f"list of {args[0]}", dict: "mapping"}
+        return kinds.get(typing.get_origin(hint), args[0])  # type: ignore[call-overload]
     return {int: "whole number", float: "number", bool: "true or false", str: "text"}.get(hint, "section")
 
 

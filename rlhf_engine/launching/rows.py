@@ -39,6 +39,4 @@ def datasets_of(plan: Plan, tokenizer: Tokenizer, is_checking: bool) -> dict[str
 
 def tokenizer_of(plan: Plan) -> Tokenizer:
     """The one that there is, or one that is trained on the rows at first use."""
-    tokenizer = plan.tokenizer or trained_tokenizer(plan.config, plan.sources)
-    tokenizer.call_format = plan.config.tokenizer.tool_calls or tokenizer.call_format
-    return tokenizer
+    return plan.tokenizer or trained_tokenizer(plan.config, plan.sources)

@@ -71,7 +71,8 @@ def write_report(
     """Draw `folder/metrics.jsonl` as `folder/report.html` and return that path; no log, no charts.
 
     Numbers of `summary` become tiles, its strings the line under the title. A sample may hold `prompt`,
-    `before`, `after`, and `score_` and `gold_` of both; any may be absent.
+    `before`, `after`, `score_` and `gold_` of both, and `turns_`, what was said `by` the policy, with its `reward`, and
+    by the environment; any may be absent.
     """
     series, iterations = _read(folder / "metrics.jsonl")
     charts, times, others = _arrange(series, iterations)

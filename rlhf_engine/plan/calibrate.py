@@ -54,8 +54,9 @@ def as_measured(config: RunConfig, experience: Experience) -> RunConfig:
     if experience.response_mask is None:
         length = int(experience.lengths.float().mean())
         return changed(config, {"plan.prompt_tokens": length - 1, "plan.response_tokens": 1})
-    responses = experience.response_mask.sum(1)
-    prompts, mean = experience.lengths - responses, float(responses.float().mean())
+    said = experience.response_mask.any(1)
+    prompts = experience.response_mask.int().argmax(1)[said]  # behind which an environment's answers stand too
+    mean = float((experience.lengths[said] - prompts).float().mean())
     lengths = {"plan.prompt_tokens": round(float(prompts.float().mean())), "plan.response_tokens": round(mean)}
     return changed(config, lengths | {"data.max_prompt_len": int(prompts.max())})
 

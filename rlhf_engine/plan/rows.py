@@ -38,7 +38,7 @@ class Rows:
 def rows_of(phase: str, config: RunConfig) -> Rows:
     """Of a training phase. The rows of pairs are their two sides."""
     plan, data = config.plan, config.data
-    new = config.rollout.max_new_tokens
+    new = config.most_new_tokens
     prompt, response = plan.prompt_tokens or data.max_prompt_len, plan.response_tokens or new
     if phase in SAMPLING:
         part = getattr(config, phase)

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.distributed.checkpoint import default_planner
 
 from .. import mesh, trainer
-from ..algorithms import responding, samples
+from ..algorithms import responding, samples, turns
 from ..config import RunConfig
 from ..data.dataset import Dataset, Example
+from ..environments import pool
 from ..hf import files
 from ..hf.rows import Window
 from ..launching import build
@@ -48,6 +49,8 @@ def stand_in(gpu: FakeGPU, part: Part, plan: Plan) -> None:
     if part.micro_batches is not None:
         _few_micro_batches(part.micro_batches)
         _few_steps()
+    if plan.config.env.fn is not None:
+        _environments(plan.config)
     if part.stops_in is not None:
         _stop(part)
     if len(part.present) < part.world_size:
@@ -269,8 +272,52 @@ def _own_share() -> None:
         place = {i: k for k, i in enumerate(own)}
         return found.take(torch.tensor([place.get(i, i % len(found)) for i in range(len(prompts))]))
 
+    def talk_own(ctx, policy, rows, keys, config, shares=None, report=None) -> turns.Talked:
+        count, replicas, replica = len(rows), ctx.mesh.num_replicas, ctx.mesh.replica
+        own = range(count * replica // replicas, count * (replica + 1) // replicas) or range(1)
+        found = talk(ctx, policy, [rows[i] for i in own], keys[own], config, [range(len(own))] * replicas, report)
+        places = [i % len(own) for i in range(count)]
+        return turns.Talked(
+            [found.prompts[i] for i in places],
+            found.responses.take(torch.tensor(places)),
+            [found.trajectories[i] for i in places],
+            found.progress,
+        )
+
     put(samples, rollout=rollout_own)
     put(responding, rollout=rollout_own)
+    talk = turns.talk
+    put(turns, talk=talk_own)
+
+
+def _environments(config: RunConfig) -> None:
+    """Answers at once, that make of each trajectory as many turns and as many tokens as it may have."""
+    env, most, found = config.env, config.most_new_tokens, list[pool.Answer]()
+    sampled = min(most, env.max_turns * config.rollout.max_new_tokens)
+    words = " ".join("a" * max(1, (most - sampled) // max(1, env.max_turns - 1)))
+    ask, start = turns.Talk.ask, turns.Conversation.start
+
+    def start_longest(self, messages, tools, tokenizer) -> list[int]:
+        tokens = start(self, messages, tools, tokenizer)
+        more = tokens[-1:] * (config.data.max_prompt_len - len(tokens) if config.rehearse.rows == "longest" else 0)
+        self.tokens, self.mask = [*self.tokens, *more], [*self.mask, *[0] * len(more)]
+        return tokens + more
+
+    def begin(self, number: int, row) -> None:
+        found.append(pool.Answer(number, row["messages"]))
+
+    def act(self, number: int, action) -> None:
+        found.append(pool.Answer(number, [{"role": "user", "content": words}]))
+
+    def answers(self, timeout) -> list[pool.Answer]:
+        told, found[:] = found[:], []
+        return told
+
+    put(turns.Conversation, start=start_longest)
+    # a turn as long as it may be is none that was cut
+    put(turns.Talk, ask=lambda self, sample, tokens, is_cut, room: ask(self, sample, tokens, False, room))
+    put(pool.Environments, __init__=lambda self, config: None, begin=begin, act=act, answers=answers)
+    put(pool.Environments, end=lambda self, number: None, close=lambda self: None)
 
 
 def _stop(part: Part) -> None:

@@ -272,6 +272,7 @@ def generated(x: Experience, multiple: int) -> dict[str, Any]:
     """What a rollout has written, in rows that are a multiple of so many positions long."""
     found = {}
     names = ["tokens", "lengths", "response_mask", "finished", "sampler_log_probs"]
+    names += ["turn_rewards", "scores"] if x.turn_rewards is not None else []
     for name in [*names, *(name for name in vars(x) if name.startswith("greedy_"))]:
         if (value := getattr(x, name)) is not None:
             found[name] = F.pad(value, (0, -value.shape[1] % multiple)) if value.dim() == 2 else value

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..algorithms import distill, dpo, grpo, kto, policy, ppo, reward, rollouts, sft
 from ..algorithms.heads import choose, policy_log_probs
 from ..config import PAIRED, SAMPLING
-from ..experience import spans
+from ..experience import reach, spans
 from ..models.stream import infer
 from ..models.work import Work
 from ..schedule import Body, Stage
@@ -140,7 +140,7 @@ def taught_loss(it: Iteration) -> Finding:
     with teacher.on_device():
         kl = config.kl_coef * infer([replace(work, fn=fn)])[0]
     terms, condition = policy_terms(it, work)
-    terms = terms + plain.averaged(kl, work.batch["response_mask"], config, it.ctx.config.rollout.max_new_tokens)
+    terms = terms + plain.averaged(kl, work.batch["response_mask"], config, it.ctx.config.most_new_tokens)
     return against_plain("policy", whole_loss([work]), terms, it, condition)
 
 
@@ -156,7 +156,7 @@ def policy_terms(it: Iteration, work: Work) -> tuple[Tensor, float]:
     if x.importance is not None:
         advantages = advantages * x.importance[rows]
     both, reference = plain_log_probs(it, work, "response_mask"), work.batch.get("ref_log_probs")
-    longest = it.ctx.config.rollout.max_new_tokens
+    longest = it.ctx.config.most_new_tokens
     return plain.policy_losses(*both, old, reference, advantages, mask, config, longest), condition
 
 
@@ -183,6 +183,8 @@ def masked_prompts(it: Iteration) -> Finding:
     else:
         starts = torch.tensor([len(prompts[i]) for i in work.batch["samples"].tolist()])
         said = spans(starts, work.batch["lengths"], work.batch["tokens"].shape[1])
+        if it.ctx.config.env.fn is not None:  # which alone knows what of it the policy has said
+            said &= work.batch["response_mask"]
     fields = {"said": said}
     if prompts is not None:  # that are nowhere 0
         noise = torch.Generator().manual_seed(1)
@@ -274,11 +276,10 @@ def advantages(it: Iteration) -> Finding:
     """Advantages against the recurrence, token by token, as a share of the largest number that enters it."""
     x, config = it.experience, it.ctx.settings
     assert x.scores is not None and x.finished is not None and x.response_mask is not None
-    scores = plain.shaped_scores(
-        x.scores, x.finished, x.response_mask.sum(1), config, it.ctx.config.rollout.max_new_tokens
-    )
+    scores = shaped_scores(it)
+    rewards = plain.token_rewards(scores, x.response_mask, x.turn_rewards)
     fields = x.log_probs, x.ref_log_probs, x.values
-    wanted = plain.advantages(*fields, scores, x.response_mask, config)  # type: ignore[arg-type]
+    wanted = plain.advantages(*fields, rewards, x.response_mask, config)  # type: ignore[arg-type]
     size = max(float(field.abs().max()) for field in (wanted, scores, x.values, x.scores))  # type: ignore[union-attr]
     gap = rms((x.advantages - wanted)[x.response_mask])  # type: ignore[operator]
     return Finding(gap / (size or 1.0), bound(0.0, 1.0))
@@ -315,25 +316,37 @@ def advantage_finding(it: Iteration, wanted: Tensor, size: float, condition: flo
     return Finding(rms((x.advantages - wanted)[x.response_mask]) / size, bound(0.0, condition))
 
 
+def shaped_scores(it: Iteration) -> Tensor:
+    """Scores as they enter the reward, of rows that something was sampled in; of the others, 0."""
+    x = it.experience
+    assert x.scores is not None and x.finished is not None and x.response_mask is not None
+    said, found = x.response_mask.any(1), torch.zeros(len(x.scores), dtype=torch.float64)
+    lengths, longest = reach(x.response_mask)[said], it.ctx.config.most_new_tokens
+    found[said] = plain.shaped_scores(x.scores[said], x.finished[said], lengths, it.ctx.settings, longest)
+    return found
+
+
 def compared(it: Iteration) -> tuple[Tensor, float, float]:
-    """Advantages of groups by their formula, `(B, 1)`, the largest score, and how much larger they are than the scores'
-    differences."""
+    """Advantages of groups by their formula, `(B, 1)`, or of turns, `(B, T)`, the largest score, and how much larger
+    they are than the scores' differences."""
     x, config = it.experience, it.ctx.settings
     assert x.scores is not None and x.finished is not None and x.response_mask is not None
-    scores = plain.shaped_scores(
-        x.scores, x.finished, x.response_mask.sum(1), config, it.ctx.config.rollout.max_new_tokens
-    )
+    scores = shaped_scores(it)
     if config.kl == "reward" and x.ref_log_probs is not None:
         kl = (x.log_probs.double() - x.ref_log_probs.double()) * x.response_mask  # type: ignore[union-attr]
         scores = scores - config.kl_coef * kl.sum(1)
     greedy = None
     if x.baselines is not None and x.greedy_finished is not None and x.greedy_response_mask is not None:
         said = x.greedy_finished, x.greedy_response_mask.sum(1)
-        greedy = plain.shaped_scores(x.baselines, *said, config, it.ctx.config.rollout.max_new_tokens, x.scores)
-    wanted = plain.group_advantages(scores, x.response_mask.sum(1), greedy, config)
+        greedy = plain.shaped_scores(x.baselines, *said, config, it.ctx.config.most_new_tokens, x.scores)
+    if config.credit == "turn":
+        rewards = plain.token_rewards(scores, x.response_mask, x.turn_rewards)
+        wanted = plain.turn_advantages(rewards, x.response_mask, config)
+    else:
+        wanted = plain.group_advantages(scores, x.response_mask.sum(1), greedy, config).unsqueeze(1)
     # scores are float32, and their differences are divided by what may be much smaller than they
     condition = float(wanted.abs().max() / scores.std().clamp_min(1e-6))
-    return wanted.unsqueeze(1), float(scores.abs().max()), condition
+    return wanted, float(scores.abs().max()), condition
 
 
 _EVERY: dict[str, Check] = {

@@ -107,10 +107,22 @@ def shaped_scores(
     return scores - config.missing_eos_penalty * (~finished).double()
 
 
+def token_rewards(scores: Tensor, mask: Tensor, turn_rewards: Tensor | None) -> Tensor:
+    """`(B, T)`: each turn's reward at its last token, and at a row's last token the rest of its score."""
+    found = torch.zeros(mask.shape, dtype=torch.float64)
+    for row, score in enumerate(scores.tolist()):
+        for t in (positions := mask[row].nonzero().flatten().tolist()):
+            found[row, t] = 0.0 if turn_rewards is None else float(turn_rewards[row, t])
+        if positions:
+            found[row, positions[-1]] += score - float(found[row].sum())
+    return found
+
+
 def advantages(
-    log_probs: Tensor, ref_log_probs: Tensor, values: Tensor, scores: Tensor, mask: Tensor, config: PPOConfig
+    log_probs: Tensor, ref_log_probs: Tensor, values: Tensor, rewards: Tensor, mask: Tensor, config: PPOConfig
 ) -> Tensor:
-    """Generalised advantages `(B, T)` of rewards that hold the KL of each token and, at the last, the score."""
+    """Generalised advantages `(B, T)` of these rewards `(B, T)` and the KL of each token, from one token that the mask
+    selects to the next."""
     found = torch.zeros(mask.shape, dtype=torch.float64)
     for row in range(len(mask)):
         after, value_after = 0.0, 0.0
@@ -122,35 +134,71 @@ def advantages(
             reward = -(config.kl_coef if config.kl == "reward" else 0) * (
                 float(log_probs[row, t]) - float(ref_log_probs[row, t])
             )
-            reward += float(scores[row]) if t == positions[-1] else 0.0
+            reward += float(rewards[row, t])
             value = float(values[row, t])
             after = reward + config.gamma * value_after - value + config.gamma * mixture * after
             found[row, t], value_after = after, value
     return found
 
 
-def group_advantages(scores: Tensor, counts: Tensor, greedy: Tensor | None, config: GroupConfig) -> Tensor:
-    """Advantages `(B,)` of groups that stand one after the other.
+def group_advantages(
+    scores: Tensor, counts: Tensor, greedy: Tensor | None, config: GroupConfig,
+    groups: Sequence[list[int]] | None = None,
+) -> Tensor:  # fmt: skip
+    """Advantages `(B,)`.
 
     Args:
         greedy: scores of the likeliest response to each prompt, where they are taken off.
-        counts: tokens of each response, over which a whole batch is standardised.
+        counts: tokens of each response, over which a whole batch is standardised. One without any is in no group.
+        groups: numbers of those that are compared; None: groups stand one after the other.
     """
     found = scores.double().clone()
-    for group in torch.arange(len(scores)).split(config.samples_per_prompt):
+    if groups is None:
+        rows = torch.arange(len(scores)).split(config.samples_per_prompt)
+        groups = [[i for i in group.tolist() if counts[i]] for group in rows]
+    for group in groups:
         own, kind = scores[group].double(), config.advantage
+        if not len(own):
+            continue
         mean, std = own.mean(), own.std(correction=config.std_correction) if len(own) > 1 else own.new_ones([])
-        for i, row in enumerate(group.tolist()):
+        for i, row in enumerate(group):
             others = torch.cat([own[:i], own[i + 1 :]])
             if greedy is not None:
                 found[row] = own[i] - greedy[row // config.samples_per_prompt]
             elif kind == "rloo":
-                found[row] = own[i] - others.mean()
+                found[row] = own[i] - others.mean() if len(others) else 0.0
             elif kind not in ("none", "reinforce++"):
                 found[row] = (own[i] - mean) / (std + config.std_eps if kind == "grpo" else 1)
     if config.advantage.startswith("reinforce++"):
         tokens = found.repeat_interleave(counts)
         found = (found - tokens.mean()) / (tokens.std(correction=config.std_correction) + config.std_eps)
+    return found
+
+
+def turn_advantages(rewards: Tensor, mask: Tensor, config: GroupConfig) -> Tensor:
+    """Advantages `(B, T)` of turns, the spans of a mask, by their returns, each in a group with the same turn of the
+    prompt's other samples."""
+    turns: list[list[int]] = []  # the positions of each
+    groups: dict[tuple[int, int], list[int]] = {}
+    returns, rows = list[float](), list[int]()
+    for row in range(len(mask)):
+        own: list[list[int]] = []
+        for t in mask[row].nonzero().flatten().tolist():
+            if own and own[-1][-1] == t - 1:
+                own[-1].append(t)
+            else:
+                own.append([t])
+        sums = [float(rewards[row, positions].double().sum()) for positions in own]
+        for k, positions in enumerate(own):
+            groups.setdefault((row // config.samples_per_prompt, k), []).append(len(turns))
+            turns.append(positions)
+            rows.append(row)
+            returns.append(sum(config.turn_discount ** (i - k) * sums[i] for i in range(k, len(own))))
+    counts = torch.tensor([len(positions) for positions in turns])
+    each = group_advantages(torch.tensor(returns, dtype=torch.float64), counts, None, config, list(groups.values()))
+    found = torch.zeros(mask.shape, dtype=torch.float64)
+    for row, positions, advantage in zip(rows, turns, each.tolist(), strict=True):
+        found[row, positions] = advantage
     return found
 
 
@@ -208,7 +256,8 @@ def averaged(terms: Tensor, mask: Tensor, config: SamplingConfig, longest: int) 
     """Of terms `(B, T)` those of tokens, `(N,)`, of which the mean is what `loss_mean` says."""
     lengths = mask.sum(1, keepdim=True)
     if config.loss_mean != "tokens":
-        terms = terms * lengths.sum() / len(mask) / (lengths if config.loss_mean == "sequences" else longest)
+        share = lengths.sum() / lengths.count_nonzero()
+        terms = terms * share / (lengths if config.loss_mean == "sequences" else longest)
     return terms[mask]
 
 

@@ -1,0 +1,404 @@
+"""Trajectories of several turns: what the policy says, and what its environments answer.
+
+| stage   | role   | kind    | reads                  | writes                                                        |
+|---------|--------|---------|------------------------|---------------------------------------------------------------|
+| rollout | policy | rollout | row_fields, sample_ids | prompts, reward_prompts, as rollout of one turn; turn_rewards |
+| score   | -      | local   | turn_rewards, ...      | scores                                                        |
+
+Each sample has an environment of its own, made and asked by the first tensor parallel rank of the replica that
+generates it. Its prompt is what the environment's reset gives; a turn is what is sampled up to an end token; what the
+environment answers is rendered alone, and its tokens stand behind those that were sampled, which are never made again.
+`response_mask` is 1 on sampled tokens.
+
+Noise belongs to a sample and a position, so that where an environment answers alike, a trajectory is the same on every
+mesh, in any cache, and whenever the answers come.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import ConfigError, RolloutConfig
+from ..context import Context
+from ..data.conversation import Conversation
+from ..data.dataset import Example
+from ..data.formats import offered
+from ..environments.pool import Answer
+from ..models.role import RoleModel
+from ..rollout.generate import rollout as generate
+from ..rollout.progress import Progress, Report
+from ..rollout.responses import Responses
+from ..rollout.sampling import sample_keys
+from ..schedule import Fields
+from ..signals import RunError
+from .responding import as_fields, progress_lines, record_rollout
+
+_SEEDS = 1 << 31
+_RESETS = 64  # environments of a replica that are made at once
+_LOOKS = 16  # trajectories of a rollout that are held to the template's rendering, until one differs
+_LIMITS = ("turns", "tokens", "length")  # by which a trajectory may be cut
+
+
+@dataclass
+class Trajectory:
+    """What became of one, besides its tokens.
+
+    Attributes:
+        prompt: as reset has given it.
+        rewards: of each turn the tokens behind the prompt up to its end, and its reward.
+        end: "terminated" or "truncated" by its environment; "turns" or "tokens" by `env.max_turns` or `env.max_tokens`,
+            "length" by a turn that came to no end; "failed".
+        failure: what went wrong, a line.
+        info: numbers that the environment tells.
+        rewritten: what the template would have written otherwise, a line.
+    """
+
+    prompt: list[int] = field(default_factory=list)
+    rewards: list[tuple[int, float]] = field(default_factory=list)
+    end: str = ""
+    failure: str | None = None
+    info: dict[str, float] = field(default_factory=dict)
+    rewritten: str | None = None
+
+
+class Talk:
+    """The policy's samples and their environments, on one replica (`rollout.turns.Turns`). Whatever an environment or a
+    template does wrong costs its trajectory, and is told to all ranks of the replica at the same place.
+
+    Args:
+        rows: of each sample the JSON object that its environment is reset with.
+    """
+
+    def __init__(self, ctx: Context, rows: Mapping[int, str]):
+        self.ctx, self.rows, self.config = ctx, rows, ctx.config.env
+        self.leads = ctx.mesh.tp_rank == 0
+        self.trajectories = {i: Trajectory() for i in rows}
+        self.conversations: dict[int, Conversation] = {}
+        self.cut: dict[int, tuple[bool, int]] = {}  # of the turn that is asked about: whether it was cut, and the room
+        self.names: Sequence[int] = ()  # of the samples that are generated, by their numbers there
+        self.looks = _LOOKS
+        self.refused: list[Answer] = []  # turns that could not be read, which count as answered
+        self.error: str | None = None
+
+    def start(self) -> dict[int, Trajectory]:
+        """Resets all environments: trajectories with their prompts."""
+        if not self.leads:
+            return {}
+        rows, left = iter(self.rows.items()), len(self.rows)
+        for i, row in itertools.islice(rows, _RESETS):  # no more at once, or they would be late for each other's sake
+            self.ctx.environments.begin(i, json.loads(row))
+        while left and self.error is None:
+            for answer in self._heard(None):
+                left -= 1
+                self._reset(answer)
+                for i, row in itertools.islice(rows, 1):
+                    self.ctx.environments.begin(i, json.loads(row))
+        return self.trajectories
+
+    def _heard(self, timeout: float | None) -> list[Answer]:
+        """What environments say; an error of all of them is noted, for every rank has to raise it."""
+        try:
+            return self.ctx.environments.answers(timeout)
+        except RunError as error:
+            self.error = str(error)
+            return []
+
+    def _reset(self, answer: Answer) -> None:
+        number, found, row = answer.number, self.trajectories[answer.number], json.loads(self.rows[answer.number])
+        context = self.ctx.model.max_position_embeddings - 1
+        longest = min(context, self.ctx.config.data.max_prompt_len) if self.ctx.phase else context
+        if answer.failure is not None:
+            return self._fail(number, answer.failure)
+        conversation = self.conversations[number] = Conversation()
+        try:
+            tools = offered(row, answer.messages, "") if answer.tools is None else answer.tools
+            found.prompt = conversation.start(answer.messages, tools, self.ctx.tokenizer)
+        except Exception as error:  # whatever messages do to a template
+            return self._fail(number, self._line(error))
+        if not 0 < len(found.prompt) <= longest:
+            self._fail(number, f"env.fn={self.config.fn}: a prompt of {len(found.prompt)} tokens, and {longest} fit")
+
+    def _line(self, error: Exception) -> str:
+        name = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
+        return f"env.fn={self.config.fn}: {name}{error}"
+
+    def ask(self, sample: int, tokens: list[int], is_cut: bool, room: int) -> None:
+        """See `Turns`."""
+        number = self.names[sample]
+        self.cut[number] = is_cut, room
+        if self.leads:
+            try:
+                self.ctx.environments.act(number, dict(self.conversations[number].sampled(tokens)))
+            except Exception as error:  # likewise
+                self.refused.append(Answer(number, failure=self._line(error)))
+
+    def answers(self, wait: bool) -> list[tuple[int, list[int] | None]]:
+        """See `Turns`."""
+        found: Any = None
+        if self.leads:
+            places = {number: i for i, number in enumerate(self.names)}
+            answers, self.refused = self.refused, []
+            answers = answers + self._heard(None if wait and not answers else 0)
+            found = [(places[answer.number], self._next(answer)) for answer in answers], self.error
+        found, error = self.ctx.mesh.from_first_of_tp(found)
+        if error is not None:
+            raise RunError(error)
+        return found
+
+    def _next(self, answer: Answer) -> list[int] | None:
+        number, found = answer.number, self.trajectories[answer.number]
+        conversation, (is_cut, room) = self.conversations[number], self.cut[number]
+        if answer.failure is not None:
+            self._fail(number, answer.failure)
+            return None
+        found.rewards.append((len(conversation.tokens) - len(found.prompt), answer.reward))
+        for name, value in answer.info.items():
+            found.info[name] = found.info.get(name, 0.0) + value
+        by_itself = "terminated" if answer.terminated else "truncated" if answer.truncated else ""
+        is_last = len(found.rewards) >= self.config.max_turns
+        cut = ("length" if room else "tokens") if is_cut else "turns" if is_last else ""
+        if end := by_itself or cut:
+            self._end(number, end)
+            return None
+        try:
+            tokens = conversation.observe(answer.messages)
+        except Exception as error:  # likewise
+            self._fail(number, self._line(error))
+            return None
+        if len(tokens) >= room:
+            self._end(number, "tokens")
+            return None
+        return tokens
+
+    def _end(self, number: int, end: str) -> None:
+        found = self.trajectories[number]
+        found.end = end
+        if len(found.rewards) > 1 and self.looks and not self.ctx.has_told_rewriting:
+            self.looks -= 1
+            with contextlib.suppress(Exception):  # of a template that takes no such dialogue as a whole
+                found.rewritten = self.conversations[number].rewritten()
+                self.looks *= found.rewritten is None
+        self.ctx.environments.end(number)
+
+    def _fail(self, number: int, failure: str) -> None:
+        found = self.trajectories[number]
+        found.failure = f"sample {number}: {failure} ({self.rows[number]:.160})"
+        if self.config.on_failure == "stop" and self.error is None:
+            self.error = found.failure
+        self._end(number, "failed")
+
+    def close(self) -> None:
+        """Ends what is still under way."""
+        for number, found in self.trajectories.items():
+            if self.leads and not found.end:
+                with contextlib.suppress(OSError, KeyError):  # of a server that has ended, which was said
+                    self.ctx.environments.end(number)
+
+
+@dataclass
+class Talked:
+    """Trajectories of B samples."""
+
+    prompts: list[list[int]]
+    responses: Responses
+    trajectories: list[Trajectory]
+    progress: Progress
+
+    def fields(self, ctx: Context) -> dict[str, Any]:
+        """What an Experience has of them. Of one whose environment has failed no token counts as sampled, with
+        `env.on_failure=drop`, or nothing is rewarded."""
+        found = as_fields(ctx, self.prompts, self.responses)
+        has_failed = torch.tensor([each.failure is not None for each in self.trajectories])
+        ended = torch.tensor([each.end == "terminated" for each in self.trajectories])
+        rewards = torch.zeros(found["tokens"].shape)
+        for i, (prompt, each) in enumerate(zip(self.prompts, self.trajectories, strict=True)):
+            if each.failure is None and each.rewards:
+                ends, values = zip(*each.rewards, strict=True)
+                rewards[i, torch.tensor(ends) + len(prompt) - 1] = torch.tensor(values)
+        if ctx.config.env.on_failure == "drop":
+            found["response_mask"] = found["response_mask"] & ~has_failed.unsqueeze(1)
+            found["sampler_log_probs"] = found["sampler_log_probs"] * found["response_mask"]
+        return {
+            **found,
+            "prompts": self.prompts,
+            "reward_prompts": self.prompts,
+            "finished": found["finished"] & ended,
+            "failed": has_failed,
+            "turn_rewards": rewards,
+        }
+
+    def records(self, ctx: Context) -> list[dict[str, Any]]:
+        """An object for each: prompt, response, tokens and log_probs of the response, which of them were `sampled`,
+        turns (`spoken`), score, and `failure`, null where all went well."""
+        decode, x = ctx.tokenizer.decode, self.fields(ctx)
+        found = []
+        for i, (prompt, response, each) in enumerate(zip(self.prompts, self.responses, self.trajectories, strict=True)):
+            rewards = x["turn_rewards"][i, len(prompt) :][: len(response.tokens)]
+            sampled = response.sampled or [True] * len(response.tokens)
+            found.append(
+                {
+                    "prompt": decode(prompt),
+                    "response": decode(response.tokens),
+                    "tokens": response.tokens,
+                    "log_probs": response.log_probs,
+                    "sampled": sampled,
+                    "turns": spoken(decode, response.tokens, sampled, rewards.tolist()),
+                    "score": sum(reward for _, reward in each.rewards) if each.failure is None else 0.0,
+                    "failure": each.failure,
+                }
+            )
+        return found
+
+
+def talk(
+    ctx: Context,
+    policy: RoleModel,
+    rows: Sequence[str],
+    keys: Tensor,
+    config: RolloutConfig,
+    shares: Sequence[Sequence[int]] | None = None,
+    report: Report | None = None,
+) -> Talked:
+    """A trajectory for each row, the same on every rank.
+
+    Args:
+        rows: JSON objects that environments are reset with.
+        keys: `(B,)`, of the samples' noise.
+        shares: the samples of each replica; None: as many each, those of a prompt side by side.
+
+    Raises:
+        RunError: an environment has failed, and `env.on_failure=stop`; names the sample and its row.
+    """
+    mesh, count = ctx.mesh, len(rows)
+    cuts = [count * i // mesh.num_replicas for i in range(mesh.num_replicas + 1)]
+    shares = shares or [range(*cut) for cut in itertools.pairwise(cuts)]
+    turns = Talk(ctx, {i: rows[i] for i in shares[mesh.replica]})
+    progress = Progress()
+
+    def reported(now: Progress) -> None:
+        nonlocal progress
+        progress = now
+        if report is not None:
+            report(now)
+
+    try:
+        begun = _joined(ctx, turns, turns.start())
+        turns.names = alive = [i for i in range(count) if begun[i].failure is None]
+        place = {number: i for i, number in enumerate(alive)}
+        found = generate(
+            policy,
+            [begun[i].prompt for i in alive],
+            keys[alive],
+            config,
+            ctx.tokenizer.end_ids,
+            decode=ctx.tokenizer.decode,
+            limits=[ctx.config.most_new_tokens] * len(alive),
+            report=reported,
+            shares=[[place[i] for i in share if i in place] for share in shares],
+            turns=turns,
+        )
+        ended = _joined(ctx, turns, turns.trajectories if turns.leads else {})
+    finally:
+        turns.close()
+    trajectories = [ended[i] for i in range(count)]
+    if (line := next((each.rewritten for each in trajectories if each.rewritten), None)) is not None:
+        ctx.has_told_rewriting = True
+        if mesh.is_main:
+            print(line, flush=True)
+    prompts = [each.prompt or list(ctx.tokenizer.end_ids[:1]) or [0] for each in trajectories]
+    return Talked(prompts, found.spread(torch.tensor(alive, dtype=torch.int64), count), trajectories, progress)
+
+
+def _joined(ctx: Context, turns: Talk, mine: Mapping[int, Trajectory]) -> dict[int, Trajectory]:
+    """What all replicas have."""
+    parts = ctx.mesh.all_gather_object((mine, turns.error))
+    for _, error in parts:
+        if error is not None:
+            raise RunError(error)
+    return {number: each for part, _ in parts for number, each in part.items()}
+
+
+# -- the stages ----------------------------------------------------------------------------------------------
+
+
+def rollout(ctx: Context, policy: RoleModel, x) -> Fields:
+    """A trajectory for each sample.
+
+    Raises:
+        RunError: all have failed, or one has, and `env.on_failure=stop`.
+    """
+    started = time.perf_counter()
+    keys = sample_keys(ctx.config.seed, ctx.state.iteration, x.sample_ids)
+    found = talk(ctx, policy, x.row_fields, keys, ctx.config.rollout, report=progress_lines(ctx))
+    fields = found.fields(ctx)
+    record_rollout(ctx, fields, found.progress, time.perf_counter() - started)
+    for name, value in figures(ctx, found).items():
+        ctx.metrics.record(name, value)
+    return fields
+
+
+def figures(ctx: Context, found: Talked) -> dict[str, float]:
+    """How trajectories went, and what their environments tell; the first failure is said."""
+    ends, count = Counter(each.end for each in found.trajectories), len(found.trajectories)
+    failures = [each.failure for each in found.trajectories if each.failure is not None]
+    if len(failures) == count:
+        raise RunError(f"{ctx.phase}: all {count} trajectories have failed, the first: {failures[0]}")
+    if failures and ctx.mesh.is_main:
+        print(f"{ctx.phase}: {len(failures)} of {count} trajectories have failed, the first: {failures[0]}", flush=True)
+    sizes = found.responses.lengths
+    observed = sizes.sum() - found.responses.sampled.sum()
+    told: dict[str, list[float]] = {}
+    for each in found.trajectories:
+        for name, value in each.info.items():
+            told.setdefault(name, []).append(value)
+    return {
+        **{f"env/{name}": sum(values) / len(values) for name, values in told.items()},
+        "env/turns": sum(len(each.rewards) for each in found.trajectories) / count,
+        "env/observed_tokens": float(observed) / count,
+        "env/failed": len(failures) / count,
+        **{f"env/cut_by_{end}": ends[end] / count for end in _LIMITS},
+        "env/idle": found.progress.away_seconds / max(1e-9, found.progress.busy_seconds),
+    }
+
+
+def row_fields(ctx: Context, examples: Sequence[Example], iteration: int, samples: int = 1) -> list[str]:
+    """What else the rows of examples have, for `Experience.row_fields`; as text, that of what JSON does not know.
+
+    Environments are reset with it, with the row's messages, and with a seed that the samples of one prompt share;
+    `samples` of them stand side by side.
+    """
+    if ctx.config.env.fn is None:
+        return [json.dumps(example.fields, default=str) for example in examples]
+    prompts = torch.arange(len(examples)) // samples
+    seeds = (sample_keys(ctx.config.seed, iteration, prompts) % _SEEDS).tolist()
+    return [
+        json.dumps({**example.fields, "messages": example.messages, "seed": seed}, default=str)
+        for example, seed in zip(examples, seeds, strict=True)
+    ]
+
+
+def spoken(
+    decode: Callable[[Sequence[int]], str], tokens: Sequence[int], sampled: Sequence[bool], rewards: Sequence[float]
+) -> list[dict[str, Any]]:
+    """The turns of a trajectory, its answers between them: `by` whom, `text`, and of the policy's the `reward`.
+
+    Args:
+        tokens, sampled, rewards: of what stands behind the prompt; rewards at the turns' last tokens.
+    """
+    found, start = [], 0
+    for is_sampled, part in itertools.groupby(sampled):
+        end = start + len(list(part))
+        turn: dict[str, Any] = {"by": "policy" if is_sampled else "environment", "text": decode(tokens[start:end])}
+        found.append(turn | ({"reward": round(rewards[end - 1], 6)} if is_sampled else {}))
+        start = end
+    return found
