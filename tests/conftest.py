@@ -16,6 +16,9 @@ import warm
 from hypothesis import HealthCheck, settings
 from worlds import World
 
+from rlhf_engine.config import CodeConfig, ConfigError
+from rlhf_engine.rewards import programs
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 
@@ -97,6 +100,15 @@ def small_run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("small")
     launch(*SMALL, "phases=[sft,reward]", "mesh.dp=1", f"output_dir={folder}")
     return folder
+
+
+@pytest.fixture(scope="module")
+def isolated() -> None:
+    """Programs run in the sandbox of the reward `code` here."""
+    try:
+        programs.try_out(CodeConfig())
+    except ConfigError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

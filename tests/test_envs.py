@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_engine.config import CodeConfig, ConfigError, EnvConfig
+from rlhf_engine.config import ConfigError, EnvConfig
 from rlhf_engine.environments import retrieve
 from rlhf_engine.environments.calculator import Calculator, evaluate, shown
 from rlhf_engine.environments.guess import Guess
@@ -24,7 +24,6 @@ from rlhf_engine.environments.load import check_environment
 from rlhf_engine.environments.pool import Answer, Environments
 from rlhf_engine.environments.python import Python
 from rlhf_engine.environments.tools import ToolEnvironment
-from rlhf_engine.rewards import programs
 from rlhf_engine.signals import RunError
 
 PROMPT = [{"role": "user", "content": "Begin?"}]
@@ -538,14 +537,6 @@ def test_guess():
         low, high = (middle + 1, high) if told[-1][0] == "higher" else (low, middle - 1)
     assert told[-1] == (None, 1.0, True, False, {"guesses": 1.0}) and len(told) <= 5
     assert environment.step(said("none"))[0] == "Say a number from 1 to 20."
-
-
-@pytest.fixture(scope="module")
-def isolated():
-    try:
-        programs.try_out(CodeConfig())
-    except ConfigError as error:
-        pytest.skip(str(error))
 
 
 def test_an_interpreter_keeps_its_state(isolated):

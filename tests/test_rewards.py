@@ -319,14 +319,6 @@ def test_math_without_its_library(monkeypatch):
 # -- code --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def isolated():
-    try:
-        programs.try_out(CodeConfig())
-    except ConfigError as error:
-        pytest.skip(str(error))
-
-
 def code(said: str, tests, **limits) -> float:
     return scores("code", sample(said, tests=tests), code=CodeConfig(**limits))[0]
 

@@ -66,8 +66,7 @@ def sample_dialogues(ctx: Context, policy: RoleModel, examples: list[Example]) -
         decode, first = ctx.tokenizer.decode, x.prompts[:NUM_CARDS]
         found.prompts, found.turns = [decode(prompt) for prompt in first], []
         for prompt, rewards, said in zip(first, x.turn_rewards.tolist(), responses, strict=False):
-            sampled = said.sampled or [True] * len(said.tokens)
-            found.turns.append(turns.spoken(decode, said.tokens, sampled, rewards[len(prompt) :][: len(said.tokens)]))
+            found.turns.append(turns.spoken(decode, said.tokens, said.said, rewards[len(prompt) :][: len(said.tokens)]))
     return found
 
 

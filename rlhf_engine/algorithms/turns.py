@@ -85,7 +85,8 @@ class Talk:
         self.trajectories = {i: Trajectory() for i in rows}
         self.conversations: dict[int, Conversation] = {}
         self.cut: dict[int, tuple[bool, int]] = {}  # of the turn that is asked about: whether it was cut, and the room
-        self.names: Sequence[int] = ()  # of the samples that are generated, by their numbers there
+        # of the samples that are generated, by their numbers there, and these by them
+        self.names, self.places = list[int](), dict[int, int]()
         self.looks = _LOOKS
         self.refused: list[Answer] = []  # turns that could not be read, which count as answered
         self.error: str | None = None
@@ -146,10 +147,9 @@ class Talk:
         """See `Turns`."""
         found: Any = None
         if self.leads:
-            places = {number: i for i, number in enumerate(self.names)}
             answers, self.refused = self.refused, []
             answers = answers + self._heard(None if wait and not answers else 0)
-            found = [(places[answer.number], self._next(answer)) for answer in answers], self.error
+            found = [(self.places[answer.number], self._next(answer)) for answer in answers], self.error
         found, error = self.ctx.mesh.from_first_of_tp(found)
         if error is not None:
             raise RunError(error)
@@ -244,15 +244,14 @@ class Talked:
         found = []
         for i, (prompt, response, each) in enumerate(zip(self.prompts, self.responses, self.trajectories, strict=True)):
             rewards = x["turn_rewards"][i, len(prompt) :][: len(response.tokens)]
-            sampled = response.sampled or [True] * len(response.tokens)
             found.append(
                 {
                     "prompt": decode(prompt),
                     "response": decode(response.tokens),
                     "tokens": response.tokens,
                     "log_probs": response.log_probs,
-                    "sampled": sampled,
-                    "turns": spoken(decode, response.tokens, sampled, rewards.tolist()),
+                    "sampled": response.said,
+                    "turns": spoken(decode, response.tokens, response.said, rewards.tolist()),
                     "score": sum(reward for _, reward in each.rewards) if each.failure is None else 0.0,
                     "failure": each.failure,
                 }
@@ -294,7 +293,7 @@ def talk(
     try:
         begun = _joined(ctx, turns, turns.start())
         turns.names = alive = [i for i in range(count) if begun[i].failure is None]
-        place = {number: i for i, number in enumerate(alive)}
+        turns.places = place = {number: i for i, number in enumerate(alive)}
         found = generate(
             policy,
             [begun[i].prompt for i in alive],

@@ -19,6 +19,11 @@ class Response:
     finished: bool
     sampled: list[bool] | None = None
 
+    @property
+    def said(self) -> list[bool]:
+        """`sampled`, of each token."""
+        return self.sampled or [True] * len(self.tokens)
+
 
 @dataclass
 class Progress:

@@ -41,9 +41,7 @@ class Responses:
             torch.tensor([log_prob for row in rows for log_prob in row.log_probs], dtype=torch.float32),
             torch.tensor([len(row.tokens) for row in rows], dtype=torch.int64),
             torch.tensor([row.finished for row in rows], dtype=torch.bool),
-            torch.tensor(
-                [is_said for row in rows for is_said in row.sampled or [True] * len(row.tokens)], dtype=torch.bool
-            ),
+            torch.tensor([is_said for row in rows for is_said in row.said], dtype=torch.bool),
         )
 
     def __len__(self) -> int:
