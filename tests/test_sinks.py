@@ -217,7 +217,7 @@ def test_a_sink_that_fails_is_left(tmp_path, capsys):
 # where each extra of pyproject.toml is used
 USED_BY = {
     "hf": "rlhf_engine", "data": "rlhf_engine", "ray": "launch", "wandb": "rlhf_engine", "bench": "benchmarks",
-    "dev": "tests", "math": "rlhf_engine",
+    "dev": "tests", "math": "rlhf_engine", "retrieve": "rlhf_engine",
 }  # fmt: skip
 # of other names, or used otherwise: on the command lines of `make`, or by a package beside it that does not ask for it
 NAMES = {
