@@ -91,6 +91,7 @@ class Context:
     datasets: Mapping[str, Dataset]  # by phase, and "ptx"
     gold: GoldFn | None
     rewards: Rewards | None  # functions that score, where no reward model does
+    user_tokenizer: Tokenizer | None = None  # of the model that environments ask
     build: Callable[[str, Any], RoleModel] = field(init=False, repr=False)  # makes a role of a name and its RoleSpec
     phase: str = ""  # that runs, and the name of its section of the configuration
     roles: dict[str, RoleModel] = field(default_factory=dict)

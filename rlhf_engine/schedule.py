@@ -41,7 +41,8 @@ class Stage:
     to the schedule, which may do that of several stages at once.
 
     Args:
-        beside: a role whose head the body reads besides, which it sees to itself.
+        beside: a role that the body works with besides: of a rollout one that speaks in it; of others one whose head is
+            read, which the body sees to itself.
     """
 
     name: str
@@ -210,9 +211,10 @@ def check_finite(stage: Stage, field: str, value: Any) -> None:
 def needs(group: Sequence[Stage]) -> dict[str, Presence]:
     """How much of which roles a group of stages works with."""
     return {
-        stage.role: Presence.TRAINING if stage.kind == "train" else Presence.WEIGHTS
+        role: Presence.TRAINING if stage.kind == "train" else Presence.WEIGHTS
         for stage in group
-        if stage.role is not None
+        for role in (stage.role, stage.beside if stage.kind == "rollout" else None)
+        if role is not None
     }
 
 

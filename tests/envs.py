@@ -12,6 +12,8 @@ import sys
 import threading
 import time
 
+from rlhf_engine.environments.model import ask
+
 
 class Counter:
     """Answers with what it was told to, and counts."""
@@ -187,3 +189,17 @@ def bad(action, row):
 
 
 nothing = 5
+
+
+class Asks:
+    """Asks the model with what its row says, in a step as often as it says."""
+
+    def reset(self, row):
+        self.row = row
+        return ask(row["ask"]) if row.get("opens") else None
+
+    def step(self, action):
+        time.sleep(self.row.get("sleeps", 0))
+        said = [ask(self.row["ask"]) for _ in range(self.row.get("times", 1))]
+        time.sleep(self.row.get("sleeps", 0))
+        return "+".join(said), len(said), False, False, {}

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_engine.config import ConfigError, EnvConfig
-from rlhf_engine.environments import retrieve
+from rlhf_engine.environments import model, retrieve, user
 from rlhf_engine.environments.calculator import Calculator, evaluate, shown
 from rlhf_engine.environments.guess import Guess
 from rlhf_engine.environments.load import check_environment
@@ -255,6 +255,94 @@ def test_one_that_takes_too_long(tmp_path):
         wait_for(lambda: not any(map(is_there, numbers)))
         environments.act(2, said())
         assert only(environments).number == 2
+
+
+ASK = [{"role": "user", "content": "who?"}]
+
+
+def test_an_environment_asks_the_model():
+    """As often as it likes; others are answered meanwhile, and the model's time is not its own."""
+    with opened("envs:Asks", timeout=1.0) as environments:
+        environments.begin(0, {"messages": ASK, "ask": ASK, "opens": True})
+        environments.begin(1, {"messages": ASK, "ask": ASK})
+        first, second = sorted((only(environments), only(environments)), key=lambda answer: answer.number)
+        assert first.asks == ASK and first.messages == [] and second.asks is None
+        assert environments.answers(None) == []  # nobody is at work
+        environments.tell(0, "I am")
+        assert only(environments).messages == [{"role": "user", "content": "I am"}]
+        environments.act(1, {"role": "assistant", "content": "?"})
+        environments.end(0)
+        assert only(environments).asks == ASK
+        time.sleep(1.3)
+        assert environments.answers(0) == []  # it is not late
+        environments.tell(1, "it is \ud800 me")
+        found = only(environments)
+        assert (found.messages, found.reward) == ([{"role": "user", "content": "it is ? me"}], 1.0)
+
+
+def test_one_that_asks_and_fails():
+    with opened("envs:Asks", timeout=0.8) as environments:
+        asked = {"messages": ASK, "ask": ASK, "times": 2}
+        others = {"ask": "who?"}, {"ask": []}, {"sleeps": 60}, {"ask": [{"role": "user"}]}, {"sleeps": 0.5}
+        for i, other in enumerate(({}, *others)):
+            environments.begin(i, asked | other)
+        began = 0
+        while began < 6:
+            began += len(environments.answers(5))
+        for i in range(6):
+            environments.act(i, {"role": "assistant", "content": "?"})
+        found = {}
+        while len(found) < 6:
+            for answer in environments.answers(5):
+                if answer.asks is None:
+                    found[answer.number] = answer.failure
+                else:
+                    environments.tell(answer.number, "yes")
+        assert found[0] is None and found[5] is None  # what it works before and after has its time each
+        assert "TypeError: the model is asked with messages, {'role'" in found[1] and "'w'" in found[1]
+        assert "end with what another has said" in found[2]
+        assert found[3].endswith("step took longer than env.timeout=0.8 s")
+        assert "not {'role': 'user'}" in found[4]
+
+
+def test_one_that_ends_while_it_asks():
+    with opened("envs:Asks") as environments:
+        environments.begin(0, {"messages": ASK, "ask": ASK, "opens": True})
+        assert only(environments).asks == ASK
+        environments.end(0)
+        environments.begin(0, {"messages": ASK, "ask": ASK})
+        assert only(environments).messages == ASK
+
+
+def test_the_user_is_a_model(monkeypatch):
+    """What it reads, with whose words are whose, and when the dialogue is over."""
+    heard, said = [], iter(["A nut.", "No.", "Fine [END]", "Hi.", "Bye [END]"])
+    monkeypatch.setattr(user, "ask", lambda messages: heard.append([dict(each) for each in messages]) or next(said))
+    row = {
+        "messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}],
+        "goal": "a nut",
+    }
+    one = user.User("You want {goal}; say {ends}. {", scored=True)
+    assert one.reset(row) == row["messages"] and heard == []
+    assert one.step({"role": "assistant", "content": "Yes?"}) == ("A nut.", 0.0, False, False, {})
+    assert heard[-1] == [
+        {"role": "system", "content": "You want a nut; say [END]. {"},
+        {"role": "user", "content": user._FIRST},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "Yes?"},
+    ]
+    assert one.step({"role": "assistant", "content": "A bolt?"})[:3] == ("No.", 0.0, False)
+    assert [each["content"] for each in heard[-1][4:]] == ["A nut.", "A bolt?"]
+    assert one.step({"role": "assistant", "content": "A nut!"}) == (None, 1.0, True, False, {})
+    other = user.User(opens=True)
+    assert other.reset(row) == [row["messages"][0], {"role": "user", "content": "Hi."}]
+    assert other.step({"role": "assistant", "content": "Bye"})[1:3] == (0.0, True)
+    with pytest.raises(ValueError, match=r"role names \{where\}, and the row has no 'where'"):
+        user.User("Go {where}").reset(row)
+    with pytest.raises(ValueError, match="would end every dialogue at once"):
+        user.User(ends=" ")
+    with pytest.raises(RuntimeError, match="for the reset and the step of an environment"):
+        model.ask(ASK)
 
 
 def test_nobody_waits_for_one_that_does_not_read():

@@ -171,6 +171,19 @@ def test_a_teacher_of_another_size(ranks, tmp_path, small_run, layout):
         assert waits["train_policy"] <= 9, waits  # of two updates, and behind the stage
 
 
+@pytest.mark.parametrize("layout", ["one", "chunks", "offload"])
+def test_a_model_that_environments_ask(ranks, tmp_path, small_run, layout):
+    """Whole beside the policy, which it speaks with on every replica; stopped and resumed."""
+    tokenizer = small_run / "tokenizer" / "tokenizer.model"
+    sizes = SIZES | dict(vocab_size=Tokenizer(str(tokenizer)).vocab_size, max_position_embeddings=256)
+    user = make(tmp_path / "user", "LlamaForCausalLM", sizes)
+    options = [f"user.path={user}", "user.max_new_tokens=4", f"tokenizer.path={tokenizer}", "phases=[grpo]"]
+    options += ["env.fn=user", "env.max_turns=3", "env.max_tokens=32", "data.max_seq_len=128"]
+    options += ["grpo.iterations=1"] if layout != "offload" else []
+    found = run(ranks, tmp_path, *LAYOUTS[layout], *options)
+    assert found.faults == [] and len(found.attempts) == 2
+
+
 def test_eight_ranks(ranks, tmp_path):
     mesh = ["mesh.tp=2", "mesh.pp=2", "mesh.dp=2", "mesh.sequence_parallel=true"]
     found = run(ranks, tmp_path, *mesh, "phases=[sft]", "sft.iterations=1")

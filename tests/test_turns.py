@@ -13,6 +13,7 @@ from conftest import ROOT, SMALL, launch
 from rlhf_engine.config import ConfigError, RunConfig, from_dict
 from rlhf_engine.config.algorithms import check_turns
 from rlhf_engine.config.environments import check_env
+from rlhf_engine.environments import model
 from rlhf_engine.environments.contract import Trajectory
 
 PROMPTS = [[1, *[(7 * (i // 2) + 3 * j) % 500 + 3 for j in range((5, 20, 40)[i // 2 % 3])]] for i in range(24)]
@@ -160,6 +161,28 @@ def test_a_failure_that_ends_the_run_names_its_row(worlds, small_run, layout, op
         iteration(worlds, small_run, "grpo", layout, *options)
 
 
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_model_answers_the_same_on_every_mesh(worlds, small_run, phase):
+    """The first words too, several times in a turn, in rollouts that wait for some of the answers."""
+    own = ["env.fn=talkers:Asker", f"user.path={small_run}/sft/hf", "user.max_new_tokens=12"]
+    wanted = iteration(worlds, small_run, phase, (1, 1, 1), *own)
+    assert wanted["figures"]["env/turns"] > 1.5 and wanted["figures"]["env/asked"] > 2
+    assert wanted["figures"]["env/failed"] == 0
+    assert len({tuple(row) for row in wanted["tokens"]}) == len(wanted["tokens"])
+    hot = iteration(worlds, small_run, phase, (1, 1, 1), *own, "user.temperature=0.5")
+    assert hot["tokens"] != wanted["tokens"]
+    for layout, more in (
+        ((2, 1, 1), ["rollout.slots=5"]),
+        ((1, 2, 1), ["schedule.residency=offload"]),
+        ((1, 1, 2), ["rollout.kv_tokens=400"]),
+    ):
+        found = iteration(worlds, small_run, phase, layout, *own, "env.args={delay: 0.1}", *more)
+        assert found["tokens"] == wanted["tokens"]
+        for name, value in wanted["figures"].items():
+            if name not in ("env/idle", "rollout/preempted"):
+                assert found["figures"][name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
 def test_recorded_trajectories_give_the_same_figures(worlds, small_run):
     wanted = iteration(worlds, small_run, "ppo", (1, 1, 1), "ppo.write_arrays=true")
     folder = small_run / "nowhere" / "ppo" / "rollouts"
@@ -194,10 +217,31 @@ def test_environments_run_without_training(small_run, tmp_path):
     assert sum("<|im_end|> you" in row["response"] for row in found) > 0  # control tokens in text stay text
 
 
-def test_the_example_of_the_page_plays():
-    """The environment that docs/environments.md shows."""
+def test_a_second_model_speaks_as_the_user(small_run, tmp_path):
+    """As a job, in which it has the first word too; of a folder that is not there, and with rows that lack a field."""
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": "Hello", "goal": each}) + "\n" for each in ("a nut", "a bolt")))
+    own = [
+        "+exp=generate", f"policy.path={small_run}/sft/hf", f"data.sources=[{rows}]", f"output={out}", "mesh.dp=1",
+        "env.fn=user", "rollout.max_new_tokens=12", "env.max_tokens=80", "env.max_turns=3", "user.max_new_tokens=8",
+        "rollout.stop=[e,o]",
+    ]  # fmt: skip
+    args = 'env.args={role: "You want {goal}", opens: true}'
+    launch(*own, f"user.path={small_run}/sft/hf", args)
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(found) == 2 and not any(row["failure"] for row in found)
+    assert all({turn["by"] for turn in row["turns"]} == {"policy", "environment"} for row in found)
+    assert not any("Hello" in row["prompt"] for row in found) and found[0]["prompt"] != found[1]["prompt"]
+    refused = launch(*own, f"user.path={tmp_path}", args, "rerun=true", check=False)
+    assert refused.returncode and f"{tmp_path}/config.json" in refused.stderr
+    refused = launch(*own, f"user.path={small_run}/sft/hf", args.replace("goal", "aim"), "rerun=true", check=False)
+    assert refused.returncode and "role names {aim}, and the row has no 'aim'" in refused.stderr
+
+
+def test_the_examples_of_the_page_play(monkeypatch):
+    """The environments that docs/environments.md shows."""
     page = (ROOT / "docs" / "environments.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    code, judge = re.findall(r"```python\n(.*?)```", page, re.S)
     assert 15 < len(code.splitlines()) <= 30
     names: dict = {}
     exec(code, names)
@@ -210,6 +254,12 @@ def test_the_example_of_the_page_plays():
         "It is lower.",
     ]
     assert said[3]["terminated"] and said[3]["reward"] == 1.0 and said[3]["info"] == {"turns_to_win": 4.0}
+    monkeypatch.setattr(model, "ask", lambda messages: "Yes." if "2 and 2" in messages[0]["content"] else "No.")
+    exec(judge, names)
+    for question, reward in {"2 and 2?": 1.0, "2 and 3?": 0.0}.items():
+        trial = Trajectory(names["Judged"], {})
+        trial.reset({"messages": [{"role": "user", "content": question}]})
+        assert json.loads(trial.step({"role": "assistant", "content": "4"}))["reward"] == reward
 
 
 @pytest.mark.parametrize(
@@ -221,6 +271,13 @@ def test_the_example_of_the_page_plays():
         ({"env": {"fn": "guess", "max_tokens": 8}}, "env.max_tokens=8 is less than one turn may have"),
         ({"env": {"fn": "guess", "max_turns": 0}}, "env.max_turns=0 must be at least 1"),
         ({"env": {"fn": "guess", "args": 3}}, "env.args=3 is not a mapping"),
+        ({"env": {"fn": "user"}}, "env.fn=user has no model to ask: user.path=DIR names an HF folder"),
+        ({"user": {"path": "m"}}, "user.path=m answers for an environment, and env.fn is not set"),
+        ({"env": {"fn": "user"}, "user": {"path": "m", "top_p": 2.0}}, "user.top_p=2.0 must lie in"),
+        (
+            {"env": {"fn": "user"}, "user": {"path": "m", "max_new_tokens": 0}},
+            "user.max_new_tokens=0 must be at least 1",
+        ),
         (
             {"env": {"fn": "guess"}, "grpo": {"score_scale": True, "credit": "turn"}},
             "grpo.score_scale=True changes scores",
@@ -230,7 +287,7 @@ def test_the_example_of_the_page_plays():
 def test_refusals(settings, says):
     with pytest.raises(ConfigError, match=says):
         config = from_dict(RunConfig, {"phases": ["grpo"], **settings})
-        check_env(config.env, config.rollout, config.phases)
+        check_env(config.env, config.user, config.rollout, config.phases)
         check_turns("grpo", config.grpo, config.env)
 
 

@@ -22,7 +22,7 @@ class RoleSpec:
     weights: tuple[tuple[str, str], ...] = ()
     optimizer: OptimizerConfig | None = None
     total_steps: int = 1
-    base: Literal["policy", "reward", "teacher"] = "policy"
+    base: Literal["policy", "reward", "teacher", "user"] = "policy"
 
 
 @dataclass

@@ -138,9 +138,8 @@ class Distill(SamplingAlgorithm):
         """The policy from SFT, the teacher from its folder, and the reward model where it is used."""
         policy = RoleSpec("lm", rollouts.BEFORE, self.config.optimizer, self.steps)
         roles = {"policy": policy, "teacher": RoleSpec("lm", base="teacher")}
-        if self.config.is_scored and (scorer := rollouts.scorer(self.run)) is not None:
-            roles["reward"] = scorer
-        return roles
+        others = rollouts.others(self.run)
+        return roles | {name: spec for name, spec in others.items() if name != "reward" or self.config.is_scored}
 
     def compare(self, ctx: Context) -> Evaluation:
         """The policy beside what it began as; the KL is that to the teacher."""

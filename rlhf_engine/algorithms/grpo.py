@@ -158,6 +158,4 @@ class GRPO(SamplingAlgorithm):
         roles = {"policy": RoleSpec("lm", rollouts.BEFORE, self.config.optimizer, self.steps)}
         if self.config.kl_coef > 0:
             roles["reference"] = RoleSpec("lm", rollouts.BEFORE)
-        if (scorer := rollouts.scorer(self.run)) is not None:
-            roles["reward"] = scorer
-        return roles
+        return roles | rollouts.others(self.run)

@@ -191,11 +191,10 @@ class PPO(SamplingAlgorithm):
         config = self.run.ppo
         per_iteration = config.epochs * config.num_minibatches
         policy_steps = max(1, self.steps - config.critic_warmup_iterations * per_iteration)
-        scorer = rollouts.scorer(self.run)
-        critic = scorer or RoleSpec("scalar", rollouts.BEFORE)
+        critic = rollouts.scorer(self.run) or RoleSpec("scalar", rollouts.BEFORE)
         return {
             "policy": RoleSpec("lm", rollouts.BEFORE, config.optimizer, policy_steps),
             "reference": RoleSpec("lm", rollouts.BEFORE),
             "critic": replace(critic, optimizer=config.critic_optimizer, total_steps=self.steps),
-            **({"reward": scorer} if scorer else {}),
+            **rollouts.others(self.run),
         }

@@ -22,7 +22,7 @@ from ..models.role import RoleModel
 from ..models.work import Batch, Work
 from ..rollout.sampling import sample_keys
 from ..schedule import Stage, Works
-from . import carry, replay, turns
+from . import carry, replay, turns, user
 from .algorithm import RoleSpec
 from .heads import choose, last_scores, policy_log_probs, score_batch
 from .responding import as_fields, as_sample, record_rollout, respond, scoring
@@ -54,7 +54,8 @@ def stages(config: RunConfig, reference: bool = True) -> list[Stage]:
         drawn = Stage("rollout", "rollout", carry.rollout, "policy", provided, (*provided, *made, "older"))
     if config.env.fn is not None:
         written = ("prompts", "reward_prompts", *made, "failed", "turn_rewards")
-        drawn = Stage("rollout", "rollout", turns.rollout, "policy", ("row_fields", "sample_ids"), written)
+        beside = "user" if config.user.path is not None else None
+        drawn = Stage("rollout", "rollout", turns.rollout, "policy", ("row_fields", "sample_ids"), written, beside)
         read = (*answered, "failed", "turn_rewards") if config.reward.fns else ("turn_rewards",)
         by_function = Stage("score", "local", score_by_environments, None, read, ("scores",))
     if config.rollout.replay is not None:
@@ -82,6 +83,12 @@ def scorer(config: RunConfig) -> RoleSpec | None:
     if config.reward.fns or config.env.fn is not None:
         return None
     return RoleSpec("scalar", (("reward", "reward"),), base="reward")
+
+
+def others(config: RunConfig) -> dict[str, RoleSpec]:
+    """Roles that are neither trained nor compared with: the reward model, and the one that environments ask."""
+    found = {"reward": scorer(config), "user": user.SPEC if config.user.path is not None else None}
+    return {name: spec for name, spec in found.items() if spec is not None}
 
 
 def draw(ctx: Context, count: int | None = None) -> Experience:

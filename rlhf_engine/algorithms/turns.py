@@ -22,18 +22,15 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..config import ConfigError, RolloutConfig
+from ..config import RolloutConfig
 from ..context import Context
-from ..data.conversation import Conversation
 from ..data.dataset import Example
-from ..data.formats import offered
-from ..environments.pool import Answer
 from ..models.role import RoleModel
 from ..rollout.generate import rollout as generate
 from ..rollout.progress import Progress, Report
@@ -42,167 +39,11 @@ from ..rollout.sampling import sample_keys
 from ..schedule import Fields
 from ..signals import RunError
 from .responding import as_fields, progress_lines, record_rollout
+from .talk import Talk, Trajectory
+from .user import SPEC, User
 
 _SEEDS = 1 << 31
-_RESETS = 64  # environments of a replica that are made at once
-_LOOKS = 16  # trajectories of a rollout that are held to the template's rendering, until one differs
 _LIMITS = ("turns", "tokens", "length")  # by which a trajectory may be cut
-
-
-@dataclass
-class Trajectory:
-    """What became of one, besides its tokens.
-
-    Attributes:
-        prompt: as reset has given it.
-        rewards: of each turn the tokens behind the prompt up to its end, and its reward.
-        end: "terminated" or "truncated" by its environment; "turns" or "tokens" by `env.max_turns` or `env.max_tokens`,
-            "length" by a turn that came to no end; "failed".
-        failure: what went wrong, a line.
-        info: numbers that the environment tells.
-        rewritten: what the template would have written otherwise, a line.
-    """
-
-    prompt: list[int] = field(default_factory=list)
-    rewards: list[tuple[int, float]] = field(default_factory=list)
-    end: str = ""
-    failure: str | None = None
-    info: dict[str, float] = field(default_factory=dict)
-    rewritten: str | None = None
-
-
-class Talk:
-    """The policy's samples and their environments, on one replica (`rollout.turns.Turns`). Whatever an environment or a
-    template does wrong costs its trajectory, and is told to all ranks of the replica at the same place.
-
-    Args:
-        rows: of each sample the JSON object that its environment is reset with.
-    """
-
-    def __init__(self, ctx: Context, rows: Mapping[int, str]):
-        self.ctx, self.rows, self.config = ctx, rows, ctx.config.env
-        self.leads = ctx.mesh.tp_rank == 0
-        self.trajectories = {i: Trajectory() for i in rows}
-        self.conversations: dict[int, Conversation] = {}
-        self.cut: dict[int, tuple[bool, int]] = {}  # of the turn that is asked about: whether it was cut, and the room
-        # of the samples that are generated, by their numbers there, and these by them
-        self.names, self.places = list[int](), dict[int, int]()
-        self.looks = _LOOKS
-        self.refused: list[Answer] = []  # turns that could not be read, which count as answered
-        self.error: str | None = None
-
-    def start(self) -> dict[int, Trajectory]:
-        """Resets all environments: trajectories with their prompts."""
-        if not self.leads:
-            return {}
-        rows, left = iter(self.rows.items()), len(self.rows)
-        for i, row in itertools.islice(rows, _RESETS):  # no more at once, or they would be late for each other's sake
-            self.ctx.environments.begin(i, json.loads(row))
-        while left and self.error is None:
-            for answer in self._heard(None):
-                left -= 1
-                self._reset(answer)
-                for i, row in itertools.islice(rows, 1):
-                    self.ctx.environments.begin(i, json.loads(row))
-        return self.trajectories
-
-    def _heard(self, timeout: float | None) -> list[Answer]:
-        """What environments say; an error of all of them is noted, for every rank has to raise it."""
-        try:
-            return self.ctx.environments.answers(timeout)
-        except RunError as error:
-            self.error = str(error)
-            return []
-
-    def _reset(self, answer: Answer) -> None:
-        number, found, row = answer.number, self.trajectories[answer.number], json.loads(self.rows[answer.number])
-        context = self.ctx.model.max_position_embeddings - 1
-        longest = min(context, self.ctx.config.data.max_prompt_len) if self.ctx.phase else context
-        if answer.failure is not None:
-            return self._fail(number, answer.failure)
-        conversation = self.conversations[number] = Conversation()
-        try:
-            tools = offered(row, answer.messages, "") if answer.tools is None else answer.tools
-            found.prompt = conversation.start(answer.messages, tools, self.ctx.tokenizer)
-        except Exception as error:  # whatever messages do to a template
-            return self._fail(number, self._line(error))
-        if not 0 < len(found.prompt) <= longest:
-            self._fail(number, f"env.fn={self.config.fn}: a prompt of {len(found.prompt)} tokens, and {longest} fit")
-
-    def _line(self, error: Exception) -> str:
-        name = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
-        return f"env.fn={self.config.fn}: {name}{error}"
-
-    def ask(self, sample: int, tokens: list[int], is_cut: bool, room: int) -> None:
-        """See `Turns`."""
-        number = self.names[sample]
-        self.cut[number] = is_cut, room
-        if self.leads:
-            try:
-                self.ctx.environments.act(number, dict(self.conversations[number].sampled(tokens)))
-            except Exception as error:  # likewise
-                self.refused.append(Answer(number, failure=self._line(error)))
-
-    def answers(self, wait: bool) -> list[tuple[int, list[int] | None]]:
-        """See `Turns`."""
-        found: Any = None
-        if self.leads:
-            answers, self.refused = self.refused, []
-            answers = answers + self._heard(None if wait and not answers else 0)
-            found = [(self.places[answer.number], self._next(answer)) for answer in answers], self.error
-        found, error = self.ctx.mesh.from_first_of_tp(found)
-        if error is not None:
-            raise RunError(error)
-        return found
-
-    def _next(self, answer: Answer) -> list[int] | None:
-        number, found = answer.number, self.trajectories[answer.number]
-        conversation, (is_cut, room) = self.conversations[number], self.cut[number]
-        if answer.failure is not None:
-            self._fail(number, answer.failure)
-            return None
-        found.rewards.append((len(conversation.tokens) - len(found.prompt), answer.reward))
-        for name, value in answer.info.items():
-            found.info[name] = found.info.get(name, 0.0) + value
-        by_itself = "terminated" if answer.terminated else "truncated" if answer.truncated else ""
-        is_last = len(found.rewards) >= self.config.max_turns
-        cut = ("length" if room else "tokens") if is_cut else "turns" if is_last else ""
-        if end := by_itself or cut:
-            self._end(number, end)
-            return None
-        try:
-            tokens = conversation.observe(answer.messages)
-        except Exception as error:  # likewise
-            self._fail(number, self._line(error))
-            return None
-        if len(tokens) >= room:
-            self._end(number, "tokens")
-            return None
-        return tokens
-
-    def _end(self, number: int, end: str) -> None:
-        found = self.trajectories[number]
-        found.end = end
-        if len(found.rewards) > 1 and self.looks and not self.ctx.has_told_rewriting:
-            self.looks -= 1
-            with contextlib.suppress(Exception):  # of a template that takes no such dialogue as a whole
-                found.rewritten = self.conversations[number].rewritten()
-                self.looks *= found.rewritten is None
-        self.ctx.environments.end(number)
-
-    def _fail(self, number: int, failure: str) -> None:
-        found = self.trajectories[number]
-        found.failure = f"sample {number}: {failure} ({self.rows[number]:.160})"
-        if self.config.on_failure == "stop" and self.error is None:
-            self.error = found.failure
-        self._end(number, "failed")
-
-    def close(self) -> None:
-        """Ends what is still under way."""
-        for number, found in self.trajectories.items():
-            if self.leads and not found.end:
-                with contextlib.suppress(OSError, KeyError):  # of a server that has ended, which was said
-                    self.ctx.environments.end(number)
 
 
 @dataclass
@@ -281,7 +122,6 @@ def talk(
     mesh, count = ctx.mesh, len(rows)
     cuts = [count * i // mesh.num_replicas for i in range(mesh.num_replicas + 1)]
     shares = shares or [range(*cut) for cut in itertools.pairwise(cuts)]
-    turns = Talk(ctx, {i: rows[i] for i in shares[mesh.replica]})
     progress = Progress()
 
     def reported(now: Progress) -> None:
@@ -290,7 +130,9 @@ def talk(
         if report is not None:
             report(now)
 
-    try:
+    with contextlib.ExitStack() as stack:
+        turns = Talk(ctx, {i: rows[i] for i in shares[mesh.replica]}, keys, _user(ctx, stack))
+        stack.callback(turns.close)
         begun = _joined(ctx, turns, turns.start())
         turns.names = alive = [i for i in range(count) if begun[i].failure is None]
         turns.places = place = {number: i for i, number in enumerate(alive)}
@@ -307,8 +149,6 @@ def talk(
             turns=turns,
         )
         ended = _joined(ctx, turns, turns.trajectories if turns.leads else {})
-    finally:
-        turns.close()
     trajectories = [ended[i] for i in range(count)]
     if (line := next((each.rewritten for each in trajectories if each.rewritten), None)) is not None:
         ctx.has_told_rewriting = True
@@ -316,6 +156,16 @@ def talk(
             print(line, flush=True)
     prompts = [each.prompt or list(ctx.tokenizer.end_ids[:1]) or [0] for each in trajectories]
     return Talked(prompts, found.spread(torch.tensor(alive, dtype=torch.int64), count), trajectories, progress)
+
+
+def _user(ctx: Context, stack: contextlib.ExitStack) -> User | None:
+    """The model that environments may ask, on the device until the stack is left."""
+    if ctx.config.user.path is None:
+        return None
+    if "user" not in ctx.roles:  # to evaluate, in a phase that samples nothing
+        ctx.roles["user"] = ctx.build("user", SPEC)
+    stack.enter_context(ctx.roles["user"].on_device())
+    return User(ctx, ctx.roles["user"])
 
 
 def _joined(ctx: Context, turns: Talk, mine: Mapping[int, Trajectory]) -> dict[int, Trajectory]:

@@ -21,7 +21,7 @@ from .algorithms import (
     TeacherConfig,
 )
 from .data import DataConfig, TokenizerConfig
-from .environments import EnvConfig
+from .environments import EnvConfig, UserConfig
 from .evaluating import EvalConfig
 from .mesh import MeshConfig, resolve_mesh
 from .model import FP8_UNIT, Base, ModelConfig, PolicyConfig, RopeScaling, check_model
@@ -39,6 +39,6 @@ __all__ = [
     "EnvConfig", "EvalConfig", "GRPOConfig", "GroupConfig", "GuardConfig", "JudgeConfig", "KTOConfig", "LogConfig",
     "MeshConfig", "ModelConfig", "OptimizerConfig", "PPOConfig", "PTXConfig", "Phase", "PlanConfig", "PolicyConfig",
     "Recompute", "RehearseConfig", "RewardConfig", "RolloutConfig", "RopeScaling", "RunConfig", "SFTConfig",
-    "SamplingConfig", "ScheduleConfig", "TeacherConfig", "TimeoutConfig", "TokenizerConfig", "WandBConfig", "check",
-    "check_model", "from_dict", "keys", "nearest", "resolve_mesh",
+    "SamplingConfig", "ScheduleConfig", "TeacherConfig", "TimeoutConfig", "TokenizerConfig", "UserConfig",
+    "WandBConfig", "check", "check_model", "from_dict", "keys", "nearest", "resolve_mesh",
 ]  # fmt: skip

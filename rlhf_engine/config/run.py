@@ -24,7 +24,7 @@ from .algorithms import (
     check_turns,
 )
 from .data import DataConfig, TokenizerConfig
-from .environments import EnvConfig, check_env
+from .environments import EnvConfig, UserConfig, check_env
 from .evaluating import EvalConfig, check_best, check_eval
 from .mesh import MeshConfig
 from .model import ModelConfig, PolicyConfig, check_fp8, check_model
@@ -78,6 +78,7 @@ class RunConfig:
     kto: KTOConfig = field(default_factory=KTOConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     env: EnvConfig = field(default_factory=EnvConfig)
+    user: UserConfig = field(default_factory=UserConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
@@ -128,19 +129,20 @@ class RunConfig:
         }
 
 
-def check(config: RunConfig, mesh: MeshConfig, *models: ModelConfig) -> None:
+def check(config: RunConfig, mesh: MeshConfig, *models: ModelConfig, user: ModelConfig | None = None) -> None:
     """Refuses a run that could not work, before anything expensive starts.
 
     Args:
         mesh: resolved (`resolve_mesh`).
         models: of the run's roles, from their checkpoints where there are some.
+        user: of the one that environments ask, which reads no row of the run.
 
     Raises:
         ConfigError: names the keys and what would be right.
     """
     if not config.phases:
         raise ConfigError(f"phases is empty: choose from {', '.join(typing.get_args(Phase))}")
-    for each in models:
+    for each in (*models, *([user] if user is not None else [])):
         check_model(mesh, each)
         if config.dtype == "fp8":
             check_fp8(mesh, each)
@@ -165,7 +167,7 @@ def check(config: RunConfig, mesh: MeshConfig, *models: ModelConfig) -> None:
     else:
         _check_lengths(config, mesh, models)
     check_rollout(config.rollout)
-    check_env(config.env, config.rollout, config.phases)
+    check_env(config.env, config.user, config.rollout, config.phases)
     if config.env.fn is not None and config.reward.path is not None:
         raise ConfigError(f"reward.path={config.reward.path} has no use with env.fn={config.env.fn}, which rewards")
     check_eval(config.eval, config.data.sources, bool(config.reward.fns or config.env.fn))

@@ -8,7 +8,7 @@ from typing import Literal
 from .reading import ConfigError, nearest
 
 Recompute = Literal["none", "selective", "full"]
-ROLES = ("policy", "critic", "reference", "reward", "teacher")
+ROLES = ("policy", "critic", "reference", "reward", "teacher", "user")
 
 
 @dataclass

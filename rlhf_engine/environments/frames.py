@@ -12,7 +12,7 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
-SETUP, BEGIN, ACT, END, ANSWER, FAULT = b"S", b"B", b"A", b"E", b"W", b"F"
+SETUP, BEGIN, ACT, END, ANSWER, FAULT, ASK, TELL = b"S", b"B", b"A", b"E", b"W", b"F", b"Q", b"T"
 HEAD = struct.Struct("<cqI")  # kind, number, bytes that follow
 MOST = 1 << 26  # bytes of a frame
 _AT_ONCE = 1 << 18

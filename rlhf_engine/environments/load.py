@@ -13,7 +13,9 @@ from ..config import ConfigError, EnvConfig, nearest
 from ..signals import RunError
 from .pool import Answer, Environments
 
-BUILT_IN = {name: f"{__package__}.{name}:{name.title()}" for name in ("calculator", "python", "retrieve", "guess")}
+BUILT_IN = {
+    name: f"{__package__}.{name}:{name.title()}" for name in ("calculator", "python", "retrieve", "user", "guess")
+}
 
 
 def load(config: EnvConfig) -> Callable[..., Any]:

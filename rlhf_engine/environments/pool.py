@@ -19,7 +19,7 @@ from typing import Any
 
 from ..config import EnvConfig
 from ..signals import RunError
-from .frames import ACT, ANSWER, BEGIN, END, FAULT, SETUP, Frames, packed
+from .frames import ACT, ANSWER, ASK, BEGIN, END, FAULT, SETUP, TELL, Frames, packed
 
 _LONGEST_LINE = 500
 _SECONDS_TO_LEAVE = 15.0  # of the server, for its trajectories' `close`
@@ -35,6 +35,7 @@ class Answer:
         info: numbers of the environment's `info`.
         tools: of a reset, JSON schemas that the environment offers.
         failure: what went wrong, in a line; the trajectory is over.
+        asks: messages that the model of `user.path` is to go on behind; there is no answer before it is told.
     """
 
     number: int
@@ -45,6 +46,7 @@ class Answer:
     info: dict[str, float] = field(default_factory=dict)
     tools: list[dict[str, Any]] | None = None
     failure: str | None = None
+    asks: list[dict[str, Any]] | None = None
 
 
 class Environments:
@@ -70,6 +72,7 @@ class Environments:
         self._ids = itertools.count()
         self._id_of: dict[int, int] = {}  # by the trajectory's number: what names it once and for all
         self._calls: dict[int, int] = {}  # numbers of those that are asked something, by their id
+        self._asking = set[int]()  # ids of those among them that ask, and are not told yet
         self._is_ready, self._found = False, list[Answer]()
         self._server.send(SETUP, 0, packed(asdict(config)))
 
@@ -89,18 +92,25 @@ class Environments:
         self._calls[id] = number
         self._server.send(kind, id, packed(value))
 
+    def tell(self, number: int, text: str) -> None:
+        """What the model has said to one that asks."""
+        id = self._id_of[number]
+        self._asking.discard(id)
+        self._server.send(TELL, id, packed(text))
+
     def answers(self, timeout: float | None) -> list[Answer]:
         """All that came since, of calls that failed or took longer than `env.timeout` too.
 
         Args:
-            timeout: seconds to wait for the first; None: for ever; 0: not at all. Where nothing is asked, nobody waits.
+            timeout: seconds to wait for the first; None: for ever; 0: not at all. Where nothing is asked, and all of
+                those who are asked ask themselves, nobody waits.
 
         Raises:
             RunError: there is no such environment, or the process that starts all others has ended.
         """
         until = math.inf if timeout is None else time.monotonic() + timeout
         self._hear(0)
-        while self._calls and not self._found and (left := until - time.monotonic()) > 0:
+        while len(self._calls) > len(self._asking) and not self._found and (left := until - time.monotonic()) > 0:
             self._hear(left)
         found, self._found = self._found, []
         return found
@@ -123,8 +133,13 @@ class Environments:
             if kind == FAULT:
                 raise RunError(json.loads(payload))
             self._is_ready = self._is_ready or kind == SETUP
-            if kind == ANSWER and (number := self._calls.pop(id, None)) is not None:
-                self._found.append(self._answer(number, payload))
+            if kind in (ANSWER, ASK) and (number := self._calls.get(id)) is not None:
+                self._found.append(answer := self._answer(number, payload))
+                if answer.asks is not None:
+                    self._asking.add(id)
+                    continue
+                del self._calls[id]
+                self._asking.discard(id)
         if self._server.closed:
             code = self._process.wait()
             raise RunError(f"the process that starts env.fn={self.config.fn} for all has ended (exit code {code})")
@@ -143,6 +158,7 @@ class Environments:
         """The trajectory is over, whatever it is doing: what waits for an action may `close`, all else is ended."""
         id = self._id_of.pop(number)
         self._calls.pop(id, None)
+        self._asking.discard(id)
         self._found = [answer for answer in self._found if answer.number != number]
         self._server.send(END, id)
 

@@ -27,8 +27,9 @@ from typing import Any
 from ..config import ConfigError, EnvConfig
 from ..rewards.sandbox import end_with_parent
 from ..signals import SIGNALS
+from . import model
 from .contract import Trajectory
-from .frames import ACT, ANSWER, BEGIN, END, FAULT, HEAD, SETUP, Frames, frame, packed
+from .frames import ACT, ANSWER, ASK, BEGIN, END, FAULT, HEAD, SETUP, TELL, Frames, frame, packed
 from .load import load
 
 _SECONDS_TO_CLOSE = 5.0  # of a trajectory that is over and was not busy
@@ -101,6 +102,8 @@ class Server:
                 self._begin(id, payload)
             elif kind == ACT and child is not None:
                 self._ask(child, ACT, payload)
+            elif kind == TELL and child is not None and child.doing:
+                self._send(child, TELL, payload)
             elif kind == END and child is not None:
                 self._dismiss(child)
         self._watch(self._rank)
@@ -182,7 +185,11 @@ class Server:
         if child.ended is not None:
             self._tell(ANSWER, child.id, packed({"failure": child.ended}))
             return
-        child.doing, child.due = "reset" if kind == BEGIN else "step", time.monotonic() + self._config.timeout
+        child.doing = "reset" if kind == BEGIN else "step"
+        self._send(child, kind, payload)
+
+    def _send(self, child: _Child, kind: bytes, payload: bytes) -> None:
+        child.due = time.monotonic() + self._config.timeout
         child.frames.send(kind, child.id, payload)
         self._watch(child.frames)
 
@@ -195,8 +202,9 @@ class Server:
                     self._free.append(child)
                     child.due = time.monotonic() + _SECONDS_FREE
                 elif child.doing and not child.is_over:
-                    child.doing, child.due = "", None
-                    self._tell(ANSWER, child.id, payload)
+                    child.due = None  # what it asks, the model takes its time for
+                    child.doing = child.doing if kind == ASK else ""
+                    self._tell(ASK if kind == ASK else ANSWER, child.id, payload)
         except ValueError as error:
             line = f"what {child.doing or 'it'} gave is no answer: {error}"
             return self._drop(child) if child.is_over else self._fail(child, line)
@@ -283,6 +291,7 @@ def _live(end: socket.socket, begun: Callable[[], Trajectory]) -> None:
     """Answers a row and then actions, of one trajectory after the other, until nobody asks any more."""
     trajectory = begun()
     with end.makefile("rwb") as pipe:
+        model.connect(pipe)
         while head := pipe.read(HEAD.size):
             kind, id, length = HEAD.unpack(head)
             given, answer = json.loads(pipe.read(length)), b"null"

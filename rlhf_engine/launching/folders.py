@@ -168,3 +168,37 @@ def check_teacher(config: RunConfig, tokenizer: Tokenizer | None, policy: Base, 
     if size < own or (size > own and whole):
         advice = "" if size < own else f": {whole[0]}.kl=token compares the sampled tokens alone"
         raise ConfigError(f"teacher.path={teacher.path} has {size} token ids, and the policy {own}{advice}")
+
+
+def read_user_tokenizer(config: RunConfig, tokenizer: Tokenizer | None) -> Tokenizer:
+    """Of the model that environments ask: its folder's, with the chat template there, or else the policy's.
+
+    Args:
+        tokenizer: the policy's, where it is known yet.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    path = config.user.path
+    assert path is not None
+    if has_tokenizer(Path(path)):
+        return Tokenizer(path, date=config.tokenizer.date or kept_date(config))
+    if tokenizer is None:
+        raise ConfigError(f"user.path={path} has no tokenizer, and the policy's is to be trained on the data")
+    return tokenizer
+
+
+def check_user(config: RunConfig, tokenizer: Tokenizer | None, user: Base) -> None:
+    """The model that environments ask can be asked.
+
+    Raises:
+        ConfigError: it has no tokenizer, one that is not its own, or a template that takes no such dialogue.
+    """
+    found = read_user_tokenizer(config, tokenizer)
+    assert user.model.vocab_size is not None
+    found.fit(user.model.vocab_size, f"the vocabulary of user.path={user.path}")
+    told = [{"role": "system", "content": "?"}] if config.env.fn == "user" else []
+    try:
+        found.render_prompt([*told, {"role": "user", "content": "?"}])
+    except ConfigError as error:
+        raise ConfigError(f"user.path={user.path}: {error}") from None

@@ -72,6 +72,8 @@ def show_run(plan: Plan, ctx: Context) -> None:
     if config.env.fn is not None:
         turns = f"{config.most_new_tokens} in {config.env.max_turns} turns of {turns}"
         table.add_row("environment", f"{config.env.fn}, on failure {config.env.on_failure}")
+    if config.user.path is not None:
+        table.add_row("user", config.user.path)
     table.add_row(
         "lengths",
         f"dialogues of {data.max_seq_len} tokens, prompts of {data.max_prompt_len}, responses of {turns}, at most",

@@ -30,6 +30,7 @@ from .environment import check_graphs, cores
 from .folders import (
     check_reward,
     check_teacher,
+    check_user,
     check_vocabulary,
     folder_notes,
     read_base,
@@ -48,7 +49,7 @@ class Plan:
 
     config: RunConfig
     mesh: MeshConfig
-    bases: dict[str, Base]  # "policy", "reward", and "teacher" where there is one
+    bases: dict[str, Base]  # "policy", "reward", and "teacher" and "user" where there are some
     device: str
     tokenizer: Tokenizer | None  # None: one is trained on the data
     sources: list[Source]  # of the training phases; empty for a job
@@ -118,18 +119,22 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
     bases = {"policy": policy, "reward": reward}
     if teacher := read_teacher(config):
         bases["teacher"] = teacher
-    for base in bases.values():
+    user = read_base(config.user.path, "user", config.user.ignore_keys) if config.user.path else None
+    for base in (*bases.values(), *([user] if user else [])):
         base.model.layers = config.model.layers
     context = min(base.model.max_position_embeddings for base in bases.values())
     settled = settle(config, mesh, policy.model, context, device)
     if not config.plan.search:  # which looks at other meshes, and checks each
-        check(config, mesh, *(base.model for base in bases.values()))
+        check(config, mesh, *(base.model for base in bases.values()), user=user.model if user else None)
     check_layers(config, device, is_main)
     tokenizer = read_tokenizer(config, policy)
     if reward is not policy:
         check_vocabulary(tokenizer, reward, "reward")
     if teacher:
         check_teacher(config, tokenizer, policy, teacher)
+    if user:
+        check_user(config, tokenizer, user)
+        bases["user"] = user
     sources: list[Source] = []
     beside: dict[str, list[Source]] = {}
     made_with: dict[str, Any] = {}
@@ -250,10 +255,11 @@ def job_settings(config: RunConfig, device: str) -> dict[str, Any]:
         "phases": config.phases,
         "data.sources": rows_digest(row for s in config.data.sources for _, row in read_rows(parse_spec(s).name)),
         "policy.path": folder_digest(config.policy.path),
+        "user.path": folder_digest(config.user.path) if config.user.path is not None else None,
         "tokenizer.path": folder_digest(tokenizer) if tokenizer is not None else None,
         "dtype": config.dtype if config.dtype != "auto" else "bfloat16" if device == "cuda" else "float32",
     }
-    sections = ["policy", "tokenizer", *(["rollout", "env"] if job == "generate" else [])]
+    sections = ["policy", "tokenizer", *(["rollout", "env", "user"] if job == "generate" else [])]
     for section in sections:
         values = asdict(getattr(config, section))
         found |= {f"{section}.{key}": value for key, value in values.items() if key not in _NO_DIFFERENCE}

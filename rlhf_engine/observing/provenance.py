@@ -14,6 +14,7 @@ from ..config import BUILDS_ON, SAMPLING, RunConfig
 from ..surviving import durable
 
 _SHARED = ("seed", "data", "model", "policy", "tokenizer")  # that every phase's weights depend on
+_OF_SAMPLING = ("reward", "rollout", "teacher", "env", "user")
 _OF_ONE_START = {"phases", "rerun", "max_restarts", "output", "output_dir", "plan"}
 
 
@@ -33,7 +34,7 @@ def write_config(folder: Path, config: RunConfig, goes_on: bool) -> None:
 def say_finished(folder: Path, config: RunConfig) -> None:
     """That a phase needs nothing more, and what it was made with that would be another thing now."""
     print(f"{folder.name}: finished before, in {folder} (rerun=true runs it again)", flush=True)
-    relevant = {*_SHARED, folder.name, *(("reward", "rollout", "teacher") if folder.name in SAMPLING else ())}
+    relevant = {*_SHARED, folder.name, *(_OF_SAMPLING if folder.name in SAMPLING else ())}
     for key, was, value in changes(durable.read(folder / "config.yaml") or {}, asdict(config)):
         if key.partition(".")[0] in relevant:
             print(f"{folder.name}: was made with {key}={was}, not {value}", flush=True)

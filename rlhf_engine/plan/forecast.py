@@ -273,26 +273,33 @@ class Forecaster:
         return Memory(activations=within + step if self.numbers.device == "cpu" else max(within, step))
 
     def _generating(self, group: Sequence[Stage], stage: int) -> Memory:
-        """The folded copy of the policy, the cache, and a forward's or the sampler's tensors."""
+        """The folded copies of the policy and of who answers it, their caches, and a forward's or the sampler's
+        tensors."""
         model = self.models[group[0].role or ""]
         per_replica, prompts = self._per_replica()
-        copy, positions = self._cache(group, stage)
+        copy, positions, answering = self._cache(group, stage)
         per_token = kv_bytes_per_token(model, self.mesh.tp, self.numbers.itemsize)
         slots = min(self.config.rollout.slots, per_replica)
         longest = self.rows.largest[1] - self.rows.response
         work = generation_workspace(model, slots, prompts, longest, self.mesh, self.numbers)
-        return Memory(weights=copy, activations=self.numbers.holes * work, kv_cache=positions * per_token)
+        cache = positions * per_token + answering
+        return Memory(weights=copy, activations=self.numbers.holes * work, kv_cache=cache)
 
-    def _cache(self, group: Sequence[Stage], stage: int) -> tuple[float, int]:
-        """Bytes of the folded copy of the policy, and positions of the cache in what is left."""
-        model, copy = self.models[group[0].role or ""], 0.0
+    def _cache(self, group: Sequence[Stage], stage: int) -> tuple[float, int, float]:
+        """Bytes of the folded copies, positions of the policy's cache in what is left, and bytes of that of who answers
+        it."""
+        roles = [self.models[name] for name in (group[0].role, group[0].beside) if name is not None]
+        copy = 0.0
         if self.mesh.pp > 1 or self.mesh.ep > 1:
             whole = MeshConfig(self.mesh.tp, 1, 1)
-            copy = rank_parameters(model, "lm", whole, 0).total * self.numbers.itemsize
-        left = self.device.memory - copy - self._resident(stage, group).total
-        per_token = kv_bytes_per_token(model, self.mesh.tp, self.numbers.itemsize)
-        most = max(0.0, left) * self.config.rollout.cache_share / per_token
-        return copy, kv_positions(self.config.rollout, self._per_replica()[0], self.rows.largest[1], most)
+            copy = sum(rank_parameters(model, "lm", whole, 0).total for model in roles) * self.numbers.itemsize
+        left = max(0.0, self.device.memory - copy - self._resident(stage, group).total)
+        share, rows, found = self.config.rollout.cache_share, self._per_replica()[0], list[tuple[int, float]]()
+        for model, part in zip(roles, (share, (1 - share) / 2), strict=False):
+            per_token = kv_bytes_per_token(model, self.mesh.tp, self.numbers.itemsize)
+            positions = kv_positions(self.config.rollout, rows, self.rows.largest[1], part * left / per_token)
+            found.append((positions, positions * per_token))
+        return copy, found[0][0], sum(size for _, size in found[1:])
 
     # -- time ----------------------------------------------------------------------------------------------
 
@@ -351,6 +358,7 @@ class Forecaster:
         shape = rows, slots, prompts, prompt, response
         again = self.rows.carried / (self.dp * self.mesh.pp)  # in the middle of their responses, on average
         seconds = costs.generate(*shape) + again * costs.prefill(prompt + response // 2)
+        seconds += sum(self._answers(stage.beside, rows, slots) for stage in group if stage.beside is not None)
         world = self.mesh.tp * self.mesh.pp * self.dp
         # prompts once each, then a token at a time
         flops = forward_flops(model, "lm", [prompt] * self.rows.distinct, self.rows.distinct)
@@ -359,6 +367,12 @@ class Forecaster:
         tokens = prompts * prompt + rows * response
         sent = {"tp": model.num_layers * costs.tp_bytes(tokens), "pp": costs.fold_bytes()}
         return self._shared(seconds, world * seconds) + costs.exchange(*shape), flops, sent, 0.0
+
+    def _answers(self, name: str, rows: int, slots: int) -> float:
+        """Seconds in which a model answers so many rows, at each turn that an expected row has room for."""
+        (prompt, response), said = self.rows.expected, self.config.user.max_new_tokens
+        count = min(self.config.env.max_turns - 1, response // (self.config.rollout.max_new_tokens + said))
+        return count * self._costs(name, "rollout").generate(rows, slots, rows, prompt + response // 2, said)
 
     def _pipeline(self, names: Sequence[str], train: bool) -> tuple[float, float, dict[str, float], float]:
         """One pass of the roles' micro-batches, or for training all steps of the iteration."""

@@ -93,7 +93,7 @@ def _mesh(config: RunConfig, world: int, models: Mapping[str, ModelConfig]) -> M
     """Resolved; None where the run is refused."""
     try:
         mesh = resolve_mesh(config.mesh, world)
-        check(config, mesh, *models.values())
+        check(config, mesh, *(m for name, m in models.items() if name != "user"), user=models.get("user"))
     except ConfigError:
         return None
     return mesh

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint import default_planner
 
 from .. import mesh, trainer
 from ..algorithms import responding, samples, turns
+from ..algorithms.talk import Conversation, Talk
 from ..config import RunConfig
 from ..data.dataset import Dataset, Example
 from ..environments import pool
@@ -50,7 +51,7 @@ def stand_in(gpu: FakeGPU, part: Part, plan: Plan) -> None:
         _few_micro_batches(part.micro_batches)
         _few_steps()
     if plan.config.env.fn is not None:
-        _environments(plan.config)
+        _environments(plan)
     if part.stops_in is not None:
         _stop(part)
     if len(part.present) < part.world_size:
@@ -290,12 +291,18 @@ def _own_share() -> None:
     put(turns, talk=talk_own)
 
 
-def _environments(config: RunConfig) -> None:
-    """Answers at once, that make of each trajectory as many turns and as many tokens as it may have."""
-    env, most, found = config.env, config.most_new_tokens, list[pool.Answer]()
+def _environments(plan: Plan) -> None:
+    """Answers at once, that make of each trajectory as many turns and as many tokens as it may have; the model that
+    environments may ask goes on behind half of such a one."""
+    config, most, found = plan.config, plan.config.most_new_tokens, list[pool.Answer]()
+    env, dialogue = config.env, list[dict[str, str]]()
     sampled = min(most, env.max_turns * config.rollout.max_new_tokens)
     words = " ".join("a" * max(1, (most - sampled) // max(1, env.max_turns - 1)))
-    ask, start = turns.Talk.ask, turns.Conversation.start
+    if config.user.path is not None:
+        room = plan.bases["user"].model.max_position_embeddings - config.user.max_new_tokens
+        length = min(config.data.max_prompt_len + most, room) // 2
+        dialogue = [{"role": "user", "content": " ".join("a" * max(1, length))}]
+    ask, start = Talk.ask, Conversation.start
 
     def start_longest(self, messages, tools, tokenizer) -> list[int]:
         tokens = start(self, messages, tools, tokenizer)
@@ -306,18 +313,23 @@ def _environments(config: RunConfig) -> None:
     def begin(self, number: int, row) -> None:
         found.append(pool.Answer(number, row["messages"]))
 
-    def act(self, number: int, action) -> None:
+    def tell(self, number: int, text: str) -> None:
         found.append(pool.Answer(number, [{"role": "user", "content": words}]))
+
+    def act(self, number: int, action) -> None:
+        if not dialogue:
+            return tell(self, number, "")
+        found.append(pool.Answer(number, asks=dialogue))
 
     def answers(self, timeout) -> list[pool.Answer]:
         told, found[:] = found[:], []
         return told
 
-    put(turns.Conversation, start=start_longest)
+    put(Conversation, start=start_longest)
     # a turn as long as it may be is none that was cut
-    put(turns.Talk, ask=lambda self, sample, tokens, is_cut, room: ask(self, sample, tokens, False, room))
+    put(Talk, ask=lambda self, sample, tokens, is_cut, room: ask(self, sample, tokens, False, room))
     put(pool.Environments, __init__=lambda self, config: None, begin=begin, act=act, answers=answers)
-    put(pool.Environments, end=lambda self, number: None, close=lambda self: None)
+    put(pool.Environments, tell=tell, end=lambda self, number: None, close=lambda self: None)
 
 
 def _stop(part: Part) -> None:

@@ -71,7 +71,7 @@ def rollout(
     role.move(min(role.presence, Presence.STATE))  # gradients would take room from the cache, and come with an update
     with role.on_device():
         gpt = whole_model(role)
-        kv_tokens = config.kv_tokens or max(longest, _free_tokens(role, config.cache_share))
+        kv_tokens = config.kv_tokens or max(longest, free_tokens(role, config.cache_share))
         if mine:
             sampler = Sampler(config, role.model.vocab_size or 0, end_ids, mesh.tp_group)
             text_ends = _text_ends(config.stop_texts, decode) if config.stop else None
@@ -135,7 +135,7 @@ def _text_ends(stop: Sequence[str], decode: Callable[[Sequence[int]], str] | Non
     return ends
 
 
-def _free_tokens(role: RoleModel, share: float) -> int:
+def free_tokens(role: RoleModel, share: float) -> int:
     """Positions of cache that such a share of this rank's free memory holds; the same on all tensor parallel ranks."""
     mesh, model = role.mesh, role.model
     if mesh.device.type == "cuda":
