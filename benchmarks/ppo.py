@@ -128,7 +128,12 @@ def trl_trainer(name: str, lengths: str, policy: Path, reward: Path, steps: int,
         def truncated(_, padding: int, responses: torch.Tensor) -> torch.Tensor:
             return responses.masked_fill(~answer_mask(responses, ends), padding)
 
-        ppo_trainer.truncate_response = truncated
+        select = ppo_trainer.selective_log_softmax
+
+        def within(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+            return select(logits, index.clamp(max=vocab_size - 1))  # of padding, which TRL masks afterwards
+
+        ppo_trainer.truncate_response, ppo_trainer.selective_log_softmax = truncated, within
     return trainer
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import cases
 import pytest
 import worlds as launching
 
-from rlhf_engine.config import DeviceName, MeshConfig, ModelConfig, OptimizerConfig, RolloutConfig
+from rlhf_engine.config import DeviceName, MeshConfig, ModelConfig, OptimizerConfig, RolloutConfig, UserConfig
 from rlhf_engine.config.devices import GPUS, data_sheet_flops
 from rlhf_engine.launching import preflight
 from rlhf_engine.launching.compose import compose
@@ -242,6 +243,33 @@ def test_a_plan_of_carried_rows(tmp_path, monkeypatch):
     assert (rows.total, rows.carried, more.total, more.carried) == (512, 0, 512, 128)
     again = forward_flops(run.models["policy"], "lm", [1024 + 512] * 128, 0)
     assert carried.flops - plain.flops == pytest.approx(again)
+
+
+def test_a_plan_of_a_second_model(tmp_path, monkeypatch):
+    """It is there with the policy while that samples, and takes its time; its weights come and go with the rollout."""
+    monkeypatch.chdir(tmp_path)
+    command = [
+        "model=llama_7b",
+        "mesh.tp=4",
+        "mesh.dp=2",
+        "phases=[grpo]",
+        "env.fn=guess",
+        "rollout.max_new_tokens=128",
+    ]
+    run = preflight.plan(compose([*LARGE, *command, "schedule.residency=offload", "plan=true"]))
+    models = run.models | {"user": replace(run.models["policy"], num_layers=8)}
+    answered = replace(run.config, user=UserConfig(path="m", max_new_tokens=128))
+    alone, both = (
+        Forecaster("grpo", config, run.mesh, models, GPUS["h200"]).run() for config in (run.config, answered)
+    )
+    assert [role.name for role in both.roles] == [*(role.name for role in alone.roles), "user"]
+    weights = both.roles[-1].memory.weights
+    rollout, *others = zip(alone.stages, both.stages, strict=True)
+    assert rollout[1].memory[0].weights == rollout[0].memory[0].weights + weights > weights > 0
+    assert rollout[1].moved == rollout[0].moved + weights
+    # four turns of the policy's and the model's 128 tokens fill 1,024, by a model of a quarter of the layers
+    assert 0.5 < (rollout[1].seconds - rollout[0].seconds) / (rollout[0].seconds / 4) < 1.5
+    assert all(ours.memory[0].weights == theirs.memory[0].weights for ours, theirs in others)
 
 
 def test_a_save(planned):

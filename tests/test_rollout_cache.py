@@ -56,10 +56,34 @@ def test_blocks_move_together():
     cache.store += torch.arange(10).view(1, 1, -1, 1, 1, 1)
     found.remove([0, 1])
     assert found.table.tolist() == [[5, 6, 0, 0], [7, 8, 0, 0]]
-    cache.close_up(found.table)
+    cache.close_up(np.unique(found.table[:, :2]), found.table)
     assert sorted(found.table[:, :2].flatten()) == [1, 2, 3, 4] and not found.table[:, 2:].any()
     assert cache.store[1, 1, found.table[:, :2], 0, 0, 0].tolist() == [[5, 6], [7, 8]]
     assert cache.readers.tolist() == [1] * 5 + [0] * 5
+
+
+def test_blocks_of_rows_that_are_away_make_room():
+    """A free block, one of another's own and one of three readers stand where the rows' blocks are to be."""
+    found = rows(9)
+    for sample in range(2):
+        found.add(sample, 40, NONE)
+    found.add(2, 40, found.table[0, :1])
+    found.add(3, 40, found.table[0, :1])
+    found.remove([1])
+    away = Rows(found.cache, 4)
+    found.move([0], away)
+    found.add(4, 120, NONE)
+    cache = found.cache
+    cache.store += torch.arange(10).view(1, 1, -1, 1, 1, 1)
+    before, readers = [rows.table.copy() for rows in (found, away)], cache.readers.copy()
+    used = np.unique(found.table[found.table > 0])
+    assert used.max() > len(used)
+    cache.close_up(used, found.table, away.table)
+    assert np.unique(found.table).tolist() == list(range(len(used) + 1))
+    for rows_now, table in zip((found, away), before, strict=True):
+        assert (cache.store[0, 1, rows_now.table, 0, 0, 0].numpy() == table).all()
+        assert (cache.readers[rows_now.table] == readers[table]).all()
+    assert sorted(cache.readers) == sorted(readers)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -10,7 +10,16 @@ import torch
 
 from rlhf_engine.algorithms import ALGORITHMS
 from rlhf_engine.algorithms.rollouts import PROVIDED
-from rlhf_engine.config import BUILDS_ON, SAMPLING, DistillConfig, GRPOConfig, RewardConfig, RunConfig
+from rlhf_engine.config import (
+    BUILDS_ON,
+    SAMPLING,
+    DistillConfig,
+    EnvConfig,
+    GRPOConfig,
+    RewardConfig,
+    RunConfig,
+    UserConfig,
+)
 from rlhf_engine.experience import Experience
 from rlhf_engine.observing.metrics import Metrics
 from rlhf_engine.observing.trace import Trace
@@ -26,7 +35,7 @@ CTX = SimpleNamespace(
     state=SimpleNamespace(iteration=0),
     stop_if_asked=lambda: None,
 )
-ROLES = ("policy", "reference", "reward", "critic", "teacher")
+ROLES = ("policy", "reference", "reward", "critic", "teacher", "user")
 
 
 def local(name="s", reads=(), writes=(), body=lambda ctx, role, x: None) -> Stage:
@@ -72,12 +81,23 @@ def test_every_row_is_needed(phase):
         ("grpo", {}, "policy reference reward"),
         ("grpo", {"reward": RewardConfig(fns=["length"])}, "policy reference"),
         ("grpo", {"reward": RewardConfig(fns=["length"]), "grpo": GRPOConfig(kl_coef=0)}, "policy"),
+        ("ppo", {"env": EnvConfig("user"), "user": UserConfig("m")}, "policy reference critic user"),
+        ("grpo", {"env": EnvConfig("user"), "user": UserConfig("m")}, "policy reference user"),
+        ("distill", {"env": EnvConfig("user"), "user": UserConfig("m")}, "policy teacher user"),
     ],
-    ids=["ppo", "ppo by a function", "grpo", "grpo by a function", "grpo of the policy alone"],
+    ids=[
+        "ppo",
+        "ppo by a function",
+        "grpo",
+        "grpo by a function",
+        "grpo of the policy alone",
+        *("a user in ppo", "a user in grpo", "a user in distill"),
+    ],
 )
 def test_roles_are_those_that_the_table_needs(phase, sections, roles):
     found = algorithm(phase, **sections)
-    assert set(found.roles()) == {stage.role for stage in found.stages if stage.role} == set(roles.split())
+    named = {role for stage in found.stages for role in (stage.role, stage.beside) if role is not None}
+    assert set(found.roles()) == named == set(roles.split())
     Schedule(found.stages, found.provided, found.roles())
 
 

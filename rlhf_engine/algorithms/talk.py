@@ -45,6 +45,13 @@ class Trajectory:
     info: dict[str, float] = field(default_factory=dict)
     rewritten: str | None = None
 
+    def rewards_of(self, length: int) -> list[float]:
+        """Of so many tokens behind the prompt, each turn's at its last token; where it has failed, nothing."""
+        found = [0.0] * length
+        for end, reward in self.rewards if self.failure is None else ():
+            found[end - 1] = reward
+        return found
+
 
 class Talk:
     """The policy's samples and their environments, on one replica (`rollout.turns.Turns`). Whatever an environment or a

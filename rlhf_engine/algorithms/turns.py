@@ -62,10 +62,9 @@ class Talked:
         has_failed = torch.tensor([each.failure is not None for each in self.trajectories])
         ended = torch.tensor([each.end == "terminated" for each in self.trajectories])
         rewards = torch.zeros(found["tokens"].shape)
-        for i, (prompt, each) in enumerate(zip(self.prompts, self.trajectories, strict=True)):
-            if each.failure is None and each.rewards:
-                ends, values = zip(*each.rewards, strict=True)
-                rewards[i, torch.tensor(ends) + len(prompt) - 1] = torch.tensor(values)
+        for row, prompt, response, each in zip(rewards, self.prompts, self.responses, self.trajectories, strict=True):
+            given, start = each.rewards_of(len(response.tokens)), len(prompt)
+            row[start : start + len(given)] = torch.tensor(given)
         if ctx.config.env.on_failure == "drop":
             found["response_mask"] = found["response_mask"] & ~has_failed.unsqueeze(1)
             found["sampler_log_probs"] = found["sampler_log_probs"] * found["response_mask"]
@@ -81,10 +80,9 @@ class Talked:
     def records(self, ctx: Context) -> list[dict[str, Any]]:
         """An object for each: prompt, response, tokens and log_probs of the response, which of them were `sampled`,
         turns (`spoken`), score, and `failure`, null where all went well."""
-        decode, x = ctx.tokenizer.decode, self.fields(ctx)
-        found = []
-        for i, (prompt, response, each) in enumerate(zip(self.prompts, self.responses, self.trajectories, strict=True)):
-            rewards = x["turn_rewards"][i, len(prompt) :][: len(response.tokens)]
+        decode, found = ctx.tokenizer.decode, []
+        for prompt, response, each in zip(self.prompts, self.responses, self.trajectories, strict=True):
+            rewards = each.rewards_of(len(response.tokens))
             found.append(
                 {
                     "prompt": decode(prompt),
@@ -92,8 +90,8 @@ class Talked:
                     "tokens": response.tokens,
                     "log_probs": response.log_probs,
                     "sampled": response.said,
-                    "turns": spoken(decode, response.tokens, response.said, rewards.tolist()),
-                    "score": sum(reward for _, reward in each.rewards) if each.failure is None else 0.0,
+                    "turns": spoken(decode, response.tokens, response.said, rewards),
+                    "score": sum(rewards),
                     "failure": each.failure,
                 }
             )

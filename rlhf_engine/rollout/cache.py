@@ -81,14 +81,17 @@ class KVCache:
         dim = both.shape[3]
         self.store[layer].view(-1, dim).index_copy_(0, places, both.reshape(-1, dim))
 
-    def close_up(self, *tables: Ints) -> None:
-        """Moves the last blocks to where earlier ones are free, and changes the tables with them."""
-        used = np.flatnonzero(self.readers)
-        last, free = used[used >= len(used)], np.flatnonzero(self.readers[: len(used)] == 0)
-        self.store[:, :, free] = self.store[:, :, last]
+    def close_up(self, first: Ints, *tables: Ints) -> None:
+        """Moves blocks to the front, in place of others that are free or not among them, and changes the tables."""
+        last, front = first[first > len(first)], np.arange(1, len(first) + 1)
+        others = front[~np.isin(front, first)]
+        kept = np.flatnonzero(self.readers[others])  # the rest has nothing to keep
+        kept_store = self.store[:, :, others[kept]].clone()
+        self.store[:, :, others] = self.store[:, :, last]
+        self.store[:, :, last[kept]] = kept_store
         moved = np.arange(len(self.readers))
-        moved[last] = free
-        self.readers[free], self.readers[last] = self.readers[last], 0
+        moved[last], moved[others] = others, last
+        self.readers[:] = self.readers[moved]
         for table in tables:
             table[:] = moved[table]
 

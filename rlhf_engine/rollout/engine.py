@@ -263,9 +263,11 @@ class Engine:
             self.progress.preempted += 1
             rows.remove([last])
         rows.extend(missing)
-        used = self.cache.num_blocks - self.cache.num_free
-        if not self.by_row and 4 * used < 3 * rows.table.max(initial=0):
-            self.cache.close_up(rows.table, self.away.table)
+        if self.by_row:
+            return
+        used = np.unique(rows.table[rows.table > 0])
+        if 4 * len(used) < 3 * rows.table.max(initial=0):  # attention goes through all blocks up to the last
+            self.cache.close_up(used, rows.table, self.away.table)
 
     def _missing(self) -> Ints:
         """Blocks that each row needs for the next steps. In one that comes too late it is within the last of them."""
