@@ -245,6 +245,7 @@ def compare(ctx, algorithm, specs, theirs: dict[str, Any]) -> dict[str, float]:
     rows, width = tokens.shape
     mask = torch.arange(width).expand(rows, width) >= PROMPT
     mask[:, PROMPT:] &= answer_mask(tokens[:, PROMPT:], ctx.tokenizer.end_ids)
+    tokens[:, PROMPT:] *= mask[:, PROMPT:]  # TRL's padding is no token
     prompts = [row[:PROMPT] for row in tokens.tolist()]
     x = Experience(
         prompts=prompts, reward_prompts=prompts, tokens=tokens, response_mask=mask,
