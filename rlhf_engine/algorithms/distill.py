@@ -137,9 +137,8 @@ class Distill(SamplingAlgorithm):
     def roles(self) -> dict[str, RoleSpec]:
         """The policy from SFT, the teacher from its folder, and the reward model where it is used."""
         policy = RoleSpec("lm", rollouts.BEFORE, self.config.optimizer, self.steps)
-        roles = {"policy": policy, "teacher": RoleSpec("lm", base="teacher")}
-        others = rollouts.others(self.run)
-        return roles | {name: spec for name, spec in others.items() if name != "reward" or self.config.is_scored}
+        teacher = RoleSpec("lm", base="teacher")
+        return {"policy": policy, "teacher": teacher, **rollouts.others(self.run, self.config)}
 
     def compare(self, ctx: Context) -> Evaluation:
         """The policy beside what it began as; the KL is that to the teacher."""

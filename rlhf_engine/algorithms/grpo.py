@@ -158,4 +158,4 @@ class GRPO(SamplingAlgorithm):
         roles = {"policy": RoleSpec("lm", rollouts.BEFORE, self.config.optimizer, self.steps)}
         if self.config.kl_coef > 0:
             roles["reference"] = RoleSpec("lm", rollouts.BEFORE)
-        return roles | rollouts.others(self.run)
+        return roles | rollouts.others(self.run, self.config)

@@ -196,5 +196,5 @@ class PPO(SamplingAlgorithm):
             "policy": RoleSpec("lm", rollouts.BEFORE, config.optimizer, policy_steps),
             "reference": RoleSpec("lm", rollouts.BEFORE),
             "critic": replace(critic, optimizer=config.critic_optimizer, total_steps=self.steps),
-            **rollouts.others(self.run),
+            **rollouts.others(self.run, self.config),
         }

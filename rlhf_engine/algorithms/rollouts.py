@@ -85,9 +85,9 @@ def scorer(config: RunConfig) -> RoleSpec | None:
     return RoleSpec("scalar", (("reward", "reward"),), base="reward")
 
 
-def others(config: RunConfig) -> dict[str, RoleSpec]:
+def others(config: RunConfig, settings: SamplingConfig) -> dict[str, RoleSpec]:
     """Roles that are neither trained nor compared with: the reward model, and the one that environments ask."""
-    found = {"reward": scorer(config), "user": user.SPEC if config.user.path is not None else None}
+    found = {"reward": scorer(config) if settings.is_scored else None, "user": user.SPEC if config.user.path else None}
     return {name: spec for name, spec in found.items() if spec is not None}
 
 

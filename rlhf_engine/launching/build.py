@@ -25,7 +25,6 @@ from ..observing.trace import Trace
 from ..rewards.scoring import Rewards
 from ..surviving import durable
 from .earlier import SUMMARY
-from .folders import read_user_tokenizer
 from .preflight import Plan
 from .rows import datasets_of, tokenizer_of
 
@@ -42,9 +41,8 @@ def build_context(plan: Plan, mesh: ParallelMesh) -> Context:
     }
     datasets = datasets_of(plan, tokenizer, is_checking=False)
     rewards = Rewards(config) if config.calls_functions else None
-    user = read_user_tokenizer(config, tokenizer) if config.user.path is not None else None
     gold, trace = gold_rule(plan.sources), Trace(mesh.device)
-    ctx = Context(config, bases, mesh, tokenizer, datasets, gold, rewards, user, trace=trace)
+    ctx = Context(config, bases, mesh, tokenizer, datasets, gold, rewards, plan.user_tokenizer, trace=trace)
     ctx.build = functools.partial(build_role, ctx)
     return ctx
 

@@ -170,35 +170,24 @@ def check_teacher(config: RunConfig, tokenizer: Tokenizer | None, policy: Base, 
         raise ConfigError(f"teacher.path={teacher.path} has {size} token ids, and the policy {own}{advice}")
 
 
-def read_user_tokenizer(config: RunConfig, tokenizer: Tokenizer | None) -> Tokenizer:
+def read_user_tokenizer(config: RunConfig, tokenizer: Tokenizer | None, user: Base) -> Tokenizer:
     """Of the model that environments ask: its folder's, with the chat template there, or else the policy's.
 
     Args:
         tokenizer: the policy's, where it is known yet.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, it is not the model's, or its template takes no such dialogue.
     """
-    path = config.user.path
-    assert path is not None
-    if has_tokenizer(Path(path)):
-        return Tokenizer(path, date=config.tokenizer.date or kept_date(config))
-    if tokenizer is None:
-        raise ConfigError(f"user.path={path} has no tokenizer, and the policy's is to be trained on the data")
-    return tokenizer
-
-
-def check_user(config: RunConfig, tokenizer: Tokenizer | None, user: Base) -> None:
-    """The model that environments ask can be asked.
-
-    Raises:
-        ConfigError: it has no tokenizer, one that is not its own, or a template that takes no such dialogue.
-    """
-    found = read_user_tokenizer(config, tokenizer)
-    assert user.model.vocab_size is not None
-    found.fit(user.model.vocab_size, f"the vocabulary of user.path={user.path}")
+    assert user.path is not None and user.model.vocab_size is not None
+    if has_tokenizer(Path(user.path)):
+        tokenizer = Tokenizer(user.path, date=config.tokenizer.date or kept_date(config))
+    elif tokenizer is None:
+        raise ConfigError(f"user.path={user.path} has no tokenizer, and the policy's is to be trained on the data")
+    tokenizer.fit(user.model.vocab_size, f"the vocabulary of user.path={user.path}")
     told = [{"role": "system", "content": "?"}] if config.env.fn == "user" else []
     try:
-        found.render_prompt([*told, {"role": "user", "content": "?"}])
+        tokenizer.render_prompt([*told, {"role": "user", "content": "?"}])
     except ConfigError as error:
         raise ConfigError(f"user.path={user.path}: {error}") from None
+    return tokenizer

@@ -30,12 +30,12 @@ from .environment import check_graphs, cores
 from .folders import (
     check_reward,
     check_teacher,
-    check_user,
     check_vocabulary,
     folder_notes,
     read_base,
     read_teacher,
     read_tokenizer,
+    read_user_tokenizer,
 )
 from .layers import check_layers
 from .sizes import settle
@@ -57,6 +57,7 @@ class Plan:
     made_with: dict[str, Any]  # what a job's rows depend on; of the main rank alone
     notes: list[str]  # that a user should read before the run starts, a line each
     settled: dict[str, int]  # sizes that were left open, as `settle` filled them in
+    user_tokenizer: Tokenizer | None = None  # of the model that environments ask
 
     @property
     def world_size(self) -> int:
@@ -132,9 +133,9 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
         check_vocabulary(tokenizer, reward, "reward")
     if teacher:
         check_teacher(config, tokenizer, policy, teacher)
+    user_tokenizer = None
     if user:
-        check_user(config, tokenizer, user)
-        bases["user"] = user
+        user_tokenizer, bases["user"] = read_user_tokenizer(config, tokenizer, user), user
     sources: list[Source] = []
     beside: dict[str, list[Source]] = {}
     made_with: dict[str, Any] = {}
@@ -165,7 +166,7 @@ def plan(config: RunConfig, world_size: int | None = None) -> Plan:
         try_folder(Path(place).parent if jobs else Path(place), f"{key}={place}")
         if not jobs:
             try_folder(cache := cache_of(config), f"data.cache_dir={cache}")
-    return Plan(config, mesh, bases, device, tokenizer, sources, beside, made_with, notes, settled)
+    return Plan(config, mesh, bases, device, tokenizer, sources, beside, made_with, notes, settled, user_tokenizer)
 
 
 def _device(config: RunConfig) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -277,29 +278,27 @@ class Forecaster:
         tensors."""
         model = self.models[group[0].role or ""]
         per_replica, prompts = self._per_replica()
-        copy, positions, answering = self._cache(group, stage)
-        per_token = kv_bytes_per_token(model, self.mesh.tp, self.numbers.itemsize)
+        copy, _, cache = self._cache(group, stage)
         slots = min(self.config.rollout.slots, per_replica)
         longest = self.rows.largest[1] - self.rows.response
         work = generation_workspace(model, slots, prompts, longest, self.mesh, self.numbers)
-        cache = positions * per_token + answering
         return Memory(weights=copy, activations=self.numbers.holes * work, kv_cache=cache)
 
     def _cache(self, group: Sequence[Stage], stage: int) -> tuple[float, int, float]:
-        """Bytes of the folded copies, positions of the policy's cache in what is left, and bytes of that of who answers
-        it."""
+        """Bytes of the folded copies, positions of the policy's cache in what is left, and bytes of all caches."""
         roles = [self.models[name] for name in (group[0].role, group[0].beside) if name is not None]
         copy = 0.0
         if self.mesh.pp > 1 or self.mesh.ep > 1:
             whole = MeshConfig(self.mesh.tp, 1, 1)
             copy = sum(rank_parameters(model, "lm", whole, 0).total for model in roles) * self.numbers.itemsize
         left = max(0.0, self.device.memory - copy - self._resident(stage, group).total)
-        share, rows, found = self.config.rollout.cache_share, self._per_replica()[0], list[tuple[int, float]]()
-        for model, part in zip(roles, (share, (1 - share) / 2), strict=False):
-            per_token = kv_bytes_per_token(model, self.mesh.tp, self.numbers.itemsize)
-            positions = kv_positions(self.config.rollout, rows, self.rows.largest[1], part * left / per_token)
-            found.append((positions, positions * per_token))
-        return copy, found[0][0], sum(size for _, size in found[1:])
+        share, rows = self.config.rollout.cache_share, self._per_replica()[0]
+        sizes = [kv_bytes_per_token(model, self.mesh.tp, self.numbers.itemsize) for model in roles]
+        positions = [
+            kv_positions(self.config.rollout, rows, self.rows.largest[1], part * left / size)
+            for size, part in zip(sizes, (share, (1 - share) / 2), strict=False)
+        ]
+        return copy, positions[0], sum(map(operator.mul, positions, sizes))
 
     # -- time ----------------------------------------------------------------------------------------------
 
