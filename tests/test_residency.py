@@ -132,14 +132,14 @@ def test_what_leaves_is_decided_by_the_plan(small_run, tmp_path):
 
 
 LARGE = dict(
-    hidden_size=512, intermediate_size=1408, num_hidden_layers=10, num_attention_heads=8, num_key_value_heads=8,
+    hidden_size=512, intermediate_size=1408, num_hidden_layers=13, num_attention_heads=8, num_key_value_heads=8,
     vocab_size=768, max_position_embeddings=256, tie_word_embeddings=True,
 )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def large(small_run, tmp_path_factory) -> list[str]:
-    """PPO of four models of 32 million parameters."""
+    """PPO of four models of 42 million parameters."""
     policy = make(tmp_path_factory.mktemp("policy"), "LlamaForCausalLM", LARGE)
     reward = make(tmp_path_factory.mktemp("reward"), "LlamaForSequenceClassification", LARGE | dict(num_labels=1))
     tokenizer = small_run / "tokenizer" / "tokenizer.model"
@@ -154,7 +154,7 @@ def test_a_run_that_fits_only_because_two_roles_leave(large, tmp_path):
     """Under a limit on a rank's memory; without offloading the plan refuses the run beforehand."""
     offload = ["schedule.residency=offload", "schedule.offload=[reference,reward]"]
     needed = limited(None, *large, f"output_dir={tmp_path / 'free'}")
-    limit = needed - (150 << 20)  # the two have 256 MB
+    limit = needed - (150 << 20)  # the two have 320 MB, and what is highest is some 200 less without them
     assert limited(limit, *large, *offload, f"output_dir={tmp_path / 'offload'}") <= limit
     with pytest.raises(AssertionError, match="memory"):
         limited(limit, *large, f"output_dir={tmp_path / 'keep'}")
