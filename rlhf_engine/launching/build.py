@@ -33,8 +33,9 @@ def build_context(plan: Plan, mesh: ParallelMesh) -> Context:
     """Tokenizer, data and model configuration of a run."""
     config = plan.config
     tokenizer = tokenizer_of(plan)
-    if tokenizer.template.is_dated:
-        tokenizer.date = config.tokenizer.date = mesh.from_main(config.tokenizer.date or str(datetime.date.today()))
+    for each in (tokenizer, plan.user_tokenizer):
+        if each is not None and each.template.is_dated:
+            each.date = config.tokenizer.date = mesh.from_main(config.tokenizer.date or str(datetime.date.today()))
     bases = {
         name: replace(base, model=replace(base.model, vocab_size=base.model.vocab_size or tokenizer.vocab_size))
         for name, base in plan.bases.items()
