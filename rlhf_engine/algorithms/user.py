@@ -14,7 +14,6 @@ import torch
 
 from ..config import ConfigError
 from ..context import Context
-from ..data.conversation import Conversation
 from ..models.role import RoleModel
 from ..rollout.engine import Engine
 from ..rollout.fold import whole_model
@@ -80,12 +79,7 @@ class User:
             self.gpt, role.mesh, sampler, [tuple(each) for each in prompts], torch.tensor(keys), limits, list(asked),
             config.slots, max(longest, self.positions),
         )  # fmt: skip
-        return {number: self._text(each.tokens) for number, each in zip(asked, engine.run(), strict=True)}
-
-    def _text(self, tokens: Sequence[int]) -> str:
-        trial = Conversation()
-        trial.start([{"role": "user", "content": "?"}], None, self.tokenizer)
-        return str(trial.sampled(tokens)["content"])
+        return {number: self.tokenizer.said(each.tokens) for number, each in zip(asked, engine.run(), strict=True)}
 
 
 def key_of(key: int, number: int) -> int:

@@ -74,10 +74,8 @@ class Conversation:
         start = len(self.tokens)
         self._add(tokens, 1)
         self.turns.append((start, len(self.tokens)))
-        while tokens and tokens[-1] in self._tokenizer.end_ids:
-            tokens = tokens[:-1]
-        opening = self._tokenizer.template.opening
-        said: Message = {"role": "assistant", "content": self._tokenizer.decode(tokens).removeprefix(opening)}
+        tokens = self._tokenizer.without_end(tokens)
+        said: Message = {"role": "assistant", "content": self._tokenizer.said(tokens)}
         self._waiting = []
         try:
             content, calls = self._calls(tokens)

@@ -144,6 +144,16 @@ class Tokenizer:
         runs = groupby((i for i in ids if 0 <= i < self.vocab_size), self._names.get)
         return "".join(name * len(list(run)) if name else self.decode(list(run)) for name, run in runs)
 
+    def without_end(self, ids: Sequence[int]) -> Sequence[int]:
+        """A turn without the tokens that end it."""
+        while ids and ids[-1] in self.end_ids:
+            ids = ids[:-1]
+        return ids
+
+    def said(self, ids: Sequence[int]) -> str:
+        """What the assistant says in a turn that was sampled."""
+        return self.decode(self.without_end(ids)).removeprefix(self.template.opening)
+
     def render(self, messages: Messages, marks: bool = True, tools: Tools = None) -> tuple[list[int], list[bool]]:
         """A dialogue's token ids, and for each whether the assistant says it (its end tokens included).
 
