@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from torch.distributed import ProcessGroupGloo, distributed_c10d
 
 # Modules that megatron imports lazily, or that nothing else has imported by the time of the call.
 _MODULES = (
@@ -74,6 +75,7 @@ class _CpuTorch(types.ModuleType):
 
 
 _on_cpu_now = False
+_listeners: list[Any] = []  # of gloo, one for each network interface that it uses
 
 
 def parameter_device() -> torch.device | str:
@@ -120,6 +122,31 @@ def _clip_grad_by_total_norm(parameters, max_norm, total_norm, use_decoupled_gra
     coefficient = max_norm / (total_norm + 1.0e-6)
     if grads and coefficient < 1.0:
         torch._foreach_mul_(grads, coefficient)
+
+
+@contextlib.contextmanager
+def one_listener() -> Iterator[None]:
+    """Within it, all of gloo's groups listen by the thread that the first of this process has made for itself.
+
+    Each would have one of its own, which wakes a hundred times a second, and megatron makes some twenty groups: 2.5% of
+    a core for each rank, also while it waits (AMD EPYC).
+    """
+
+    class Listening(ProcessGroupGloo):
+        def __init__(self, store, rank, size, timeout):
+            if not _listeners:
+                super().__init__(store, rank, size, timeout)
+                _listeners.extend(self.options._devices)  # type: ignore[attr-defined]
+                return
+            options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+            options._devices, options._threads, options._timeout = _listeners, 2 * len(_listeners), timeout
+            super().__init__(store, rank, size, options)
+
+    distributed_c10d.ProcessGroupGloo = Listening  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        distributed_c10d.ProcessGroupGloo = ProcessGroupGloo  # type: ignore[misc]
 
 
 @contextlib.contextmanager

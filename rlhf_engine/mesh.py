@@ -21,7 +21,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch import Tensor
 
 from .config import ConfigError, MeshConfig
-from .cpu import use_cpu
+from .cpu import one_listener, use_cpu
 from .signals import RunError
 
 
@@ -37,6 +37,7 @@ class ParallelMesh:
         ConfigError: this rank has no GPU of its own.
     """
 
+    @one_listener()
     def __init__(self, config: MeshConfig, device: str, timeout: float = 3600.0):
         self.config = config
         if device == "cuda":
