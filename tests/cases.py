@@ -413,6 +413,13 @@ def groups_made(layout: tuple) -> list[tuple[float, str | None]]:
     return found
 
 
+def listeners(layout: tuple) -> int:
+    """Makes a mesh of that layout once more. Threads of this rank that listen for gloo."""
+    worlds.close_mesh()
+    worlds.mesh(*layout)
+    return [Path(task, "comm").read_text() for task in Path("/proc/self/task").iterdir()].count("gloo_tcp_loop\n")
+
+
 def messages(overrides: list[str], layout: tuple, phase: str) -> tuple[list[str], int]:
     """Of the pipelines of a first iteration: the types of what was sent or received, and how often the host waited for
     all of the device."""

@@ -94,6 +94,10 @@ def test_groups_wait_as_long_as_the_mesh(worlds, layout):
     assert set(worlds(2).run(cases.groups_made, layout)[0]) == {(3600.0, None)}
 
 
+def test_one_thread_listens_for_all_groups(worlds):
+    assert worlds(4).run(cases.listeners, (2, 2, 1)) == [1] * 4
+
+
 @pytest.mark.parametrize(("layout", "crossings"), [((1, 2, 1), 1), ((1, 2, 1, False, 1, 2), 3)], ids=str)
 def test_neighbours_exchange_nothing_but_activations_and_gradients(worlds, settings, layout, crossings):
     """Of 16 micro-batches, whose widths differ, at each place where a rank's chunks meet the other's; and no host waits
