@@ -232,23 +232,23 @@ def test_one_that_ends_between_its_turns():
 
 def test_one_that_takes_too_long(tmp_path):
     """It is ended with what it has started, whether it sleeps or computes, and no other waits."""
-    with opened("envs:Says", timeout=2.0) as environments:
+    with opened("envs:Says", timeout=5.0) as environments:
         environments.begin(0, row(reset=f"hang({str(tmp_path / 'pids')!r})"))
         environments.begin(1, row(step="[0 for _ in iter(int, 1)]"))
         environments.begin(2, row(step="'x', 0, False, False, {}"))
         environments.wait()
         begun = time.monotonic()
-        found = {answer.number for _ in range(2) for answer in environments.answers(0.5)}
+        found = {answer.number for _ in range(2) for answer in environments.answers(2)}
         assert found == {1, 2}
         environments.act(1, said())
         for _ in range(20):
             environments.act(2, said())
             assert only(environments).number == 2
-        assert time.monotonic() - begun < 2.0
-        late = {answer.number: answer.failure for _ in range(2) for answer in environments.answers(5)}
+        assert time.monotonic() - begun < 5.0
+        late = {answer.number: answer.failure for _ in range(2) for answer in environments.answers(10)}
         assert late == {
-            0: "env.fn=envs:Says: reset took longer than env.timeout=2 s",
-            1: "env.fn=envs:Says: step took longer than env.timeout=2 s",
+            0: "env.fn=envs:Says: reset took longer than env.timeout=5 s",
+            1: "env.fn=envs:Says: step took longer than env.timeout=5 s",
         }
         numbers = (tmp_path / "pids").read_text().split()
         assert len(numbers) == 2
@@ -262,10 +262,13 @@ ASK = [{"role": "user", "content": "who?"}]
 
 def test_an_environment_asks_the_model():
     """As often as it likes; others are answered meanwhile, and the model's time is not its own."""
-    with opened("envs:Asks", timeout=1.0) as environments:
+    with opened("envs:Asks", timeout=3.0) as environments:
         environments.begin(0, {"messages": ASK, "ask": ASK, "opens": True})
         environments.begin(1, {"messages": ASK, "ask": ASK})
-        first, second = sorted((only(environments), only(environments)), key=lambda answer: answer.number)
+        found = environments.answers(None)
+        while len(found) < 2:  # they may come together
+            found += environments.answers(None)
+        first, second = sorted(found, key=lambda answer: answer.number)
         assert first.asks == ASK and first.messages == [] and second.asks is None
         assert environments.answers(None) == []  # nobody is at work
         environments.tell(0, "I am")
@@ -273,17 +276,17 @@ def test_an_environment_asks_the_model():
         environments.act(1, {"role": "assistant", "content": "?"})
         environments.end(0)
         assert only(environments).asks == ASK
-        time.sleep(1.3)
+        time.sleep(3.3)
         assert environments.answers(0) == []  # it is not late
         environments.tell(1, "it is \ud800 me")
-        found = only(environments)
-        assert (found.messages, found.reward) == ([{"role": "user", "content": "it is ? me"}], 1.0)
+        told = only(environments)
+        assert (told.messages, told.reward) == ([{"role": "user", "content": "it is ? me"}], 1.0)
 
 
 def test_one_that_asks_and_fails():
-    with opened("envs:Asks", timeout=0.8) as environments:
+    with opened("envs:Asks", timeout=2.5) as environments:
         asked = {"messages": ASK, "ask": ASK, "times": 2}
-        others = {"ask": "who?"}, {"ask": []}, {"sleeps": 60}, {"ask": [{"role": "user"}]}, {"sleeps": 0.5}
+        others = {"ask": "who?"}, {"ask": []}, {"sleeps": 60}, {"ask": [{"role": "user"}]}, {"sleeps": 1.5}
         for i, other in enumerate(({}, *others)):
             environments.begin(i, asked | other)
         began = 0
@@ -301,7 +304,7 @@ def test_one_that_asks_and_fails():
         assert found[0] is None and found[5] is None  # what it works before and after has its time each
         assert "TypeError: the model is asked with messages, {'role'" in found[1] and "'w'" in found[1]
         assert "end with what another has said" in found[2]
-        assert found[3].endswith("step took longer than env.timeout=0.8 s")
+        assert found[3].endswith("step took longer than env.timeout=2.5 s")
         assert "not {'role': 'user'}" in found[4]
 
 
