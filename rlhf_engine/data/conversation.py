@@ -74,11 +74,10 @@ class Conversation:
         start = len(self.tokens)
         self._add(tokens, 1)
         self.turns.append((start, len(self.tokens)))
-        tokens = self._tokenizer.without_end(tokens)
         said: Message = {"role": "assistant", "content": self._tokenizer.said(tokens)}
         self._waiting = []
         try:
-            content, calls = self._calls(tokens)
+            content, calls = self._calls(self._tokenizer.without_end(tokens))
         except CallError as error:
             self.messages.append(said)
             return {**said, "error": str(error)}
