@@ -2,7 +2,8 @@
 
 Megatron's layers, schedules, DDP and optimizers are plain torch but for their habit of naming the device
 "cuda". `use_cpu()` rebinds the name `torch` inside megatron's own modules to a stand-in that forwards all of
-torch and answers for the device differently. Nobody else's torch is touched.
+torch and answers for the device differently. Everybody else's torch stays as it is, but for the making of gloo's
+groups (`one_listener`).
 """
 
 from __future__ import annotations
